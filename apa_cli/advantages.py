@@ -1,0 +1,72 @@
+"""Scaling of scores, token rewards and advantage estimators: pure functions of tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def updated_moments(moments: tuple[float, float, float], scores: Tensor) -> tuple[float, float, float]:
+    """Count, mean and sum of squared deviations of all scores so far, this batch [N] included.
+
+    Merges two sets by the parallel formula of Chan, Golub and LeVeque (1979), in float64.
+    """
+    count, mean, squares = moments
+    batch = scores.double()
+    n, batch_mean = len(batch), float(batch.mean())
+    batch_squares = float(((batch - batch_mean) ** 2).sum())
+    total, difference = count + n, batch_mean - mean
+    return (
+        total,
+        mean + difference * n / total,
+        squares + batch_squares + difference**2 * count * n / total,
+    )
+
+
+def end_scores(scores: Tensor, mask: Tensor) -> Tensor:
+    """Token rewards that hold each response's score on its last true token and 0 elsewhere. [N], [N, T] → [N, T].
+
+    A response without a true token has nowhere to hold a score and gets none.
+    """
+    last = mask & (mask.long().flip(-1).cumsum(-1).flip(-1) == 1)
+    return last * scores.unsqueeze(-1)
+
+
+def gae(
+    token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (1506.02438, equations 11 to 16).
+
+    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γ·gae_lambda·A_{t+1};  G_t = A_t + V_t.
+    V after the last true token is 0, however the response ended: the length limit is part of the task.
+
+    token_rewards, values [N, T] float32, mask [N, T] bool with the true tokens of a row side by side
+    → advantages, returns [N, T], 0 outside the mask.
+    """
+    zero = values.new_zeros(())
+    rewards, values = token_rewards.where(mask, zero), values.where(mask, zero)
+    advantages = values.new_zeros(values.shape)
+    next_value = next_advantage = values.new_zeros(values.shape[0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage).where(mask[:, t], zero)
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, (advantages + values).where(mask, zero)
+
+
+def group_mean(token_rewards: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
+    """Each response's total reward minus the mean of the other responses to its prompt, on every true token.
+
+    The leave-one-out baseline of 2402.14740. Without a KL penalty in the token rewards the total is the
+    score. token_rewards [N, T], groups [N] int64, mask [N, T] → [N, T]. ValueError if a prompt has one response.
+    """
+    totals = token_rewards.where(mask, token_rewards.new_zeros(())).sum(-1)
+    same = (groups.unsqueeze(0) == groups.unsqueeze(1)).to(totals.dtype)
+    others = same.sum(-1) - 1
+    if bool((others < 1).any()):
+        raise ValueError("group_mean needs at least two responses to every prompt")
+    baseline = (same @ totals - totals) / others
+    return (totals - baseline).unsqueeze(-1) * mask

@@ -1,0 +1,26 @@
+"""Advantage-Weighted Regression (1910.00177), per token as in 2306.02231."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from apa_cli.algorithms.base import TOKENS, ActorCritic
+from apa_cli.losses import awr_loss
+from apa_cli.types import Batch, Loss, LossTerm, Needs, PolicyOutput, Positive
+
+
+@dataclass(frozen=True)
+class AWR(ActorCritic):
+    """Imitates sampled tokens with weight exp(Â/λ); λ is a step size, nothing pulls to π_init."""
+
+    lambda_: Annotated[float, Positive]
+    weight_clip: Annotated[float | None, Positive]
+
+    def needs(self) -> Needs:
+        return replace(super().needs(), reference=False)
+
+    def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
+        values = awr_loss(output.logprobs, batch.advantages, self.lambda_, self.weight_clip)
+        policy = LossTerm(name="policy", values=values, mask=TOKENS, weight=1.0)
+        return Loss([policy, *self.critic_terms(batch, output)])

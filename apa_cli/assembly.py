@@ -1,0 +1,155 @@
+"""Puts a run together: data, stages, models, reward, tracker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, PreTrainedModel
+
+from apa_cli import checkpoint as checkpoints
+from apa_cli.console import Console
+from apa_cli.evaluation import Evaluator
+from apa_cli.models.critic import build_critic
+from apa_cli.models.forward import TrainingModel
+from apa_cli.models.loading import TORCH_DTYPES, end_tokens, load_policy, load_tokenizer, loaded
+from apa_cli.plan import run_plan
+from apa_cli.randomness import Stream, torch_seed
+from apa_cli.rewards.base import checked
+from apa_cli.rollout.collect import tokenized
+from apa_cli.run_directory import RunDirectory
+from apa_cli.settings import Config, CriticInit, CriticKind, Device, LaunchSettings
+from apa_cli.stages.cache import resolved
+from apa_cli.tracking import make_tracker
+from apa_cli.trainer import Trainer, frozen_copy
+from apa_cli.types import ConfigError, Example, UserError
+from apa_cli.update import Updater, build_optimizer
+
+
+def launch(settings: LaunchSettings) -> torch.device:
+    """The device to compute on, CPU threads set."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.device is Device.cuda and not torch.cuda.is_available():
+        raise UserError("launch.device: cuda was asked for, and PyTorch sees no GPU")
+    use_gpu = settings.device is Device.cuda or (settings.device is Device.auto and torch.cuda.is_available())
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def load_examples(config: Config) -> tuple[list[Example], list[Example]]:
+    """The data set's train and test rows, checked for an overlap of their prompts."""
+    try:
+        train, held_out = config.dataset.load("train"), config.dataset.load("test")
+    except ValueError as error:
+        raise UserError(f"dataset: {error}") from error
+    if not train or not held_out:
+        raise UserError(f"dataset: {len(train)} rows to train on and {len(held_out)} held out; both are needed")
+    shared = {example.prompt for example in train} & {example.prompt for example in held_out}
+    if shared:
+        raise UserError(f"dataset: {len(shared)} prompts are both trained on and held out, such as {min(shared)!r}")
+    return train, held_out
+
+
+def stage_progress(console: Console, name: str) -> Callable[[int, int, float], None]:
+    """Says how far a stage is, at every tenth of it."""
+    begun = time.monotonic()
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        if step == steps or step % max(1, steps // 10) == 0:
+            left = (time.monotonic() - begun) / step * (steps - step)
+            console.say(f"{name}: step {step}/{steps}, loss {loss:.3f}, {left:.0f} s left")
+
+    return progress
+
+
+def build_trainer(config: Config, path: Path, group: str | None, resume: Path | None, console: Console) -> Trainer:
+    """Everything that `Trainer` needs, in `path`; with `resume`, as that checkpoint left it."""
+    device = launch(config.launch)
+    train, held_out = load_examples(config)
+    as_given, directory = config, RunDirectory(path)
+    config = resolved(config, train, held_out, device, console.say, stage_progress(console, "stage"))
+    for line in run_plan(config):
+        console.say(line)
+    tokenizer = load_tokenizer(config.model, config.model.path)
+    policy = load_policy(config.model, config.model.path)
+    check_lengths(config, policy, len(tokenizer))
+    policy.to(device)
+    reference = frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
+    model = TrainingModel(policy, critics(config, policy), config.sampling.temperature).to(device)
+    score = checked(config.reward.load(str(device), config.model.dtype.value))
+    ends = end_tokens(policy, tokenizer)
+    updater = Updater(
+        config.algo, model, build_optimizer(model, config.optimizer), config.run, config.optimizer,
+        config.model.dtype, device,
+    )  # fmt: skip
+    longest = config.sampling.max_prompt_tokens
+    prompts = [
+        tokenized(tokenizer, example.prompt, example.columns, place, 0, longest)[0]
+        for place, example in enumerate(held_out[: config.evaluation.prompts])
+    ]
+    evaluator = Evaluator(
+        prompts, tokenizer, reference, score, config.dataset.describe, config.sampling, ends, config.run.eval_seed,
+        config.run.microbatch, config.model.dtype,
+    )  # fmt: skip
+    wandb_id, loaded_state = None, None
+    if resume is not None:
+        loaded_state = checkpoints.load(resume)
+        wandb_id = loaded_state[1]["wandb_id"]
+    tracking = config.tracking
+    tracker = make_tracker(
+        tracking.kind.value, tracking.project, tracking.mode.value, path, path.name, tracking.group or group,
+        as_given.raw, wandb_id, console.say,
+    )  # fmt: skip
+    directory.write_environment(
+        device=str(device),
+        gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
+        threads=torch.get_num_threads(),
+        policy=config.model.path,
+        reward=getattr(config.reward, "path", None),
+    )
+    trainer = Trainer(
+        config, directory, console, tracker, tokenizer, ends, train, score, model, reference, updater, evaluator, device,
+        moving_reference=frozen_copy(policy, TORCH_DTYPES[config.model.dtype]) if config.reference.refresh_every else None,
+    )  # fmt: skip
+    if loaded_state is not None:
+        trainer.load_checkpoint(*loaded_state)
+    return trainer
+
+
+def critics(config: Config, policy: PreTrainedModel) -> dict:
+    """The critics that the algorithm asks for, by name."""
+    names = config.algo.needs().critics
+    on_trunk = config.critic.kind is CriticKind.head
+    start = critic_start(config, policy) if names and config.critic.init is CriticInit.reward else None
+    seed = config.run.seed
+    return {
+        name: build_critic(policy, config.critic.head, torch_seed(seed, Stream.initialization, number), start, on_trunk)
+        for number, name in enumerate(names)
+    }
+
+
+def critic_start(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
+    """The reward model's trunk, for `critic.init=reward`; it must read the policy's tokens."""
+    path = getattr(config.reward, "path", None)
+    if config.critic.kind is CriticKind.head or path is None:
+        raise ConfigError("critic.init: reward needs critic.kind=separate and a reward that is a model")
+    model = loaded(AutoModel.from_pretrained, path, "reward.path", dtype=torch.float32)
+    if model.config.vocab_size != policy.config.vocab_size or model.config.model_type != policy.config.model_type:
+        raise ConfigError("critic.init: the reward model is of another architecture or vocabulary than the policy")
+    return model.eval()
+
+
+def check_lengths(config: Config, policy: PreTrainedModel, vocabulary: int) -> None:
+    """Prompt and response fit the model's positions, the tokenizer its vocabulary."""
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+    room = getattr(policy.config, "max_position_embeddings", None)
+    if room is not None and longest > room:
+        raise ConfigError(
+            f"sampling: max_prompt_tokens {config.sampling.max_prompt_tokens} + max_new_tokens "
+            f"{config.sampling.max_new_tokens} is more than the model's {room} positions"
+        )
+    size = policy.get_input_embeddings().num_embeddings
+    if vocabulary > size:
+        raise ConfigError(f"model.tokenizer: it has {vocabulary} tokens, the model only {size}")

@@ -1,0 +1,351 @@
+"""From the command line to a checked `Config`: the only module, with the commands, that knows Hydra and OmegaConf.
+
+Everything wrong with a configuration is found here, before torch is imported, and said in one line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from datetime import datetime
+from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from apa_cli.help import print_help
+from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, RunSettings
+from apa_cli.types import ConfigError, Range, UserError
+
+LAMBDA = "lambda"
+VERSION_BASE = "1.3"
+
+
+def config_dir() -> Path:
+    """The absolute path of conf/: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def new_run_name() -> str:
+    """A time stamp that no directory under outputs/ has yet."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    taken = any((Path("outputs") / parent / stamp).exists() for parent in ("", "sweeps"))
+    return f"{stamp}_{os.getpid()}" if taken else stamp
+
+
+def directory_name(overrides: str) -> str:
+    """The overrides of one job of a sweep as one folder name, without separators of paths."""
+    return re.sub(r"[/\\]", "_", overrides)[:200] or "default"
+
+
+def run_directory_name(name: str, resume: str | None) -> str:
+    """outputs/<name>, or the directory of the run that is resumed (a run, or one of its checkpoints)."""
+    if resume is None:
+        return str(Path("outputs") / name)
+    path = Path(str(resume))
+    return str(path.parent.parent if path.parent.name == "checkpoints" else path)
+
+
+OmegaConf.register_new_resolver("run_directory", run_directory_name, replace=True)
+OmegaConf.register_new_resolver("run_name", new_run_name, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("directory_name", directory_name, replace=True)
+
+
+# --- the checks ---------------------------------------------------------------------------------------------
+
+
+def build(cfg: DictConfig) -> Config:
+    """The typed sections of a composed configuration. ConfigError, one line, for anything wrong with it."""
+    check_lambda(cfg)
+    known = {f.name for f in fields(RunSettings)} | set(SECTIONS) | set(TARGET_SECTIONS) | {LAMBDA}
+    for key in cfg:
+        if key not in known:
+            raise ConfigError(unknown_key(str(key), cfg))
+    run = {f.name: _value(cfg, f.name, f.name) for f in fields(RunSettings) if f.name in cfg}
+    sections: dict[str, Any] = {"run": _typed(RunSettings, run, "", cfg)}
+    for name in (*TARGET_SECTIONS, *SECTIONS):
+        if not isinstance(cfg.get(name), DictConfig):
+            raise ConfigError(f"{name}: a section is needed here, with keys of its own")
+        values = {str(key): _value(cfg[name], key, f"{name}.{key}") for key in cfg[name]}
+        kind = SECTIONS.get(name) or _target(values.pop("_target_", None), name)
+        sections[name] = _typed(kind, values, name, cfg)
+    config = Config(**sections, raw=typing.cast(dict, OmegaConf.to_container(cfg, resolve=True)))
+    check_arithmetic(config)
+    return config
+
+
+def check_lambda(cfg: DictConfig) -> None:
+    """`lambda` is there only for an algorithm that has one, and is the one way to set it."""
+    algo = cfg.get("algo")
+    raw = OmegaConf.to_container(algo, resolve=False) if isinstance(algo, DictConfig) else {}
+    linked = f"${{{LAMBDA}}}" in raw.values()
+    if LAMBDA in cfg and not linked:
+        raise ConfigError(f"{LAMBDA}: this algorithm has none, or the key of it that {LAMBDA} sets was set directly; give {LAMBDA}=…")
+
+
+def check_arithmetic(config: Config) -> None:
+    """The three batch sizes divide one another, and the algorithm gets what it needs."""
+    run = config.run
+    for large, small in (("rollout_batch", "minibatch"), ("minibatch", "microbatch"), ("rollout_batch", "samples_per_prompt")):
+        if getattr(run, large) % getattr(run, small):
+            raise ConfigError(f"{large}: {getattr(run, large)} is not a multiple of {small} {getattr(run, small)}")
+    least = config.algo.needs().samples_per_prompt
+    if run.samples_per_prompt < least:
+        raise ConfigError(f"samples_per_prompt: algo.advantage={config.algo.advantage.value} needs at least {least}, got {run.samples_per_prompt}")
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas: two numbers from 0 to below 1 are needed, got {config.optimizer.betas}")
+
+
+def _value(node: DictConfig, key: Any, name: str) -> Any:
+    """One value, resolved; ConfigError where it is missing or refers to nothing."""
+    if OmegaConf.is_missing(node, key):
+        raise ConfigError(f"{name}: a value is needed, give {name}=…")
+    try:
+        value = node[key]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {_first_line(error)}") from error
+    try:
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {_first_line(error)}") from error
+
+
+def _target(path: Any, section: str) -> type:
+    """The dataclass that a section's `_target_` names."""
+    module, _, name = str(path or "").rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{section}._target_: cannot import {path!r} ({_first_line(error)})") from error
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise ConfigError(f"{section}._target_: {path} is not a dataclass")
+    return found
+
+
+def _typed(kind: type, values: dict[str, Any], section: str, cfg: DictConfig) -> Any:
+    """An instance of the dataclass `kind`; ConfigError naming the key for an unknown, missing or wrong value."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    named = {f.name for f in fields(kind)}
+    prefix = f"{section}." if section else ""
+    for key in values:
+        if key not in named:
+            raise ConfigError(unknown_key(f"{prefix}{key}", cfg, [f"{prefix}{name}" for name in named]))
+    schema = OmegaConf.structured(kind)
+    OmegaConf.set_readonly(schema, False)
+    for key in sorted(named):
+        name = _typed_by(cfg, section, key)
+        if key not in values:
+            raise ConfigError(f"{name}: a value is needed")
+        value, hint = values[key], hints[key]
+        try:
+            schema = OmegaConf.merge(schema, {key: value})
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{name}: {value!r} is not {_described(hint)}") from error
+        _check_range(name, schema[key], hint)
+    return OmegaConf.to_object(schema)
+
+
+def _typed_by(cfg: DictConfig, section: str, key: str) -> str:
+    """The key as the user knows it: `lambda` for the field that it sets."""
+    node = cfg.get(section) if section else None
+    if isinstance(node, DictConfig) and OmegaConf.to_container(node, resolve=False).get(key) == f"${{{LAMBDA}}}":
+        return LAMBDA
+    return f"{section}.{key}" if section else key
+
+
+def _check_range(name: str, value: Any, hint: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}: {value} is not a finite number")
+    if value is None or typing.get_origin(hint) is not Annotated:
+        return
+    for allowed in hint.__metadata__:
+        if isinstance(allowed, Range) and value not in allowed:
+            raise ConfigError(f"{name}: {value} must be {allowed}")
+
+
+def _described(hint: Any) -> str:
+    """A type in a user's words."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    kind = hint if typing.get_origin(hint) in (list, dict) else kinds[0]
+    optional = " or null" if type(None) in typing.get_args(hint) else ""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(member.name for member in kind)
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    return words.get(kind, f"a {typing.get_origin(kind).__name__}" if typing.get_origin(kind) else str(kind)) + optional
+
+
+def unknown_key(key: str, cfg: DictConfig, near: list[str] | None = None) -> str:
+    """One line that names a key that does not exist, and the nearest one that does."""
+    if key == LAMBDA:
+        return f"{LAMBDA}: the algorithm of this run has none"
+    keys = [k for k in [*(near or []), *_keys(cfg)] if k != key]
+    same_end = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    close = same_end or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not close:
+        ends = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
+        found = difflib.get_close_matches(key.rsplit(".", 1)[-1], ends, n=1, cutoff=0.6)
+        close = [ends[name] for name in found]
+    return f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "; --help lists the keys")
+
+
+def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """All dotted keys of a configuration."""
+    names = []
+    for key in cfg:
+        name = f"{prefix}{key}"
+        names.append(name)
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key) and not node._is_none():
+            names += _keys(node, f"{name}.")
+    return [name for name in names if not name.endswith("_target_")]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- composing ----------------------------------------------------------------------------------------------
+
+
+def compose(overrides: list[str], extra_dir: str | None = None, config_name: str = "config") -> DictConfig:
+    """conf/ with these overrides, unchecked. ConfigError in one line for words that cannot be composed."""
+    extra = [] if extra_dir is None else [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"]
+    if extra_dir is not None and not Path(extra_dir).is_dir():
+        raise ConfigError(f"--config-dir: no folder {extra_dir}")
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
+            return hydra.compose(config_name, overrides=[*overrides, *extra])
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_explained(error, overrides, extra_dir, config_name)) from error
+
+
+def _explained(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str) -> str:
+    """What is wrong with these words, in one line: a group's option, a key, or whatever Hydra says first."""
+    groups = _groups(extra_dir)
+    plain = []
+    for word in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(word)
+        except HydraException as parse_error:
+            return f"cannot read {word!r}: {_first_line(parse_error)}; words have the form key=value"
+        if parsed.key_or_group in groups:
+            options, chosen = groups[parsed.key_or_group], parsed.value()
+            if not isinstance(chosen, str):
+                return f"{parsed.key_or_group}: {word} does not name one of {', '.join(sorted(options))}"
+            if chosen not in options:
+                close = difflib.get_close_matches(chosen, options, n=1, cutoff=0.4)
+                hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(sorted(options))}"
+                return f"{parsed.key_or_group}: no '{chosen}'; {hint}"
+            plain.append(word)
+        elif parsed.is_add() and "." not in parsed.key_or_group and isinstance(parsed.value(), str):
+            plain.append(word)
+    chosen_groups = [word for word in plain if not word.startswith("+")]
+    try:
+        base = compose(chosen_groups, extra_dir, config_name) if chosen_groups != overrides else None
+    except ConfigError as base_error:
+        return str(base_error)
+    if base is not None:
+        known = [*_keys(base), *groups]
+        for word in overrides:
+            key = OverridesParser.create().parse_override(word).key_or_group
+            if key not in known and not word.startswith(("+", "hydra.")) and not key.startswith("hydra."):
+                return unknown_key(key, base, list(groups))
+    if "Ambiguous value" in str(error):
+        return f"{_first_line(error)}: several values need -m (a sweep), a list needs brackets"
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    return _first_line(cause)
+
+
+def _groups(extra_dir: str | None) -> dict[str, set[str]]:
+    """Group → its options, in conf/ and in the user's own folder."""
+    groups: dict[str, set[str]] = {}
+    for root in (config_dir(), *([Path(extra_dir)] if extra_dir else [])):
+        for file in root.rglob("*.yaml"):
+            if file.parent != root:
+                group = file.parent.relative_to(root)
+                parts = group.parts[0]
+                groups.setdefault(parts, set()).add(str(file.with_suffix("").relative_to(root / parts)))
+    return groups
+
+
+def expand(overrides: list[str]) -> list[list[str]]:
+    """The jobs of a sweep: one list of overrides each."""
+    parsed: list[Override] = OverridesParser.create().parse_overrides(overrides)
+    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def command(name: str, task: Callable[[Config], None]) -> None:
+    """Runs one of the Hydra commands: checks all words, hands `task` a checked Config for each job.
+
+    A UserError ends in one line on stderr and its exit status; --help, --cfg, --config-dir and -m are Hydra's.
+    """
+    try:
+        args = get_args_parser().parse_args()
+        if args.help:
+            print_help(name, config_dir())
+            return
+        if not (args.hydra_help or args.info or args.shell_completion):
+            _check_words(args.overrides, args.multirun, args.config_dir)
+        _run_hydra(task)
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(error.status)
+
+
+def _check_words(overrides: list[str], multirun: bool, extra_dir: str | None) -> None:
+    try:
+        jobs = expand(overrides) if multirun else [overrides]
+    except HydraException as error:
+        raise ConfigError(_explained(error, overrides, extra_dir, "config")) from error
+    for job in jobs:
+        build(compose(job, extra_dir))
+
+
+def _run_hydra(task: Callable[[Config], None]) -> None:
+    def job(cfg: DictConfig) -> None:
+        task(build(cfg))
+
+    # Hydra then hands exceptions on to `command` instead of printing its own account of them.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    hydra.main(config_path=str(config_dir()), config_name="config", version_base=VERSION_BASE)(job)()
+
+
+def run_directory() -> Path:
+    """The directory of the job that Hydra is running."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def sweep_name() -> str | None:
+    """The name of the sweep that this job belongs to, or None."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    job = HydraConfig.get()
+    return Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None

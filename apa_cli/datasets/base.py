@@ -1,0 +1,36 @@
+"""The contract of a data set, and the order in which a run goes through its prompts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from apa_cli.randomness import Stream, permutation
+from apa_cli.types import Example
+
+
+class Dataset(ABC):
+    """A data set is a frozen dataclass of its settings. Among its fields is `stop_strings`, a list of the
+    texts that end a reply in this form of dialogue."""
+
+    @abstractmethod
+    def load(self, split: str) -> list[Example]:
+        """The rows of "train" or "test", the same at every call; no prompt is in both. UserError if unreadable."""
+
+    def describe(self, prompts: list[str], responses: list[str]) -> dict[str, float]:
+        """Further numbers about replies to prompts of this data set, logged as eval/NAME; default: none."""
+        return {}
+
+
+def positions(start: int, count: int, size: int, seed: int) -> list[int]:
+    """Rows number `start` … `start + count − 1` of an endless pass over a data set of `size` rows.
+
+    Each pass has an order of its own, keyed by (seed, pass), so any stretch can be had without the ones before.
+    """
+    rows = []
+    while count > 0:
+        number, offset = divmod(start, size)
+        order = permutation(size, seed, Stream.data_order, number)
+        taken = order[offset : offset + count]
+        rows += taken.tolist()
+        start, count = start + len(taken), count - len(taken)
+    return rows

@@ -1,0 +1,37 @@
+"""dataset=prompts: your own prompts, one per line of a text file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from apa_cli.datasets.base import Dataset
+from apa_cli.types import Example, Range, UserError
+
+
+@dataclass(frozen=True)
+class PromptFile(Dataset):
+    """Every `held_out_every`-th distinct line is held out, the others are trained on; blank lines are skipped."""
+
+    path: str
+    held_out_every: Annotated[int, Range(2)]
+    prefix: str
+    suffix: str
+    stop_strings: list[str]
+
+    def load(self, split: str) -> list[Example]:
+        file = Path(self.path).expanduser()
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"dataset.path: cannot read {file} ({error})") from error
+        texts = list(dict.fromkeys(line for line in lines if line.strip()))
+        if len(texts) < self.held_out_every:
+            raise UserError(f"dataset.path: {file} has {len(texts)} prompts, too few to hold out every {self.held_out_every}th")
+        held_out = split == "test"
+        return [
+            Example(f"{self.prefix}{text}{self.suffix}", None, None, {})
+            for number, text in enumerate(texts, start=1)
+            if (number % self.held_out_every == 0) == held_out
+        ]

@@ -1,0 +1,96 @@
+"""Evaluation on fixed held-out prompts with fixed random numbers: score, exact KL, entropy, diversity, win rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from apa_cli.kl import exact_kl
+from apa_cli.models.forward import compute_precision, response_logits, sequences, widened
+from apa_cli.randomness import Stream
+from apa_cli.rewards.base import Score
+from apa_cli.rollout.collect import collect
+from apa_cli.rollout.statistics import mean_interval, response_statistics
+from apa_cli.settings import DType, SamplingSettings
+from apa_cli.tensor_ops import masked_mean, token_entropy
+from apa_cli.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Samples the same prompts with the same random numbers each time, so that curves and runs pair."""
+
+    prompts: list[Prompt]
+    tokenizer: PreTrainedTokenizerBase
+    reference: PreTrainedModel
+    score: Score
+    describe: Callable[[list[str], list[str]], dict[str, float]]
+    sampling: SamplingSettings
+    end_tokens: frozenset[int]
+    eval_seed: int
+    microbatch: int
+    dtype: DType
+
+    @torch.no_grad()
+    def evaluate(
+        self, policy: PreTrainedModel, sft_scores: list[float] | None
+    ) -> tuple[dict[str, float], list[dict[str, Any]], list[float]]:
+        """Metrics under eval/, one row per prompt for the sample table, and the scores.
+
+        eval/win_rate_sft compares each score with `sft_scores`, those of the SFT model on the same prompts and
+        random numbers; a tie counts half. With None this is the evaluation of the SFT model itself.
+        """
+        with compute_precision(policy.device, self.dtype):
+            rollout = collect(
+                {"policy": policy}, self.tokenizer, self.prompts, self.sampling, self.end_tokens,
+                self.eval_seed, Stream.evaluation, iteration=0,
+            )  # fmt: skip
+            kl, entropy = self.exact(policy, rollout)
+        scores = self.score(rollout.prompts, rollout.responses, rollout.columns)
+        values = torch.tensor(scores)
+        sft = torch.tensor(sft_scores if sft_scores is not None else scores)
+        statistics = response_statistics(rollout)
+        per_response = kl.sum(-1)
+        metrics = {
+            "eval/reward_mean": float(values.mean()),
+            "eval/reward_ci": mean_interval(values),
+            "eval/reward_mean_sft": float(sft.mean()),
+            "eval/win_rate_sft": float(((values > sft) + 0.5 * (values == sft)).mean()),
+            "eval/kl_exact": float(per_response.mean()),
+            "eval/kl_exact_token": float(masked_mean(kl, rollout.mask)),
+            "eval/entropy": float(masked_mean(entropy, rollout.mask)),
+            "eval/distinct_2": statistics["response/distinct_2"],
+            "eval/length": statistics["response/length"],
+            "eval/eos_rate": statistics["response/eos_rate"],
+        }
+        described = self.describe(rollout.prompts, rollout.responses)
+        metrics.update({f"eval/{name}": value for name, value in described.items()})
+        rows = [
+            {"prompt": prompt, "response": response, "score": score, "kl": float(nats), "ending": ending}
+            for prompt, response, score, nats, ending in zip(
+                rollout.prompts, rollout.responses, scores, per_response, rollout.endings, strict=True
+            )
+        ]
+        return metrics, rows, scores
+
+    def exact(self, policy: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """KL(π_θ ‖ π_init) and the entropy of π_θ at each response position, over the whole vocabulary, [N, T]."""
+        kls, entropies = [], []
+        device, temperature = policy.device, self.sampling.temperature
+        for start in range(0, len(rollout.endings), self.microbatch):
+            part = slice(start, start + self.microbatch)
+            mask = rollout.mask[part].to(device)
+            rows = sequences(
+                rollout.prompt_ids[part].to(device), rollout.prompt_mask[part].to(device),
+                rollout.response_ids[part].to(device), mask,
+            )  # fmt: skip
+            logits = response_logits(policy, rows, temperature)
+            ref_logits = response_logits(self.reference, rows, temperature)
+            kls.append(widened(exact_kl(logits, ref_logits), mask).cpu())
+            entropies.append(widened(token_entropy(logits), mask).cpu())
+        return torch.cat(kls), torch.cat(entropies)

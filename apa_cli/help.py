@@ -1,0 +1,75 @@
+"""--help: conf/ is the manual, and this prints it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+COMMANDS = {
+    "apa-train": "trains a language model by online RLHF: sample replies, score them, estimate advantages, update",
+    "apa-sft": "supervised fine-tuning on the chosen replies of a data set; writes a plain model folder",
+    "apa-reward": "trains a reward model on pairs of chosen and rejected replies; writes a plain model folder",
+}
+
+EXAMPLES = {
+    "apa-train": [
+        "apa-train                                      the embedded default, nothing to download",
+        "apa-train algo=apa lambda=0.1                  the same, spelled out",
+        "apa-train algo=ppo lambda=0.05 seed=1          another algorithm, another seed",
+        "apa-train -m algo=apa lambda=0.03,0.1,0.3,1    a sweep: one run for each value",
+        "apa-train model=local model.path=FOLDER reward=function reward.target=my_file.py:my_function",
+        "apa-train plan=true                            say what would run, and stop",
+        "apa-train resume=outputs/NAME                  continue a run",
+    ],
+    "apa-sft": ["apa-sft sft.epochs=3", "apa-sft model=local model.path=FOLDER name=my_sft"],
+    "apa-reward": ["apa-reward", "apa-reward model=local model.path=FOLDER reward_model.lr=1e-4 name=my_reward"],
+}
+
+FLAGS = """\
+  -m, --multirun      a sweep: every combination of comma-separated values is one run
+  --cfg job           print the whole configuration and stop
+  --config-dir DIR    a folder with your own yaml files, laid out as conf/
+  --hydra-help        all other flags"""
+
+
+def described_keys(yaml: str) -> list[tuple[str, str, str]]:
+    """(key, value, comment above it) for each key of a yaml file that has a comment directly above it."""
+    rows, comment = [], []
+    for line in yaml.splitlines():
+        stripped = line.strip()
+        if stripped.startswith("#"):
+            comment.append(stripped.lstrip("# "))
+        elif (found := re.match(r"(\w+):\s*(.*)$", stripped)) and comment:
+            rows.append((found[1], found[2], " ".join(comment)))
+            comment = []
+        else:
+            comment = []
+    return rows
+
+
+def print_help(command: str, conf: Path) -> None:
+    """Usage, examples, groups with their options, and every key with its comment and default."""
+    print(f"{command} {COMMANDS[command]}.\n\nUsage: {command} [group=option | key=value] … [flags]\n\nExamples:")
+    print("\n".join(f"  {line}" for line in EXAMPLES[command]))
+    print(f"\nFlags:\n{FLAGS}\n\nGroups (conf/GROUP/OPTION.yaml; the default has a star):")
+    main = (conf / "config.yaml").read_text()
+    chosen = dict(re.findall(r"^  - (\w+): (\w+)$", main, flags=re.M))
+    for group, default in chosen.items():
+        options = sorted(str(f.relative_to(conf / group).with_suffix("")) for f in (conf / group).rglob("*.yaml"))
+        marked = [f"{option}*" if option == default else option for option in options]
+        print(f"  {group + '=':15s}{', '.join(marked)}")
+    print("\nKeys (key=value; those of a group as group.key=value):")
+    _print_keys("", main.split("\nhydra:")[0])
+    for group, default in chosen.items():
+        file = conf / group / f"{default}.yaml"
+        if file.is_file():
+            print(f"\n {group}={default}")
+            _print_keys(f"{group}.", file.read_text())
+
+
+def _print_keys(prefix: str, yaml: str) -> None:
+    for key, value, comment in described_keys(yaml):
+        if key in ("defaults", "_target_"):
+            continue
+        name = key if key == "lambda" or not value else f"{prefix}{key}"
+        print(f"  {name + '=' + value:38s} {comment}")

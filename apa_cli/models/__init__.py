@@ -1,0 +1,1 @@
+"""Models: loading and building, the forward passes of policy, critics and reference."""

@@ -1,0 +1,1 @@
+"""Reading finished runs: their curves, and comparisons of many of them."""

@@ -1,0 +1,85 @@
+"""reward=function: any Python function of prompts and responses."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apa_cli.rewards.base import Reward, Score
+from apa_cli.types import UserError
+
+
+@dataclass(frozen=True)
+class FunctionReward(Reward):
+    """Calls NAME(prompts, responses, **columns) of `target` FILE.py:NAME or package.module:NAME.
+
+    `prompts` and `responses` are lists of texts; each further column of the data set is a list as long. A
+    function without **keywords gets those columns alone whose names it takes. It returns one finite number
+    per response.
+    """
+
+    target: str
+
+    def load(self, device: str, dtype: str) -> Score:
+        function = imported(self.target)
+        parameters = inspect.signature(function).parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+        def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
+            names = {name for row in columns for name in row}
+            wanted = {name for name in names if takes_all or name in parameters}
+            table = {name: [row.get(name) for row in columns] for name in sorted(wanted)}
+            try:
+                return function(prompts, responses, **table)
+            except UserError:
+                raise
+            except Exception as error:
+                frame = _last_frame(error)
+                raise UserError(f"reward: {self.target} raised {type(error).__name__}: {error}{frame}") from error
+
+        return score
+
+
+def imported(target: str) -> Callable[..., Any]:
+    """The function that FILE.py:NAME or package.module:NAME names. UserError says which part is not there."""
+    where, separator, name = target.rpartition(":")
+    if not separator or not where or not name:
+        raise UserError(f"reward.target: {target!r} is not of the form FILE.py:NAME or package.module:NAME")
+    try:
+        module = _from_file(Path(where).expanduser()) if where.endswith(".py") else _from_name(where)
+    except Exception as error:
+        raise UserError(f"reward.target: cannot import {where} ({type(error).__name__}: {error})") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"reward.target: {where} has no function {name}")
+    return function
+
+
+def _from_file(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
+    spec = importlib.util.spec_from_file_location(f"apa_reward_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_name(name: str) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def _last_frame(error: BaseException) -> str:
+    """Where in the user's code it happened."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    return f" ({Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno})" if trace else ""

@@ -1,0 +1,1 @@
+"""Sampling responses: random numbers in, tokens, log-probs and texts out."""

@@ -1,0 +1,115 @@
+"""From prompts to a `Rollout`: draws the responses under a plan and cuts their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from apa_cli.randomness import Stream, generator, uniforms
+from apa_cli.rollout.sampler import EOS, LENGTH, Sampled, left_padded, right_padded, sample
+from apa_cli.settings import SamplingSettings
+from apa_cli.types import Prompt, Rollout, RolloutPlan
+
+
+def tokenized(
+    tokenizer: PreTrainedTokenizerBase, text: str, columns: dict, place: int, number: int, longest: int
+) -> tuple[Prompt, bool]:
+    """A prompt with its tokens, the last `longest` of them, and whether it was cut.
+
+    The text of a cut prompt is the text of the tokens that are left: the reward sees what the policy saw.
+    """
+    ids = tokenizer(text)["input_ids"]
+    if len(ids) <= longest:
+        return Prompt(text, ids, place, number, columns), False
+    ids = ids[-longest:]
+    return Prompt(tokenizer.decode(ids, skip_special_tokens=True), ids, place, number, columns), True
+
+
+def response_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int], ending: str, stop_strings: list[str]
+) -> str:
+    """The text that is scored: without the terminator, cut before the stop string, stripped on the right.
+
+    It is decoded behind the prompt's last tokens, because some tokenizers drop the first space otherwise.
+    """
+    tokens = response[:-1] if ending == EOS else response
+    context = tokenizer.decode(prompt[-4:], skip_special_tokens=True)
+    text = tokenizer.decode(prompt[-4:] + tokens, skip_special_tokens=True)
+    text = text[len(context) :] if text.startswith(context) else tokenizer.decode(tokens, skip_special_tokens=True)
+    cuts = [text.index(string) for string in stop_strings if string and string in text]
+    return text[: min(cuts)].rstrip() if cuts else text.rstrip()
+
+
+def collect(
+    models: Mapping[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    settings: SamplingSettings,
+    end_tokens: frozenset[int],
+    seed: int,
+    stream: Stream,
+    iteration: int,
+    plan: RolloutPlan | None = None,
+) -> Rollout:
+    """Draws one response to each prompt; `models` holds the policies that the plan names.
+
+    A response's random numbers are keyed by (seed, stream, iteration, place, sample) and by nothing else.
+    """
+    plan = plan or RolloutPlan()
+    places = [(prompt.place, prompt.sample) for prompt in prompts]
+    prompt_tokens = [prompt.token_ids for prompt in prompts]
+    prefixes: list[list[int]] = [[] for _ in prompts]
+    prefix_logprobs: list[list[float]] = [[] for _ in prompts]
+    if plan.rollin_probability > 0:
+        draws = uniforms(seed, Stream.roll_in, iteration, places, settings.max_new_tokens)
+        rolled = sample(models[plan.roll_in], tokenizer, prompt_tokens, draws, settings, end_tokens)
+        for i, (place, number) in enumerate(places):
+            rng = generator(seed, Stream.plan, iteration, place, number)
+            kept, tokens = rng.random() < plan.rollin_probability, rolled.tokens[i]
+            if kept and len(tokens) >= 2:
+                cut = int(rng.integers(1, len(tokens)))
+                prefixes[i], prefix_logprobs[i] = tokens[:cut], rolled.logprobs[i][:cut]
+    draws = uniforms(seed, stream, iteration, places, settings.max_new_tokens)
+    starts = [tokens + prefix for tokens, prefix in zip(prompt_tokens, prefixes, strict=True)]
+    drawn = sample(models[plan.roll_out], tokenizer, starts, draws, settings, end_tokens)
+    return assembled(tokenizer, prompts, prefixes, prefix_logprobs, drawn, settings)
+
+
+def assembled(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    prefixes: list[list[int]],
+    prefix_logprobs: list[list[float]],
+    drawn: Sampled,
+    settings: SamplingSettings,
+) -> Rollout:
+    """Prefixes and completions as one rollout, responses cut at the length limit."""
+    limit = settings.max_new_tokens
+    tokens = [(prefix + row)[:limit] for prefix, row in zip(prefixes, drawn.tokens, strict=True)]
+    logprobs = [(prefix + row)[:limit] for prefix, row in zip(prefix_logprobs, drawn.logprobs, strict=True)]
+    endings = [
+        LENGTH if len(prefix) + len(row) > limit else ending
+        for prefix, row, ending in zip(prefixes, drawn.tokens, drawn.endings, strict=True)
+    ]
+    width = max(len(row) for row in tokens)
+    pad = tokenizer.pad_token_id
+    prompt_ids, prompt_mask = left_padded([prompt.token_ids for prompt in prompts], pad)
+    ones = [[1] * len(row) for row in tokens]
+    return Rollout(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask.bool(),
+        response_ids=right_padded(tokens, pad, width, torch.int64),
+        mask=right_padded(ones, 0, width, torch.bool),
+        prefix_mask=right_padded([[1] * len(prefix) for prefix in prefixes], 0, width, torch.bool),
+        sampler_logprobs=right_padded(logprobs, 0.0, width, torch.float32),
+        prompts=[prompt.text for prompt in prompts],
+        responses=[
+            response_text(tokenizer, prompt.token_ids, row, ending, settings.stop_strings)
+            for prompt, row, ending in zip(prompts, tokens, endings, strict=True)
+        ],
+        endings=endings,
+        groups=torch.tensor([prompt.place for prompt in prompts]),
+        columns=[prompt.columns for prompt in prompts],
+    )

@@ -1,0 +1,220 @@
+"""The typed sections of the configuration: names, types and ranges; every value is in conf/.
+
+The sections `algo`, `dataset` and `reward` are not here: each is the dataclass that its `_target_` names.
+A field's comment is the one above its key in conf/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any
+
+from apa_cli.types import AtLeastOne, NonNegative, Positive, Range, Unit
+
+Probability = Range(0, 1, open_low=True)
+
+
+class UpdateOrder(Enum):
+    epochs = "epochs"
+    consecutive = "consecutive"
+
+
+class DType(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class CriticKind(Enum):
+    separate = "separate"
+    head = "head"
+
+
+class CriticInit(Enum):
+    policy = "policy"
+    reward = "reward"
+
+
+class HeadKind(Enum):
+    linear = "linear"
+    mlp = "mlp"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class TrackerKind(Enum):
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+class TrackingMode(Enum):
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The keys that stand at the top of config.yaml."""
+
+    name: str
+    seed: Annotated[int, NonNegative]
+    eval_seed: Annotated[int, NonNegative]
+    iterations: Annotated[int, NonNegative]
+    rollout_batch: Annotated[int, AtLeastOne]
+    minibatch: Annotated[int, AtLeastOne]
+    microbatch: Annotated[int, AtLeastOne]
+    samples_per_prompt: Annotated[int, AtLeastOne]
+    epochs: Annotated[int, AtLeastOne]
+    update_order: UpdateOrder
+    eval_every: Annotated[int, NonNegative]
+    checkpoint_every: Annotated[int, NonNegative]
+    resume: str | None
+    plan: bool
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    path: str | None
+    dtype: DType
+    attention: str
+    trust_remote_code: bool
+    tokenizer: str | None
+    tokenizer_vocabulary: Annotated[int | None, Range(300)]
+    architecture: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CriticSettings:
+    kind: CriticKind
+    init: CriticInit
+    head: HeadKind
+
+
+@dataclass(frozen=True)
+class ReferenceSettings:
+    refresh_every: Annotated[int, NonNegative]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    max_prompt_tokens: Annotated[int, AtLeastOne]
+    max_new_tokens: Annotated[int, AtLeastOne]
+    temperature: Annotated[float, Positive]
+    top_k: Annotated[int, NonNegative]
+    top_p: Annotated[float, Probability]
+    stop_strings: list[str]
+    microbatch: Annotated[int, AtLeastOne]
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    lr: Annotated[float, Positive]
+    critic_lr: Annotated[float, Positive]
+    betas: list[float]
+    eps: Annotated[float, Positive]
+    weight_decay: Annotated[float, NonNegative]
+    max_grad_norm: Annotated[float, Positive]
+    schedule: Schedule
+    warmup_steps: Annotated[int, NonNegative]
+    critic_warmup_iterations: Annotated[int, NonNegative]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    prompts: Annotated[int, AtLeastOne]
+    shown: Annotated[int, NonNegative]
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    keep_last: Annotated[int, AtLeastOne]
+    keep_best: bool
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    device: Device
+    threads: Annotated[int | None, AtLeastOne]
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    kind: TrackerKind
+    project: str
+    mode: TrackingMode
+    group: str | None
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """One supervised stage: `sft` and `reward_model` in the configuration."""
+
+    epochs: Annotated[int, AtLeastOne]
+    batch: Annotated[int, AtLeastOne]
+    lr: Annotated[float, Positive]
+    weight_decay: Annotated[float, NonNegative]
+    warmup_fraction: Annotated[float, Unit]
+    max_grad_norm: Annotated[float, Positive]
+    max_tokens: Annotated[int, Range(2)]
+    held_out: Annotated[int, AtLeastOne]
+
+
+@dataclass(frozen=True)
+class StagesSettings:
+    seed: Annotated[int, NonNegative]
+    cache_dir: str
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelSettings,
+    "critic": CriticSettings,
+    "reference": ReferenceSettings,
+    "sampling": SamplingSettings,
+    "optimizer": OptimizerSettings,
+    "evaluation": EvaluationSettings,
+    "checkpoint": CheckpointSettings,
+    "launch": LaunchSettings,
+    "tracking": TrackingSettings,
+    "sft": FitSettings,
+    "reward_model": FitSettings,
+    "stages": StagesSettings,
+}
+"""The sections whose type is fixed."""
+
+TARGET_SECTIONS = ("algo", "dataset", "reward")
+"""The sections whose type their `_target_` names."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole checked configuration. `raw` is the same, resolved, as plain dicts and lists."""
+
+    run: RunSettings
+    algo: Any
+    dataset: Any
+    reward: Any
+    model: ModelSettings
+    critic: CriticSettings
+    reference: ReferenceSettings
+    sampling: SamplingSettings
+    optimizer: OptimizerSettings
+    evaluation: EvaluationSettings
+    checkpoint: CheckpointSettings
+    launch: LaunchSettings
+    tracking: TrackingSettings
+    sft: FitSettings
+    reward_model: FitSettings
+    stages: StagesSettings
+    raw: dict[str, Any]

@@ -1,0 +1,43 @@
+"""Masked reductions and log-probabilities: small pure functions of tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum of `x` where `mask` is true; what lies outside the mask, infinities and NaN included, has no part in it."""
+    return x.where(mask, x.new_zeros(())).sum()
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `x` where `mask` is true (0 for an empty mask). x [B, T], mask [B, T] bool → scalar."""
+    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+
+
+def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
+    """Population variance of `x` where `mask` is true. x [B, T], mask [B, T] bool → scalar."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x − mean) / std over the true tokens; 0 outside the mask. x [B, T] → [B, T].
+
+    The deviation is floored at 1e-8, so a constant `x` gives zeros.
+    """
+    centred = (x - masked_mean(x, mask)) / masked_variance(x, mask).sqrt().clamp(min=1e-8)
+    return centred.where(mask, x.new_zeros(()))
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
+    """log softmax(logits)[token], in float32. logits [B, T, V] of any float type, token_ids [B, T] → [B, T]."""
+    return logits.float().log_softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+
+
+def token_entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in nats, in float32. [B, T, V] → [B, T]."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    return -(logprobs.exp() * logprobs).sum(dim=-1)

@@ -1,0 +1,292 @@
+"""The loop: prompts → responses → scores → log-probs and values → advantages → update. It never asks which algorithm runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from apa_cli import checkpoint as checkpoints
+from apa_cli.console import Console
+from apa_cli.datasets.base import positions
+from apa_cli.evaluation import Evaluator
+from apa_cli.models.forward import TrainingModel, compute_precision, response_logprobs
+from apa_cli.models.loading import save_model
+from apa_cli.randomness import Stream, generator
+from apa_cli.report.curves import draw_curves
+from apa_cli.rewards.base import Score
+from apa_cli.rollout.collect import collect, tokenized
+from apa_cli.rollout.statistics import rollout_statistics
+from apa_cli.run_directory import RunDirectory
+from apa_cli.settings import Config
+from apa_cli.tracking import Tracker
+from apa_cli.types import Batch, Example, Prompt, Rollout, State
+from apa_cli.update import Updater, microbatches, to_device
+
+REDRAW_SECONDS = 30
+"""Seconds between two drawings of curves.png while a run goes on."""
+
+
+@dataclass
+class Progress:
+    """What has happened so far; with the weights and the optimizer, all that a checkpoint holds."""
+
+    iteration: int = 0
+    samples: int = 0
+    algorithm: State = field(default_factory=dict)
+    sft_scores: list[float] = field(default_factory=list)
+    best_iteration: int | None = None
+    best_reward: float | None = None
+
+
+@dataclass
+class Trainer:
+    """One run. `assembly.build_trainer` makes it; `train` runs it from where `progress` stands."""
+
+    config: Config
+    directory: RunDirectory
+    console: Console
+    tracker: Tracker
+    tokenizer: PreTrainedTokenizerBase
+    end_tokens: frozenset[int]
+    examples: list[Example]
+    score: Score
+    model: TrainingModel
+    reference: PreTrainedModel
+    updater: Updater
+    evaluator: Evaluator
+    device: torch.device
+    moving_reference: PreTrainedModel | None = None
+    """π_init of the loss where it is refreshed; kl/* stays measured against `reference`."""
+    progress: Progress = field(default_factory=Progress)
+    drawn_at: float = 0.0
+
+    def train(self) -> None:
+        run = self.config.run
+        if self.progress.iteration == 0:
+            self.begin()
+        while self.progress.iteration < run.iterations:
+            iteration = self.progress.iteration + 1
+            metrics = self.iterate(iteration)
+            self.progress.iteration, self.progress.samples = iteration, iteration * run.rollout_batch
+            last = iteration == run.iterations
+            if last or (run.eval_every and iteration % run.eval_every == 0):
+                metrics |= self.evaluate()
+            self.log(metrics)
+            if last or (run.checkpoint_every and iteration % run.checkpoint_every == 0):
+                self.save_checkpoint()
+        self.finish()
+
+    def begin(self) -> None:
+        """The state before the first iteration, and the SFT model's evaluation."""
+        self.progress.algorithm = self.config.algo.initial_state()
+        self.log(self.evaluate())
+
+    def iterate(self, iteration: int) -> dict[str, float]:
+        """One iteration, counted from 1: sample, score, prepare, update."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds: dict[str, float] = {}
+        with timed(seconds, "time/rollout_s"):
+            rollout, cut = self.sample(iteration)
+        with timed(seconds, "time/score_s"):
+            scores = self.score(rollout.prompts, rollout.responses, rollout.columns)
+            rollout = rollout.with_(scores=torch.tensor(scores, dtype=torch.float32))
+        with timed(seconds, "time/prepare_s"):
+            rollout = self.completed(rollout)
+            batch, self.progress.algorithm = self.config.algo.prepare(rollout, self.progress.algorithm)
+        with timed(seconds, "time/update_s"):
+            updates = self.updater.update(batch, iteration)
+            self.refresh_reference(iteration)
+        total, tokens = sum(seconds.values()), int(rollout.mask.sum())
+        return {
+            **rollout_statistics(rollout),
+            "prompt/truncated_rate": cut,
+            **batch.metrics,
+            **updates,
+            **seconds,
+            "throughput/samples_per_s": len(rollout.endings) / total,
+            "throughput/tokens_per_s": tokens / total,
+            "memory/peak_gib": peak_memory(self.device),
+        }
+
+    def sample(self, iteration: int) -> tuple[Rollout, float]:
+        """The rollout of an iteration, and the share of its prompts that were cut on the left."""
+        run, settings = self.config.run, self.config.sampling
+        count = run.rollout_batch // run.samples_per_prompt
+        rows = positions((iteration - 1) * count, count, len(self.examples), run.seed)
+        prompts: list[Prompt] = []
+        cut = 0
+        for place, row in enumerate(rows):
+            example = self.examples[row]
+            for number in range(run.samples_per_prompt):
+                prompt, was_cut = tokenized(
+                    self.tokenizer, example.prompt, example.columns, place, number, settings.max_prompt_tokens
+                )
+                prompts.append(prompt)
+                cut += was_cut
+        plan = self.config.algo.plan(iteration, generator(run.seed, Stream.plan, iteration))
+        with compute_precision(self.device, self.config.model.dtype):
+            rollout = collect(
+                {"policy": self.model.policy}, self.tokenizer, prompts, settings, self.end_tokens,
+                run.seed, Stream.rollout, iteration, plan,
+            )  # fmt: skip
+        return rollout, cut / len(prompts)
+
+    @torch.no_grad()
+    def completed(self, rollout: Rollout) -> Rollout:
+        """Adds what the algorithm needs: reference log-probs, values, old log-probs."""
+        needs, temperature = self.config.algo.needs(), self.config.sampling.temperature
+        init = self.per_token(rollout, lambda part: response_logprobs(self.reference, part, temperature))
+        anchor = init
+        if self.moving_reference is not None:
+            anchor = self.per_token(rollout, lambda part: response_logprobs(self.moving_reference, part, temperature))
+        old = None
+        if needs.old_logprobs:
+            old = self.per_token(rollout, lambda part: response_logprobs(self.model.policy, part, temperature))
+        values = {
+            name: self.per_token(rollout, lambda part, name=name: self.model.values(part)[name]) for name in needs.critics
+        }
+        return rollout.with_(init_logprobs=init, ref_logprobs=anchor, old_logprobs=old, values=values)
+
+    def per_token(self, rollout: Rollout, compute: Callable[[Batch], Tensor]) -> Tensor:
+        """A [N, T] float32 result of a forward pass, computed `microbatch` sequences of similar length at a time."""
+        zeros = torch.zeros(rollout.mask.shape)
+        place = torch.arange(len(rollout.mask)).unsqueeze(1).expand_as(zeros)
+        whole = Batch(
+            rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask, {"place": place},
+            zeros, zeros, {}, {},
+        )  # fmt: skip
+        result = torch.zeros(rollout.mask.shape)
+        for part in microbatches(whole, self.config.run.microbatch):
+            with compute_precision(self.device, self.config.model.dtype):
+                result[part.masks["place"][:, 0]] = compute(to_device(part, self.device)).float().cpu()
+        return result
+
+    def refresh_reference(self, iteration: int) -> None:
+        """Every `reference.refresh_every` iterations the loss's reference becomes the current policy."""
+        every = self.config.reference.refresh_every
+        if every and iteration % every == 0:
+            with torch.no_grad():
+                for moving, current in zip(
+                    self.moving_reference.parameters(), self.model.policy.parameters(), strict=True
+                ):
+                    moving.copy_(current)
+
+    def evaluate(self) -> dict[str, float]:
+        """Evaluates, records the sample table, and keeps the best score so far."""
+        begun = time.perf_counter()
+        sft_scores = self.progress.sft_scores or None
+        metrics, rows, scores = self.evaluator.evaluate(self.model.policy, sft_scores)
+        self.progress.sft_scores = self.progress.sft_scores or scores
+        where = {"iteration": self.progress.iteration, "samples": self.progress.samples}
+        rows = [{**where, **row} for row in rows]
+        self.directory.record(self.directory.samples, rows)
+        self.tracker.log_samples(rows)
+        if self.progress.best_reward is None or metrics["eval/reward_mean"] > self.progress.best_reward:
+            self.progress.best_reward = metrics["eval/reward_mean"]
+            self.progress.best_iteration = self.progress.iteration
+        return {**metrics, "time/evaluation_s": time.perf_counter() - begun}
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl, the tracker, the console, and the curves when they are due."""
+        metrics = {"iteration": self.progress.iteration, "samples": self.progress.samples, **metrics}
+        self.directory.record(self.directory.metrics, [metrics])
+        self.tracker.log(metrics)
+        self.console.iteration(metrics)
+        if time.monotonic() - self.drawn_at > REDRAW_SECONDS and self.progress.iteration > 1:
+            draw_curves(self.directory.path)
+            self.drawn_at = time.monotonic()
+
+    def save_checkpoint(self) -> None:
+        """Everything that the run's future depends on."""
+        tensors = {
+            "policy": checkpoints.module_tensors(self.model.policy),
+            "critics": checkpoints.module_tensors(self.model.critics),
+            "optimizer": checkpoints.optimizer_tensors(self.updater.optimizer),
+        }
+        if self.moving_reference is not None:
+            tensors["moving_reference"] = checkpoints.module_tensors(self.moving_reference)
+        state = dict(vars(self.progress))
+        algorithm = state.pop("algorithm")
+        state["algorithm"] = {name: value for name, value in algorithm.items() if not isinstance(value, Tensor)}
+        state["wandb_id"] = self.tracker.wandb_id
+        tensors["algorithm"] = {name: value for name, value in algorithm.items() if isinstance(value, Tensor)}
+        settings = self.config.checkpoint
+        path = checkpoints.save(self.directory.checkpoints, self.progress.iteration, tensors, state)
+        checkpoints.prune(
+            self.directory.checkpoints, settings.keep_last, self.progress.best_iteration if settings.keep_best else None
+        )
+        self.console.say(f"checkpoint: {path}")
+
+    def load_checkpoint(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        """Takes up where `save_checkpoint` left off."""
+        checkpoints.load_module(self.model.policy, tensors["policy"])
+        checkpoints.load_module(self.model.critics, tensors["critics"])
+        checkpoints.load_optimizer(self.updater.optimizer, tensors["optimizer"])
+        if self.moving_reference is not None:
+            checkpoints.load_module(self.moving_reference, tensors["moving_reference"])
+        state = {name: value for name, value in state.items() if name != "wandb_id"}
+        self.progress = Progress(**{**state, "algorithm": {**state["algorithm"], **tensors["algorithm"]}})
+
+    def finish(self) -> None:
+        """Writes the trained models and the last curves, and tells what came out."""
+        path = self.directory.path
+        save_model(self.model.policy, self.tokenizer, path / "model")
+        if len(self.model.critics):
+            (path / "critic").mkdir(exist_ok=True)
+            checkpoints.save_file(
+                checkpoints.module_tensors(self.model.critics), path / "critic" / "model.safetensors"
+            )
+        draw_curves(path)
+        self.report()
+
+    def report(self) -> None:
+        """Before and after replies to the same prompts, the final figures, and where everything lies."""
+        rows = [json.loads(line) for line in self.directory.samples.read_text().splitlines()]
+        shown = [row["prompt"] for row in rows if row["iteration"] == 0][: self.config.evaluation.shown]
+        ends = (0, self.progress.iteration)
+        chosen = [row for prompt in shown for row in rows if row["prompt"] == prompt and row["iteration"] in ends]
+        self.console.samples("Replies to the same prompts, before and after", chosen)
+        final = [json.loads(line) for line in self.directory.metrics.read_text().splitlines()][-1]
+        gain = final["eval/reward_mean"] - final["eval/reward_mean_sft"]
+        self.console.say(
+            f"held-out reward {final['eval/reward_mean']:.3f} ± {final['eval/reward_ci']:.3f} (SFT model "
+            f"{final['eval/reward_mean_sft']:.3f}, gain {gain:+.3f}); exact KL {final['eval/kl_exact']:.2f} nats per "
+            f"reply; win rate against the SFT model {final['eval/win_rate_sft']:.2f}"
+        )
+        path = self.directory.path
+        self.console.say(
+            f"everything is in {path}: model/ (the trained policy), curves.png, metrics.jsonl, samples.jsonl, checkpoints/"
+        )
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Puts the seconds that the block took into `seconds[name]`, a GPU's pending work included."""
+    begun = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] = time.perf_counter() - begun
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most the GPU held in this iteration, or the most the process ever held on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy that is not trained, in the compute dtype."""
+    return copy.deepcopy(model).to(dtype).requires_grad_(False).eval()

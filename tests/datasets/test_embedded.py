@@ -1,0 +1,356 @@
+"""The embedded dialogues: the rows, the grammar read back, and what makes a reply good."""
+
+import math
+import re
+from itertools import combinations
+
+import pytest
+
+from apa_cli.datasets import embedded
+from apa_cli.datasets.embedded import EmbeddedDataset, parse_prompt, parse_reply, quality
+
+
+def dataset(train=4800, test=256, seed=7):
+    return EmbeddedDataset(train, test, seed, stop_strings=["\n\nHuman:"])
+
+
+@pytest.fixture(scope="module")
+def train():
+    return dataset().load("train")
+
+
+@pytest.fixture(scope="module")
+def test():
+    return dataset().load("test")
+
+
+ONE = "\n\nHuman: I want to bake bread. How long does it take?\n\nAssistant:"
+TWO = "\n\nHuman: What do I need and how long does it take to bake bread?\n\nAssistant:"
+NEEDS = "You need flour and yeast."
+TIME = "It takes about three hours to bake bread."
+TIP = "Remember to keep the dough warm."
+TEA = "It takes about five minutes to brew tea."
+
+
+# The rows
+
+
+def test_the_same_seed_makes_the_same_rows_and_another_seed_others():
+    rows = dataset(train=200).load("train")
+    assert rows == dataset(train=200).load("train")
+    others = dataset(train=200, seed=8).load("train")
+    assert len({row.prompt for row in rows} & {row.prompt for row in others}) < 20
+
+
+def test_a_seed_means_the_same_row_on_every_machine():
+    row = dataset(train=1, test=1, seed=0).load("test")[0]
+    question = (
+        "I have decided to start a beehive this weekend. What should I do and which things should I get?"
+    )
+    steps = "Begin like this: plant the seeds, and then pick the red tomatoes."
+    needs = "You will need a veil, thick gloves and a smoker."
+    tip = "It helps to think about every check."
+    assert row.prompt == f"\n\nHuman: {question}\n\nAssistant:"
+    assert row.chosen == f" {steps} {needs} I am here if you need me."
+    assert row.rejected == f" {needs} {tip} {tip} Enjoy!"
+    assert row.columns == {"topic": "start a beehive", "asked": ["steps", "needs"]}
+
+
+def test_the_test_split_does_not_depend_on_how_much_there_is_to_train_on(test):
+    assert dataset(train=10).load("test") == test
+
+
+def test_prompts_are_distinct_within_and_across_the_splits(train, test):
+    assert len({row.prompt for row in train}) == 4800
+    assert len({row.prompt for row in test}) == 256
+    assert not {row.prompt for row in train} & {row.prompt for row in test}
+
+
+def test_the_grammar_has_all_the_prompts_it_claims_and_refuses_more():
+    held_out, rest = embedded._sizes(1000), embedded._sizes(embedded.CAPACITY - 1000)
+    assert sum(held_out) + sum(rest) == embedded.CAPACITY > 8000
+    for (turns, count, _), *wanted in zip(embedded.SHAPES, held_out, rest, strict=True):
+        assert sum(wanted) <= math.prod(embedded._GRIDS[turns, count])
+    with pytest.raises(ValueError, match=f"has {embedded.CAPACITY} distinct prompts") as error:
+        EmbeddedDataset(embedded.CAPACITY, 1, 0, []).load("test")
+    assert "\n" not in str(error.value)
+    assert len(dataset(embedded.CAPACITY - 1000, 1000).load("test")) == 1000
+
+
+def test_every_index_of_the_one_part_questions_is_another_prompt():
+    count = math.prod(embedded._GRIDS[1, 1])
+    rng = embedded._rng(0, 0, 0)
+    assert len({embedded._prompt((1, 1), index, rng)[0] for index in range(count)}) == count
+
+
+@pytest.mark.parametrize("field", [{"train": -1}, {"test": -1}, {"seed": -1}])
+def test_negative_sizes_and_seeds_are_refused(field):
+    with pytest.raises(ValueError, match="no negative"):
+        dataset(**field).load("test")
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="'validation'"):
+        dataset().load("validation")
+
+
+def test_rows_have_the_dialogue_format(train, test):
+    turn = r"\n\nHuman: [A-Z][^\n]*\?\n\nAssistant:"
+    for row in train + test:
+        assert re.fullmatch(rf"({turn} [A-Z][^\n]*[.!])?{turn}", row.prompt)
+        for reply in (row.chosen, row.rejected):
+            assert re.fullmatch(r" [A-Z][^\n]*[.!]", reply)
+            assert "  " not in reply
+
+
+def test_about_one_in_seven_prompts_has_an_earlier_turn_that_alone_names_the_topic(train):
+    longer = [row for row in train if row.prompt.count("Human:") == 2]
+    assert len(longer) == 720  # 15 % of 4800
+    for row in longer:
+        last = row.prompt.split("\n\nHuman:")[-1]
+        assert not any(activity in last for activity in embedded.TOPICS)
+        earlier = row.prompt.split("\n\nAssistant:")[1].split("\n\nHuman:")[0]
+        about = [(sentence.topic, sentence.part) for sentence in parse_reply(earlier) if sentence.topic]
+        assert [topic for topic, _ in about] == [row.columns["topic"]]
+        assert about[0][1] not in row.columns["asked"]
+
+
+def test_words_are_few_and_replies_short(train):
+    texts = [text for row in train for text in (row.chosen, row.rejected)]
+    everything = " ".join(texts + [row.prompt for row in train])
+    words = set(re.findall("[a-z]+", everything.lower()))
+    assert 500 <= len(words) <= 900
+    lengths = sorted(len(text.split()) for text in texts)
+    assert lengths[len(lengths) // 4] >= 15 and lengths[len(lengths) * 9 // 10] <= 45
+
+
+# Reading back
+
+
+def test_no_sentence_belongs_to_two_parts_or_topics():
+    sentences = [text for texts in embedded.SENTENCES.values() for text in texts]
+    sentences += [*embedded.OPENINGS, *embedded.CLOSINGS]
+    assert len(sentences) == len(set(sentences)) == len(embedded._KNOWN)
+    assert not [text for text in sentences if re.search(r"[.!?] ", text)]
+
+
+def test_no_topic_or_phrase_of_a_question_hides_in_another():
+    for names in (embedded.TOPICS, [phrase for part in embedded.PARTS for phrase in embedded.PHRASES[part]]):
+        for one, other in combinations(names, 2):
+            assert one not in other and other not in one
+
+
+def test_every_prompt_and_reply_reads_back(train, test):
+    for row in train + test:
+        assert parse_prompt(row.prompt) == (row.columns["topic"], row.columns["asked"])
+        for reply in (row.chosen, row.rejected):
+            assert " " + " ".join(sentence.text for sentence in parse_reply(reply)) == reply
+
+
+def test_a_reply_reads_as_its_sentences():
+    parsed = parse_reply(f" Of course! {NEEDS} {TEA} Enjoy!")
+    assert [(part, topic) for _, part, topic in parsed] == [
+        ("opening", ""),
+        ("needs", "bake bread"),
+        ("time", "brew tea"),
+        ("closing", ""),
+    ]
+    assert parse_reply(NEEDS)[0].text == NEEDS  # decoding may have stripped the first space
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        " ",
+        " Of course!",
+        " Of course! Enjoy!",
+        " Of course! You need flour and.",
+        " Of course! You need flour and yeast",
+        " Of course! You need flour and ye",
+        " of course! You need flour and yeast.",
+        "  Of course! You need flour and yeast.",
+        " Of course!  You need flour and yeast.",
+        " Of course!You need flour and yeast.",
+        " Of course! You need flour and yeast. ",
+        " Of course! You need flour and yeast. Well, yes.",
+        " Of course! Sure thing. You need flour and yeast.",
+        " Enjoy! You need flour and yeast.",
+        " You need flour and yeast. Enjoy! Have fun!",
+        " You need flour and yeast. Of course!",
+        " You need flour and yeast.\n\nHuman: Thanks",
+        " You need flour and a kettle.",
+        " You need yeast and flour.",
+        " You need flour and flour.",
+        " It takes about three hours to brew tea.",
+    ],
+)
+def test_a_garbled_reply_does_not_parse(reply):
+    assert parse_reply(reply) is None
+    assert quality(ONE, reply) == embedded.UNPARSED
+
+
+def test_a_reply_short_of_any_word_or_cut_anywhere_does_not_parse(test):
+    for row in test[:40]:
+        words = row.chosen.split()
+        whole = [sentence.text for sentence in parse_reply(row.chosen)]
+        ends = {len(" ".join(whole[:i]).split()) for i in range(len(whole) + 1)}
+        for i in range(len(words)):
+            if i not in ends:
+                assert parse_reply(" " + " ".join(words[:i])) is None
+            if not {i, i + 1} <= ends:  # not a sentence of one word
+                assert parse_reply(" " + " ".join(words[:i] + words[i + 1 :])) is None
+
+
+def test_the_topic_is_what_the_human_named_last_and_the_parts_what_the_last_turn_asks_for():
+    earlier = f"\n\nHuman: What do I need to bake bread?\n\nAssistant: {TEA}\n\nHuman: "
+    follow_up = earlier + "And which tip would help me and how long does it take?\n\nAssistant:"
+    assert parse_prompt(follow_up) == ("bake bread", ["tip", "time"])
+    another = earlier + "Is there a trick to brew tea?\n\nAssistant:"
+    assert parse_prompt(another) == ("brew tea", ["tip"])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "bake bread",
+        "\n\nHuman: I want to bake bread.\n\nAssistant:",
+        "\n\nHuman: How long does it take?\n\nAssistant:",
+    ],
+)
+def test_what_asks_nothing_is_not_a_prompt(prompt):
+    with pytest.raises(ValueError, match="not a question"):
+        parse_prompt(prompt)
+
+
+# Quality = 0.75 relevance + 0.75 completeness + courtesy - repetition - 0.3 extra
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reply", "expected"),
+    [
+        # no fault: 0.75 + 0.75 + 1
+        (TWO, f" Sure thing. {NEEDS} {TIME} Enjoy!", 2.5),
+        # half the courtesy, one of two parts: 0.75 + 0.75/2 + 0.5
+        (TWO, f" Sure thing. {NEEDS}", 1.625),
+        # no courtesy, one sentence of two off the topic, one of two parts: 0.75/2 + 0.75/2
+        (TWO, f" {NEEDS} {TEA}", 0.75),
+        # three sentences, all relevant, one said twice, none extra: 0.75 + 0.75 + 1 - 1/3
+        (TWO, f" Gladly! {NEEDS} {TIME} {NEEDS} Have fun!", 2.5 - 1 / 3),
+        # the same part in other words is a repetition too: 0.75 + 0.75 - 1/2
+        (ONE, f" {TIME} Allow about three hours to bake bread.", 1.0),
+        # two of three sentences not asked for: 0.75 + 0.75 + 0.5 - 0.3 * 2/3
+        (ONE, f" {NEEDS} {TIME} {TIP} Good luck!", 1.8),
+        # all off the topic, one of three said again; extra counts only the right topic: 0 + 0 + 0 - 1/3
+        (ONE, f" {TEA} You need a kettle and a teapot. {TEA}", -1 / 3),
+    ],
+)
+def test_quality_by_hand(prompt, reply, expected):
+    assert quality(prompt, reply) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "worse",
+    [
+        f" {NEEDS} {TIME} Enjoy!",  # no opening
+        f" Sure thing. {NEEDS} {TIME}",  # no closing
+        f" Sure thing. {NEEDS} {TEA} Enjoy!",  # the wrong topic
+        f" Sure thing. {NEEDS} {TIME} {TEA} Enjoy!",  # the wrong topic besides
+        f" Sure thing. {NEEDS} Enjoy!",  # one part missing
+        f" Sure thing. {NEEDS} {TIP} Enjoy!",  # another part instead
+        f" Sure thing. {NEEDS} {TIME} {TIP} Enjoy!",  # another part besides
+        f" Sure thing. {NEEDS} {TIME} {TIME} Enjoy!",  # said twice
+        f" Sure thing. {NEEDS} {TIME} You need flour and warm water. Enjoy!",  # said twice in other words
+    ],
+)
+def test_every_fault_costs(worse):
+    assert parse_reply(worse) is not None
+    assert quality(TWO, worse) <= quality(TWO, f" Sure thing. {NEEDS} {TIME} Enjoy!") - 0.09
+
+
+def test_any_reply_is_worth_more_than_none():
+    assert quality(ONE, " " + " ".join([TEA] * 50)) > embedded.UNPARSED
+
+
+# The pairs
+
+
+def test_labels_are_mostly_right_but_not_always(train):
+    right = [quality(row.prompt, row.chosen) > quality(row.prompt, row.rejected) for row in train]
+    assert 0.93 <= sum(right) / len(right) <= 0.97
+
+
+def test_close_pairs_are_mislabelled_more_often_than_clear_ones(train):
+    gaps = [quality(row.prompt, row.chosen) - quality(row.prompt, row.rejected) for row in train]
+    assert min(map(abs, gaps)) > 1e-6
+    # at a gap of 0.5 or less the flip rate is sigmoid(-8 * 0.5) = 0.018 or more; beyond 1 it is below 0.0004
+    close, clear = ([gap < 0 for gap in gaps if low < abs(gap) <= high] for low, high in ((0, 0.3), (1, 9)))
+    assert sum(close) / len(close) > 0.1
+    assert sum(clear) / len(clear) < 0.005
+
+
+def test_what_is_said_twice_is_said_in_the_same_words_or_in_others(train):
+    twice = same_words = 0
+    for row in train[:1000]:
+        content = [sentence for sentence in parse_reply(row.rejected) if sentence.topic]
+        twice += len({(part, topic) for _, part, topic in content}) < len(content)
+        same_words += len(set(content)) < len(content)
+    assert 0.4 * twice < same_words < 0.8 * twice
+    assert twice > 200
+
+
+def test_chosen_replies_are_of_mixed_quality_and_no_fault_or_length_decides(train):
+    chosen = [quality(row.prompt, row.chosen) for row in train]
+    mean = sum(chosen) / len(chosen)
+    deviation = (sum((value - mean) ** 2 for value in chosen) / len(chosen)) ** 0.5
+    assert 0.12 <= sum(value > 2.5 - 1e-9 for value in chosen) / len(chosen) <= 0.25
+    assert mean + deviation < 2.5  # room for more than one standard deviation
+
+    def wins(score):  # how often it picks the chosen reply; a tie is half
+        values = [(score(row, row.chosen), score(row, row.rejected)) for row in train]
+        return sum((a > b) + 0.5 * (a == b) for a, b in values) / len(values)
+
+    def feature(name, sign):
+        return lambda row, reply: (
+            sign * embedded.features(row.columns["topic"], row.columns["asked"], parse_reply(reply))[name]
+        )
+
+    for name, weight in embedded.WEIGHTS.items():
+        assert 0.52 < wins(feature(name, 1 if weight > 0 else -1)) < 0.8, name
+    assert 0.45 < wins(lambda row, reply: len(reply.split())) < 0.58
+
+
+# The diagnostics
+
+
+def test_describe_by_hand():
+    responses = [
+        f" Sure thing. {NEEDS} {TIME} Enjoy!\n\nHuman: What do I",  # cut at the stop string: 1, 1, 1, 0
+        f" {NEEDS} {TEA} {TEA} Enjoy!",  # courtesy 1/2, relevance 1/3, completeness 1/2, repetition 1/3
+        " Sure thing. You need",  # does not parse
+        f" {TEA}",  # 0, 0, 0, 0
+    ]
+    described = dataset().describe([TWO, TWO, TWO, ONE], responses)
+    assert described == pytest.approx(
+        {
+            "parse_rate": 3 / 4,
+            "courtesy": (1 + 1 / 2 + 0) / 3,
+            "relevance": (1 + 1 / 3 + 0) / 3,
+            "completeness": (1 + 1 / 2 + 0) / 3,
+            "repetition": (0 + 1 / 3 + 0) / 3,
+        },
+        abs=1e-12,
+    )
+
+
+@pytest.mark.parametrize(("prompts", "responses"), [([], []), ([ONE], [" Well."])])
+def test_describe_is_zero_where_nothing_parses(prompts, responses):
+    assert dataset().describe(prompts, responses) == dict.fromkeys(
+        ("parse_rate", "courtesy", "relevance", "completeness", "repetition"), 0.0
+    )
+
+
+def test_describe_refuses_lists_of_different_lengths():
+    with pytest.raises(ValueError):
+        dataset().describe([ONE], [])

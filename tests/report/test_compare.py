@@ -1,0 +1,162 @@
+"""apa-compare on runs made by hand: means by arithmetic, files that stand alone, errors in one line."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apa_cli.compare import main
+from apa_cli.report.compare import band
+from apa_cli.report.runs import read_run
+
+
+@pytest.fixture
+def sweep(tmp_path, write_run, history) -> Path:
+    """APA and PPO, two seeds each; rewards 0.8, 0.9 and 0.5, 0.7; KL 10, 14 and 4, 6; SFT 0.2."""
+    extra = {"eval/win_rate_sft": 0.75, "eval/reward_mean/length": -1.5}
+    write_run("sweep/apa0", history(0.8, 10.0, **extra), seed=0)
+    write_run("sweep/apa1", history(0.9, 14.0, **extra), seed=1)
+    write_run("sweep/ppo0", history(0.5, 4.0), algorithm="ppo", lambda_=0.05, seed=0)
+    write_run("sweep/ppo1", history(0.7, 6.0), algorithm="ppo", lambda_=0.05, seed=1)
+    return tmp_path / "sweep"
+
+
+def read_csv(folder: Path) -> list[dict]:
+    with open(folder / "comparison.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_table_has_the_means_and_deviations_over_seeds(sweep, capsys):
+    assert main([str(sweep)]) == 0
+    apa, ppo = read_csv(sweep)
+    assert (apa["algorithm"], apa["lambda"], apa["lambda_meaning"]) == ("APA", "0.1", "temperature and pull")
+    assert (ppo["algorithm"], ppo["lambda"], ppo["lambda_meaning"]) == ("PPO", "0.05", "price of KL")
+    assert (apa["seeds"], apa["runs"]) == ("0 1", "2")
+    expected = {
+        "eval/reward_mean": 0.85,  # (0.8 + 0.9) / 2
+        "eval/reward_mean_std": 0.05 * 2**0.5,  # deviations ± 0.05: sqrt((0.0025 + 0.0025) / 1)
+        "gain_over_sft": 0.65,  # 0.85 − 0.2
+        "eval/kl_exact": 12.0,
+        "eval/kl_exact_std": 2 * 2**0.5,
+        "response/eos_rate": 0.75,  # the last iteration's, not the mean of 0.5 and 0.75
+        "eval/win_rate_sft": 0.75,
+        "eval/reward_mean/length": -1.5,
+        "minutes": 2.0,
+        "samples_min": 128,
+        "samples_max": 128,
+    }
+    assert {key: float(apa[key]) for key in expected} == pytest.approx(expected)
+    assert float(ppo["eval/reward_mean"]) == pytest.approx(0.6)
+    assert float(ppo["gain_over_sft"]) == pytest.approx(0.4)
+    assert float(ppo["eval/kl_exact"]) == pytest.approx(5.0)
+    assert ppo["eval/win_rate_sft"] == ""  # never measured, so no number
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("APA"))
+    assert "0.1 (temperature and pull)" in row
+    assert "0.850 ± 0.071" in row
+    assert "12.00 ± 2.83" in row
+    assert "λ means something else in each algorithm (APA: temperature and pull; PPO: price of KL)" in printed
+
+
+def test_one_seed_has_no_deviation(sweep, tmp_path):
+    assert main([str(sweep / "apa0"), "--out", str(tmp_path / "report")]) == 0
+    (row,) = read_csv(tmp_path / "report")
+    assert float(row["eval/reward_mean"]) == 0.8
+    assert row["eval/reward_mean_std"] == ""
+
+
+def test_overrides_have_a_column(sweep, write_run, history):
+    write_run("sweep/slow", history(0.4, 1.0), optimizer={"lr": 1e-5})
+    assert main([str(sweep)]) == 0
+    rows = read_csv(sweep)
+    assert [float(row["optimizer.lr"]) for row in rows] == [1e-5, 3e-4, 3e-4]
+    assert [float(row["eval/reward_mean"]) for row in rows] == pytest.approx([0.4, 0.85, 0.6])
+
+
+def test_the_page_needs_nothing_else_and_its_texts_are_escaped(sweep, write_run, history):
+    write_run("sweep/<script>alert(1)<script>", history(0.4, 1.0), seed=2)
+    assert main([str(sweep)]) == 0
+    page = (sweep / "comparison.html").read_text(encoding="utf-8")
+    assert "http://" not in page
+    assert "https://" not in page
+    assert page.count("src=") == 1
+    assert "url(" not in page
+    assert "<link" not in page
+    assert 'src="data:image/png;base64,' in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "0.1 (temperature and pull)" in page
+    assert "compare algorithms at equal KL, not at equal λ" in page
+
+
+def test_the_figure_shows_every_group(sweep):
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.image import imread
+
+    assert main([str(sweep)]) == 0
+    image = imread(sweep / "comparison.png")[..., :3]
+    left = image[:, : image.shape[1] // 2]
+    for name in ("Blues", "Oranges"):
+        distance = np.abs(left - np.array(colormaps[name](0.75)[:3])).max(axis=-1)
+        assert (distance < 0.01).sum() > 100
+
+
+def test_curves_end_where_the_first_seed_stopped(sweep, write_run, history):
+    short = write_run("short", history(0.9, 14.0)[:2], seed=1)
+    values = band([read_run(sweep / "apa0"), read_run(short)], "reward/mean")
+    assert values == {64: [0.5, pytest.approx(0.55)]}  # (0.2 + 0.8) / 2 and (0.2 + 0.9) / 2
+    assert main([str(sweep / "apa0"), str(short), "--out", str(sweep)]) == 0
+    assert "stopped at different numbers of samples (64 to 128)" in (sweep / "comparison.html").read_text()
+
+
+def test_files_go_to_the_folder_of_runs_or_to_the_current_one(sweep, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert main([str(sweep / "apa0"), str(sweep / "apa1")]) == 0
+    assert sorted(path.name for path in here.iterdir()) == [
+        "comparison.csv",
+        "comparison.html",
+        "comparison.png",
+    ]
+    assert not list(sweep.glob("comparison.*"))
+    assert main([str(sweep), str(sweep / "apa0")]) == 0  # apa0 is there twice, and counts once
+    assert read_csv(sweep)[0]["seeds"] == "0 1"
+
+
+def error_of(arguments: list[str], capsys) -> str:
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_errors_are_one_line_with_status_2(tmp_path, write_run, history, capsys):
+    assert f"{tmp_path / 'none'}: no such folder" in error_of([str(tmp_path / "none")], capsys)
+    assert "no run in it" in error_of([str(tmp_path)], capsys)
+    unevaluated = write_run("unevaluated", history(0.8, 10.0)[1:2])
+    assert "evaluation" in error_of([str(unevaluated)], capsys)
+    assert not list(tmp_path.glob("**/comparison.*"))
+    (unevaluated / "metrics.jsonl").write_text("")
+    assert str(unevaluated) in error_of([str(unevaluated)], capsys)
+
+
+def test_a_failed_job_of_a_sweep_is_left_out_and_named(sweep, capsys):
+    (sweep / "apa1/metrics.jsonl").write_text("")
+    assert main([str(sweep)]) == 0
+    assert str(sweep / "apa1") in capsys.readouterr().err
+    assert read_csv(sweep)[0]["seeds"] == "0"
+
+
+def test_help_loads_no_heavy_library_and_explains_lambda():
+    code = (
+        "import sys\nfrom apa_cli.compare import main\n"
+        "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
+        "print('MODULES', *sys.modules)"
+    )
+    text, _, modules = subprocess.check_output([sys.executable, "-c", code], text=True).partition("MODULES")
+    assert "lambda means something else in each algorithm" in text
+    assert not set(modules.split()) & {"torch", "matplotlib", "numpy", "wandb", "yaml", "rich"}
