@@ -329,7 +329,8 @@ def _recorded_rows(run_dir: Path) -> list[dict]:
     """The sample rows that an interrupted run has left in its samples.jsonl, as far as they can be read."""
     rows = []
     try:
-        for line in (run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        text = (run_dir / "samples.jsonl").read_text(encoding="utf-8")
+        for line in filter(None, text.split("\n")):  # not splitlines: a reply may hold other line ends
             row = json.loads(line)
             if isinstance(row, dict) and "iteration" in row:
                 rows.append(row)

@@ -24,6 +24,8 @@ FURTHER_REWARDS = "eval/reward_mean/"
 HUES = {"apa": "Blues", "ppo": "Oranges", "awr": "Greens"}
 """matplotlib's colour map per algorithm; others take the next of OTHER_HUES."""
 OTHER_HUES = ("Purples", "Reds", "Greys")
+FRONTIER_TITLE = """Held-out reward against the KL it cost
+(mean over seeds; large marker: last evaluation, bars: all seeds)"""
 MARKERS = "osD^vPXph<>"
 LINES = {"apa": "-", "ppo": "--", "awr": "-."}
 
@@ -228,7 +230,7 @@ def draw_comparison(groups: Sequence[Group], path: Path) -> None:
         _draw_sft(axes["frontier"], groups)
         _label(
             axes["frontier"],
-            "Held-out reward against the KL it cost (mean over seeds)",
+            FRONTIER_TITLE,
             KL_LABEL,
             REWARD_LABEL,
         )

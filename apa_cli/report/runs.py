@@ -201,12 +201,12 @@ def _read_metrics(path: Path) -> list[dict]:
             continue
         try:
             metrics = json.loads(line)
-            by_iteration[int(metrics["iteration"])] = metrics
-            int(metrics["samples"])
+            iteration, _ = int(metrics["iteration"]), int(metrics["samples"])
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
             raise UserError(f'{path}, line {number}: not JSON with "iteration" and "samples"') from error
+        by_iteration[iteration] = metrics
     if not by_iteration:
         raise UserError(f"{path}: nothing recorded yet")
     return [by_iteration[iteration] for iteration in sorted(by_iteration)]
@@ -265,8 +265,11 @@ def _by_seed(run: Run) -> tuple:
 
 
 def _by_algorithm(group: Group) -> tuple:
-    varying = [(value is None, not _is_number(value), value if _is_number(value) else 0, str(value))
-               for value in group.varying.values()]  # fmt: skip
+    """A key to sort by: numbers in their order, before words, before settings that are missing."""
+    varying = [
+        (value is None, not _is_number(value), value if _is_number(value) else 0, str(value))
+        for value in group.varying.values()
+    ]
     return (group.algorithm, group.lambda_ is None, group.lambda_ or 0, varying)
 
 
@@ -284,14 +287,12 @@ def _varying_keys(runs: Sequence[Run], shaped_by: Sequence[dict[str, object]]) -
     kept: dict[tuple, str] = {}
     for key in dict.fromkeys(key for shape in shaped_by for key in shape):
         values = [shape.get(key) for shape in shaped_by]
-        if key == "lambda" or (
-            key.startswith("algo.") and values == [_lambda_where(key, run) for run in runs]
-        ):
+        own = key.startswith("algo.")
+        if key == "lambda" or (own and values == [_lambda_where(key, run) for run in runs]):
             continue
-        within = algorithms if key.startswith("algo.") else [None] * len(runs)
-        if len({(name, _identity(value)) for name, value in zip(within, values, strict=True)}) > len(
-            set(within)
-        ):
+        within = algorithms if own else [""] * len(runs)
+        distinct = {(name, _identity(value)) for name, value in zip(within, values, strict=True)}
+        if len(distinct) > len(set(within)):
             kept.setdefault((key.partition(".")[0], _partition(values)), key)
     return list(kept.values())
 

@@ -39,6 +39,13 @@ def test_a_line_being_written_is_left_out_and_a_repeated_iteration_counts_once(w
     assert run.series("reward/mean") == {64: 0.33, 128: 0.8}
 
 
+def test_a_last_line_without_samples_is_left_out(write_run, history):
+    path = write_run("cut", history(0.8, 10.0)) / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"iteration": 3}')
+    assert read_run(path.parent).samples == 128
+
+
 def one_line_error(call, *arguments) -> str:
     with pytest.raises(UserError) as caught:
         call(*arguments)

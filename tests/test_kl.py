@@ -1,0 +1,103 @@
+"""KL to the reference: the estimators on chosen tokens, the exact sum, the adaptive coefficient."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from apa_cli.kl import adapted_coefficient, exact_kl, k1, sequence_kl, token_k3
+from apa_cli.tensor_ops import token_logprobs
+
+close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+NAN, INF = math.nan, math.inf
+
+MASK = torch.tensor([[True, True, True], [True, False, False]])
+LOGPROBS = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, 0.0, 0.0]])
+REFERENCE = torch.tensor([[-1.5, -1.0, -0.5], [-3.25, 0.0, 0.0]])
+JUNK_LOGPROBS = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, NAN, -INF]])
+JUNK_REFERENCE = torch.tensor([[-1.5, -1.0, -0.5], [-3.25, 5.0, -INF]])
+
+
+def test_k1_is_the_policys_log_probability_minus_the_references():
+    # −1 + 1.5, −2 + 1, −0.5 + 0.5; −3 + 3.25
+    close(k1(LOGPROBS, REFERENCE), torch.tensor([[0.5, -1.0, 0.0], [0.25, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "reference"), [(LOGPROBS, REFERENCE), (JUNK_LOGPROBS, JUNK_REFERENCE)]
+)
+def test_sequence_kl_is_the_mean_over_responses_of_their_sums(logprobs, reference):
+    # response 1: 0.5 − 1 + 0 = −0.5; response 2: 0.25; mean (−0.5 + 0.25) / 2 = −0.125, so it may be negative
+    close(sequence_kl(logprobs, reference, MASK), torch.tensor(-0.125))
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "reference"), [(LOGPROBS, REFERENCE), (JUNK_LOGPROBS, JUNK_REFERENCE)]
+)
+def test_token_k3_by_hand(logprobs, reference):
+    # exp(−k1) − 1 + k1 at k1 = 0.5, −1, 0, 0.25, over 4 tokens
+    total = (math.exp(-0.5) - 0.5) + (math.exp(1) - 2) + 0 + (math.exp(-0.25) - 0.75)
+    assert float(token_k3(logprobs, reference, MASK)) == pytest.approx(total / 4, rel=1e-6)
+
+
+def test_k3_is_never_negative_and_zero_only_where_the_policies_agree():
+    differences = torch.linspace(-3, 3, 61).reshape(61, 1, 1)
+    one = torch.tensor([[True]])
+    k3 = torch.stack([token_k3(difference, torch.zeros(1, 1), one) for difference in differences])
+    assert (k3[differences.flatten().abs() > 1e-3] > 0).all()
+    assert k3[30] == 0  # the middle of the grid is k1 = 0
+
+
+def test_exact_kl_by_hand():
+    # p = (½, ¼, ¼), q = (¼, ¼, ½): ½ ln 2 + ¼ ln 1 + ¼ ln ½ = ¼ ln 2; from q to p the same; from p to p 0
+    p, q = torch.tensor([2.0, 1.0, 1.0]).log(), torch.tensor([1.0, 1.0, 2.0]).log()
+    logits, reference = torch.stack([p, q, p]).unsqueeze(0), torch.stack([q, p, p]).unsqueeze(0)
+    close(exact_kl(logits, reference), torch.tensor([[math.log(2) / 4, math.log(2) / 4, 0.0]]))
+
+
+def test_exact_kl_is_weighted_by_the_policy_not_the_reference():
+    # p = (3/4, 1/4), q = (1/2, 1/2): KL(p‖q) = ¾ ln 1.5 + ¼ ln 0.5; KL(q‖p) = ½ ln ⅔ + ½ ln 2
+    p, q = torch.tensor([[[3.0, 1.0]]]).log(), torch.tensor([[[1.0, 1.0]]]).log()
+    assert float(exact_kl(p, q)) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert float(exact_kl(q, p)) == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), rel=1e-6)
+
+
+def test_exact_kl_is_the_expectation_of_k1_and_of_k3_under_the_policy():
+    torch.manual_seed(0)
+    logits, reference = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    probabilities = logits.softmax(-1)
+    every = [torch.full((2, 3), token) for token in range(7)]
+    differences = torch.stack(
+        [k1(token_logprobs(logits, t), token_logprobs(reference, t)) for t in every], dim=-1
+    )
+    # a sum of seven terms of size 1 in another order: 1e-6 absolute
+    close(exact_kl(logits, reference), (probabilities * differences).sum(-1), atol=1e-6)
+    one, zero = torch.tensor([[True]]), torch.zeros(1, 1)
+    k3 = torch.stack([token_k3(d.reshape(1, 1), zero, one) for d in differences.flatten()])
+    expected = (probabilities * k3.reshape(differences.shape)).sum(-1)
+    close(exact_kl(logits, reference), expected, atol=1e-6)
+
+
+def test_exact_kl_does_not_depend_on_a_shift_of_the_logits_and_is_float32():
+    torch.manual_seed(0)
+    logits, reference = torch.randn(1, 4, 7), torch.randn(1, 4, 7)
+    close(exact_kl(logits + 3, reference - 2), exact_kl(logits, reference), atol=1e-6)
+    assert exact_kl(logits.bfloat16(), reference.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.05),  # on target
+        (6.6, 0.05 * (1 + 0.1 * 64 / 10_000)),  # 6.6/6 − 1 = 0.1
+        (5.4, 0.05 * (1 - 0.1 * 64 / 10_000)),  # 5.4/6 − 1 = −0.1
+        (60.0, 0.05 * (1 + 0.2 * 64 / 10_000)),  # 9, clipped to 0.2
+        (0.0, 0.05 * (1 - 0.2 * 64 / 10_000)),  # −1, clipped to −0.2
+        (-3.0, 0.05 * (1 - 0.2 * 64 / 10_000)),  # an estimate may be negative
+    ],
+)
+def test_adaptive_coefficient_by_hand(kl, expected):
+    assert adapted_coefficient(0.05, kl, target=6.0, n=64, horizon=10_000) == pytest.approx(
+        expected, rel=1e-12
+    )
