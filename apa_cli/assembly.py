@@ -72,6 +72,11 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
     config = resolved(config, train, held_out, device, console.say, stage_progress(console, "stage"))
     for line in run_plan(config):
         console.say(line)
+    if config.sampling.top_k or config.sampling.top_p < 1:
+        console.warn(
+            "sampling.top_k and top_p cut the distribution that samples, and what is scored stays the whole one: "
+            "advantages, ratios and KL are then biased"
+        )
     tokenizer = load_tokenizer(config.model, config.model.path)
     policy = load_policy(config.model, config.model.path)
     check_lengths(config, policy, len(tokenizer))

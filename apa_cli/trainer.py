@@ -29,8 +29,8 @@ from apa_cli.rollout.statistics import rollout_statistics
 from apa_cli.run_directory import RunDirectory
 from apa_cli.settings import Config
 from apa_cli.tracking import Tracker
-from apa_cli.types import Batch, Example, Prompt, Rollout, State
-from apa_cli.update import Updater, microbatches, to_device
+from apa_cli.types import Example, Prompt, Rollout, State, Tokens
+from apa_cli.update import Updater, microbatch_rows
 
 REDRAW_SECONDS = 30
 """Seconds between two drawings of curves.png while a run goes on."""
@@ -158,18 +158,14 @@ class Trainer:
         }
         return rollout.with_(init_logprobs=init, ref_logprobs=anchor, old_logprobs=old, values=values)
 
-    def per_token(self, rollout: Rollout, compute: Callable[[Batch], Tensor]) -> Tensor:
+    def per_token(self, rollout: Rollout, compute: Callable[[Tokens], Tensor]) -> Tensor:
         """A [N, T] float32 result of a forward pass, computed `microbatch` sequences of similar length at a time."""
-        zeros = torch.zeros(rollout.mask.shape)
-        place = torch.arange(len(rollout.mask)).unsqueeze(1).expand_as(zeros)
-        whole = Batch(
-            rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask, {"place": place},
-            zeros, zeros, {}, {},
-        )  # fmt: skip
         result = torch.zeros(rollout.mask.shape)
-        for part in microbatches(whole, self.config.run.microbatch):
+        tensors = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
+        for rows in microbatch_rows(rollout, self.config.run.microbatch):
             with compute_precision(self.device, self.config.model.dtype):
-                result[part.masks["place"][:, 0]] = compute(to_device(part, self.device)).float().cpu()
+                part = Tokens(*(tensor[rows].to(self.device) for tensor in tensors))
+                result[rows] = compute(part).float().cpu()
         return result
 
     def refresh_reference(self, iteration: int) -> None:

@@ -111,6 +111,20 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Prompts and responses as tensors: all that a forward pass needs. `Batch` has the same four and more."""
+
+    prompt_ids: Tensor
+    """[B, P] int64, padded on the left."""
+    prompt_mask: Tensor
+    """[B, P] bool."""
+    response_ids: Tensor
+    """[B, T] int64, padded on the right."""
+    mask: Tensor
+    """[B, T] bool."""
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One iteration's responses and everything known about them before the update. All processes hold all of it."""
 

@@ -14,7 +14,7 @@ from apa_cli.models.forward import TrainingModel, compute_precision
 from apa_cli.randomness import Stream, permutation
 from apa_cli.settings import DType, OptimizerSettings, RunSettings, Schedule, UpdateOrder
 from apa_cli.tensor_ops import masked_sum
-from apa_cli.types import Batch, UserError
+from apa_cli.types import Batch, Rollout, UserError
 
 
 
@@ -56,10 +56,10 @@ def minibatch_rows(run: RunSettings, iteration: int) -> Iterator[Tensor]:
                 yield rows
 
 
-def microbatches(batch: Batch, size: int) -> list[Batch]:
-    """The sequences of a minibatch by length, `size` at a time."""
+def microbatch_rows(batch: Batch | Rollout, size: int) -> tuple[Tensor, ...]:
+    """The rows of each microbatch: sequences of similar length, `size` at a time."""
     order = (batch.prompt_mask.sum(-1) + batch.mask.sum(-1)).argsort(stable=True)
-    return [batch.rows(rows) for rows in order.split(size)]
+    return order.split(size)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -128,17 +128,17 @@ class Updater:
         Before the first step of an iteration the trained policy is the one that sampled, so the difference
         of their log-probs is rounding: policy/sampler_gap.
         """
-        counts = {name: int(mask.sum()) for name, mask in minibatch.masks.items()}
+        counts = {name: max(int(mask.sum()), 1) for name, mask in minibatch.masks.items()}
         totals: dict[str, float] = {}
         gap = 0.0
-        for micro in microbatches(minibatch, self.run.microbatch):
-            micro = to_device(micro, self.device)
+        for rows in microbatch_rows(minibatch, self.run.microbatch):
+            micro = to_device(minibatch.rows(rows), self.device)
             with compute_precision(self.device, self.dtype):
                 output = self.model(micro)
             loss = self.algorithm.loss(micro, output)
             objective = output.logprobs.new_zeros(())
             for term in loss.terms:
-                part = masked_sum(term.values, micro.masks[term.mask]) / max(counts[term.mask], 1)
+                part = masked_sum(term.values, micro.masks[term.mask]) / counts[term.mask]
                 objective = objective + term.weight * part
                 totals[f"loss/{term.name}"] = totals.get(f"loss/{term.name}", 0.0) + float(part.detach())
             objective.backward()
@@ -147,7 +147,7 @@ class Updater:
                 if metric.reduce == "max":
                     metrics.largest(name, float(metric.values[mask].max()) if bool(mask.any()) else -math.inf)
                 else:
-                    part = float(masked_sum(metric.values, mask)) / max(counts[metric.mask], 1)
+                    part = float(masked_sum(metric.values, mask)) / counts[metric.mask]
                     totals[name] = totals.get(name, 0.0) + part
             difference = (output.logprobs.detach() - micro.sampler_logprobs).masked_fill(~micro.mask, 0.0)
             metrics.largest("policy/ratio_max", float(difference.max().exp()))

@@ -37,7 +37,7 @@ def test_running_moments_are_the_moments_of_the_concatenation():
 
 
 def test_moments_are_float64_whatever_the_scores_are():
-    # 10,000 and 10,001 in float32: mean 10,000.5 and squares 0.25 + 0.25, which a float32 sum of squares loses
+    # mean 10,000.5 and squares 0.25 + 0.25, which float32 loses beside sums of squares of 1e8
     assert updated_moments(NOTHING_YET, torch.tensor([10_000.0, 10_001.0])) == (2, 10_000.5, 0.5)
 
 
@@ -119,7 +119,8 @@ def test_what_lies_outside_the_mask_changes_no_advantage(many, junk):
 def test_group_mean_by_hand():
     totals, groups = torch.tensor([1.0, 10.0, 2.0, 6.0, 4.0]), torch.tensor([3, 8, 3, 3, 8])
     mask = lengths_mask([1, 2, 2, 1, 2], 2)
-    # prompt 3: 1 − (2 + 6)/2 = −3;  2 − (1 + 6)/2 = −1.5;  6 − (1 + 2)/2 = 4.5.  prompt 8: 10 − 4 = 6;  4 − 10 = −6
+    # prompt 3: 1 − (2 + 6)/2 = −3;  2 − (1 + 6)/2 = −1.5;  6 − (1 + 2)/2 = 4.5
+    # prompt 8: 10 − 4 = 6;  4 − 10 = −6
     expected = torch.tensor([[-3.0, 0.0], [6.0, 6.0], [-1.5, -1.5], [4.5, 0.0], [-6.0, -6.0]])
     close(group_mean(end_scores(totals, mask), groups, mask), expected)
 

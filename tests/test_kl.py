@@ -24,17 +24,13 @@ def test_k1_is_the_policys_log_probability_minus_the_references():
     close(k1(LOGPROBS, REFERENCE), torch.tensor([[0.5, -1.0, 0.0], [0.25, 0.0, 0.0]]))
 
 
-@pytest.mark.parametrize(
-    ("logprobs", "reference"), [(LOGPROBS, REFERENCE), (JUNK_LOGPROBS, JUNK_REFERENCE)]
-)
+@pytest.mark.parametrize(("logprobs", "reference"), [(LOGPROBS, REFERENCE), (JUNK_LOGPROBS, JUNK_REFERENCE)])
 def test_sequence_kl_is_the_mean_over_responses_of_their_sums(logprobs, reference):
     # response 1: 0.5 − 1 + 0 = −0.5; response 2: 0.25; mean (−0.5 + 0.25) / 2 = −0.125, so it may be negative
     close(sequence_kl(logprobs, reference, MASK), torch.tensor(-0.125))
 
 
-@pytest.mark.parametrize(
-    ("logprobs", "reference"), [(LOGPROBS, REFERENCE), (JUNK_LOGPROBS, JUNK_REFERENCE)]
-)
+@pytest.mark.parametrize(("logprobs", "reference"), [(LOGPROBS, REFERENCE), (JUNK_LOGPROBS, JUNK_REFERENCE)])
 def test_token_k3_by_hand(logprobs, reference):
     # exp(−k1) − 1 + k1 at k1 = 0.5, −1, 0, 0.25, over 4 tokens
     total = (math.exp(-0.5) - 0.5) + (math.exp(1) - 2) + 0 + (math.exp(-0.25) - 0.75)
@@ -42,10 +38,10 @@ def test_token_k3_by_hand(logprobs, reference):
 
 
 def test_k3_is_never_negative_and_zero_only_where_the_policies_agree():
-    differences = torch.linspace(-3, 3, 61).reshape(61, 1, 1)
+    differences = (torch.arange(-30, 31) / 10).reshape(61, 1, 1)
     one = torch.tensor([[True]])
     k3 = torch.stack([token_k3(difference, torch.zeros(1, 1), one) for difference in differences])
-    assert (k3[differences.flatten().abs() > 1e-3] > 0).all()
+    assert ((k3 > 0) == (differences.flatten() != 0)).all()
     assert k3[30] == 0  # the middle of the grid is k1 = 0
 
 
@@ -79,11 +75,18 @@ def test_exact_kl_is_the_expectation_of_k1_and_of_k3_under_the_policy():
     close(exact_kl(logits, reference), expected, atol=1e-6)
 
 
-def test_exact_kl_does_not_depend_on_a_shift_of_the_logits_and_is_float32():
+def test_exact_kl_of_low_precision_logits_is_computed_in_float32():
+    torch.manual_seed(0)
+    logits, reference = torch.randn(1, 4, 7).bfloat16(), torch.randn(1, 4, 7).bfloat16()
+    found = exact_kl(logits, reference)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact_kl(logits.float(), reference.float()), rtol=0, atol=0)
+
+
+def test_exact_kl_does_not_depend_on_a_shift_of_the_logits():
     torch.manual_seed(0)
     logits, reference = torch.randn(1, 4, 7), torch.randn(1, 4, 7)
     close(exact_kl(logits + 3, reference - 2), exact_kl(logits, reference), atol=1e-6)
-    assert exact_kl(logits.bfloat16(), reference.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def gradient(value: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 
 def test_apa_loss_by_hand():
-    # λ = 0.5: (−1 + 1.5 − 0.1/0.5)² = 0.3² = 0.09;  (−2 + 1 − 0.5/0.5)² = (−2)² = 4;  (−1 + 1 + 0.2/0.5)² = 0.16
+    # λ = 0.5: (−1 + 1.5 − 0.1/0.5)² = 0.3² = 0.09;  (−2 + 1 − 0.5/0.5)² = (−2)² = 4;
+    # (−1 + 1 + 0.2/0.5)² = 0.16
     logprobs = torch.tensor([-1.0, -2.0, -1.0])
     reference = torch.tensor([-1.5, -1.0, -1.0])
     advantages = torch.tensor([0.1, 0.5, -0.2])
@@ -76,9 +77,7 @@ def test_awr_weights_are_clipped_from_above_only():
     logprobs = torch.tensor([-1.0, -1.0, -1.0, -1.0])
     advantages = torch.tensor([0.5, 0.75, 10.0, -10.0])
     # λ = 0.5: weights e, e^1.5 = 4.48, e^20, e^−20; clipped at 4
-    close(
-        awr_loss(logprobs, advantages, 0.5, 4.0), torch.tensor([math.e, 4.0, 4.0, math.exp(-20)]), atol=0
-    )
+    close(awr_loss(logprobs, advantages, 0.5, 4.0), torch.tensor([math.e, 4.0, 4.0, math.exp(-20)]), atol=0)
     close(awr_loss(logprobs, advantages, 0.5, None)[1:3], torch.tensor([math.exp(1.5), math.exp(20)]))
 
 
@@ -130,6 +129,15 @@ def test_clip_range_is_the_callers():
     assert ppo_clipped(logprobs, old, advantages, 0.6).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(("log_ratio", "advantage"), [(0.25, 1.0), (-0.25, -1.0)])
+def test_on_the_very_edge_nothing_is_clipped_yet(log_ratio, advantage):
+    old, logprobs = torch.zeros(1), torch.tensor([log_ratio], requires_grad=True)
+    edge = abs(float(logprobs.detach().exp()) - 1)
+    loss = ppo_loss(logprobs, old, torch.tensor([advantage]), edge)
+    close(gradient(loss, logprobs), -torch.tensor([advantage]) * logprobs.detach().exp())
+    assert not ppo_clipped(logprobs, old, torch.tensor([advantage]), edge).any()
+
+
 def test_on_policy_gradient_of_ppo_is_that_of_reinforce():
     torch.manual_seed(0)
     logits = torch.randn(4, 6, 9, requires_grad=True)
@@ -147,7 +155,7 @@ def test_a_clipped_token_is_one_whose_gradient_is_gone():
     logprobs = (old + 0.5 * torch.randn(1000)).requires_grad_()
     slope = gradient(ppo_loss(logprobs, old, advantages, 0.2), logprobs)
     clipped = ppo_clipped(logprobs, old, advantages, 0.2)
-    assert torch.equal(clipped.bool(), slope == 0)
+    assert torch.equal(clipped, (slope == 0).float())
     assert 100 < clipped.sum() < 900
 
 
@@ -192,7 +200,8 @@ LOSSES = {
     "apa": lambda x, a, b: apa_loss(x, a, b, 0.5, 0.1),
     "awr": lambda x, a, b: awr_loss(x, a + b, 0.5, 20.0),
     "ppo": lambda x, a, b: ppo_loss(x, a, b, 0.2),
-    "critic": lambda x, a, b: critic_loss(x, a, b, 0.2),
+    "critic": lambda x, a, b: critic_loss(x, a, b, None),
+    "critic, clipped": lambda x, a, b: critic_loss(x, a, b, 5.0),
 }
 
 

@@ -2,8 +2,8 @@
 
 Questions about two dozen everyday activities, and replies to them, both drawn from one grammar and written
 in the format of Anthropic's HH data. Every question asks for some of four parts (needs, steps, time, tip)
-of one topic. Replies have random faults (no courtesy, wrong topic, a part left out, a sentence repeated), so
-that there is something to prefer. What the grammar makes it also reads: `parse_prompt`, `parse_reply`.
+of one topic. Replies have random faults (no courtesy, wrong topic, a part left out, a sentence repeated; some
+rejected ones garbled words), so that there is something to prefer. What the grammar makes it also reads: `parse_prompt`, `parse_reply`.
 """
 
 from __future__ import annotations
@@ -168,6 +168,7 @@ SHAPES = ((1, 1, 0.40), (1, 2, 0.33), (1, 3, 0.12), (2, 1, 0.10), (2, 2, 0.05))
 
 # How often a drawn reply has each fault, and what each feature weighs in its quality.
 P_OFF_TOPIC, P_SENTENCE_OFF_TOPIC, P_INCOMPLETE, P_EXTRA, P_REPEAT = 0.4, 0.6, 0.45, 0.2, 0.35
+P_GARBLED = 0.25  # of rejected replies
 P_OPENING = P_CLOSING = 0.45
 WEIGHTS = {"relevance": 0.75, "completeness": 0.75, "courtesy": 1.0, "repetition": -1.0, "extra": -0.3}
 UNPARSED = -1.0  # the quality of what is no reply of the grammar: below that of every reply
@@ -350,6 +351,18 @@ def _reply(topic: str, asked: list[str], rng: np.random.Generator) -> str:
     return " " + " ".join(opening + content + closing)
 
 
+def _garbled(reply: str, rng: np.random.Generator) -> str:
+    """The reply with one slip that the grammar does not allow: words lost, said twice, or of another sentence."""
+    words, garbled = reply.split(), reply
+    while parse_reply(garbled) is not None:
+        start = int(rng.integers(len(words)))
+        stop = min(len(words), start + int(rng.integers(1, 4)))
+        strange = _pick(rng, SENTENCES[_pick(rng, list(SENTENCES))]).split()
+        middle = _pick(rng, ([], words[start:stop] * 2, strange[len(strange) // 2 :]))
+        garbled = " " + " ".join(words[:start] + middle + words[stop:])
+    return garbled
+
+
 def _pair(topic: str, asked: list[str], rng: np.random.Generator) -> tuple[str, str]:
     """Two replies of different quality, (chosen, rejected): the better first but for Bradley-Terry noise."""
     first = second = _reply(topic, asked, rng)
@@ -358,6 +371,8 @@ def _pair(topic: str, asked: list[str], rng: np.random.Generator) -> tuple[str, 
         second = _reply(topic, asked, rng)
         gap = _quality(topic, asked, first) - _quality(topic, asked, second)
     better, worse = (first, second) if gap > 0 else (second, first)
+    if rng.random() < P_GARBLED:
+        return better, _garbled(worse, rng)
     flipped = rng.random() < 1 / (1 + math.exp(NOISE_SLOPE * abs(gap)))
     return (worse, better) if flipped else (better, worse)
 

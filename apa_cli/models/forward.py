@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from apa_cli.models.critic import Critic
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import token_logprobs
-from apa_cli.types import Batch, PolicyOutput
+from apa_cli.types import Batch, PolicyOutput, Tokens
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def response_logits(model: PreTrainedModel, rows: Sequences, temperature: float)
     return output.logits.float() / temperature
 
 
-def response_logprobs(model: PreTrainedModel, batch: Batch, temperature: float) -> Tensor:
+def response_logprobs(model: PreTrainedModel, batch: Batch | Tokens, temperature: float) -> Tensor:
     """log π of each response token, [B, T] float32, 0 outside the mask."""
     rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
     return widened(token_logprobs(response_logits(model, rows, temperature), rows.response_ids), batch.mask)
@@ -91,7 +91,7 @@ class TrainingModel(nn.Module):
         self.critics = nn.ModuleDict(critics)
         self.temperature = temperature
 
-    def forward(self, batch: Batch) -> PolicyOutput:
+    def forward(self, batch: Batch | Tokens) -> PolicyOutput:
         """Log-probs [B, T] and each critic's values [B, T] of the batch's responses."""
         rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
         length = rows.response_ids.shape[1]
@@ -106,7 +106,7 @@ class TrainingModel(nn.Module):
         }
         return PolicyOutput(logprobs=widened(logprobs, batch.mask), values=values)
 
-    def values(self, batch: Batch) -> dict[str, Tensor]:
+    def values(self, batch: Batch | Tokens) -> dict[str, Tensor]:
         """Each critic's values alone, [B, T]."""
         if any(critic.backbone is None for critic in self.critics.values()):
             return dict(self.forward(batch).values)

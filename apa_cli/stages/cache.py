@@ -31,50 +31,55 @@ def resolved(
 
     The stages depend on the model, the data, their own settings and `stages.seed`, never on the run's seed.
     """
-    if config.model.path is None:
-        key = {
-            "stage": "sft",
-            "model": _plain(asdict(config.model)),
-            "settings": _plain(asdict(config.sft)),
-            "seed": config.stages.seed,
-            "data": digest_of_data(train, held_out),
-            "code": digest_of_code(),
-        }
-
-        def build_sft(folder: Path) -> dict[str, float]:
-            say("building the SFT model (once; later runs take it from the cache)")
-            return run_sft(
-                config.model, config.sft, train, held_out, config.stages.seed, device, folder, say, progress
-            )
-
-        path = cached(config, "sft", key, build_sft, say)
-        config = replace(config, model=replace(config.model, path=str(path)))
+    path = sft_model(config, train, held_out, device, say, progress)
+    config = replace(config, model=replace(config.model, path=path))
     if config.reward.lacks_model:
-        key = {
-            "stage": "reward",
-            "model": config.model.path,
-            "dtype": config.model.dtype.value,
-            "settings": _plain(asdict(config.reward_model)),
-            "seed": config.stages.seed,
-            "data": digest_of_data(train, held_out),
-            "code": digest_of_code(),
-        }
-
-        def build_reward(folder: Path) -> dict[str, float]:
-            say("training the reward model (once; later runs take it from the cache)")
-            return run_reward(
-                config.model, config.model.path, config.reward_model, train, held_out, config.stages.seed,
-                device, folder, say, progress,
-            )  # fmt: skip
-
-        path = cached(config, "reward", key, build_reward, say)
-        config = replace(config, reward=config.reward.with_model(str(path)))
+        config = replace(config, reward=config.reward.with_model(reward_model(config, train, held_out, device, say, progress)))
     return config
 
 
-def cached(config: Config, stage: str, key: dict[str, Any], build: Callable[[Path], dict[str, float]], say: Say) -> Path:
+def sft_model(
+    config: Config, train: list[Example], held_out: list[Example], device: torch.device, say: Say, progress: Progress
+) -> str:
+    """`model.path`, or the folder of the SFT stage's model."""
+    if config.model.path is not None:
+        return config.model.path
+
+    def build(folder: Path) -> dict[str, float]:
+        say("building the SFT model (once; later runs take it from the cache)")
+        return run_sft(config.model, config.sft, train, held_out, config.stages.seed, device, folder, say, progress)
+
+    key = {"model": _plain(asdict(config.model)), "settings": _plain(asdict(config.sft))}
+    return str(cached(config, "sft", key, [train, held_out], build, say))
+
+
+def reward_model(
+    config: Config, train: list[Example], held_out: list[Example], device: torch.device, say: Say, progress: Progress
+) -> str:
+    """The folder of the reward stage's model, on the trunk of `config.model.path`."""
+    start = config.model.path
+
+    def build(folder: Path) -> dict[str, float]:
+        say("training the reward model (once; later runs take it from the cache)")
+        return run_reward(
+            config.model, start, config.reward_model, train, held_out, config.stages.seed, device, folder, say, progress
+        )
+
+    key = {"model": start, "dtype": config.model.dtype.value, "settings": _plain(asdict(config.reward_model))}
+    return str(cached(config, "reward", key, [train, held_out], build, say))
+
+
+def cached(
+    config: Config,
+    stage: str,
+    key: dict[str, Any],
+    data: list[list[Example]],
+    build: Callable[[Path], dict[str, float]],
+    say: Say,
+) -> Path:
     """The folder of a stage's model: an earlier one with the same key, or a new one, put in place when complete."""
     root = Path(config.stages.cache_dir).expanduser()
+    key = {**key, "seed": config.stages.seed, "data": digest_of_data(*data), "code": digest_of_code()}
     text = json.dumps(key, sort_keys=True)
     folder = root / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     root.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,225 @@
+"""APA: the loss on a prepared rollout, the diagnostics of log Z and the normaliser, by hand."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from apa_cli.algorithms.apa import APA, Normalizer, log_z
+from apa_cli.algorithms.base import Estimator, ScoreScaling, Whitening
+from apa_cli.types import PolicyOutput, Rollout
+
+close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+
+
+def make(**fields) -> APA:
+    defaults = {
+        "gamma": 1.0,
+        "gae_lambda": 0.95,
+        "score_scaling": ScoreScaling.none,
+        "score_clip": None,
+        "whitening": Whitening.none,
+        "advantage": Estimator.gae,
+        "value_coef": 1.0,
+        "value_clip": None,
+        "lambda_": 0.5,
+        "normalizer": Normalizer.none,
+    }
+    return APA(**{**defaults, **fields})
+
+
+SAMPLER = torch.tensor([[-1.0, 0.0], [-1.25, 0.0], [-0.75, 0.0]])
+REFERENCE = torch.tensor([[-1.5, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+# k1 = 0.5, −0.25, 0.25; with values 0 the advantage is the score, and these scores make
+# e = Â/λ − k1 = ln 1, ln 2, ln 5 at λ = 0.5
+SCORES = torch.tensor([0.5 * 0.5, 0.5 * (math.log(2) - 0.25), 0.5 * (math.log(5) + 0.25)])
+
+
+def rollout(**changes) -> Rollout:
+    """Three responses of one token in two columns."""
+    mask = torch.tensor([[True, False]] * 3)
+    given = Rollout(
+        prompt_ids=torch.zeros(3, 1, dtype=torch.int64),
+        prompt_mask=torch.ones(3, 1, dtype=torch.bool),
+        response_ids=torch.zeros(3, 2, dtype=torch.int64),
+        mask=mask,
+        prefix_mask=torch.zeros_like(mask),
+        sampler_logprobs=SAMPLER,
+        prompts=[""] * 3,
+        responses=[""] * 3,
+        endings=["eos"] * 3,
+        groups=torch.arange(3),
+        columns=[{}, {}, {}],
+        scores=SCORES,
+        ref_logprobs=REFERENCE,
+        init_logprobs=torch.full((3, 2), 99.0),  # kl/* are measured against it; the loss is not
+        values={"value": torch.zeros(3, 2)},
+    )
+    return given.with_(**changes)
+
+
+def output(logprobs: torch.Tensor) -> PolicyOutput:
+    return PolicyOutput(logprobs, {"value": torch.zeros_like(logprobs)})
+
+
+def policy_loss(algorithm: APA, batch, logprobs: torch.Tensor) -> torch.Tensor:
+    return algorithm.loss(batch, output(logprobs)).terms[0].values
+
+
+def test_needs_the_reference_and_a_critic_and_no_second_old_log_probs():
+    needs = make().needs()
+    assert needs.reference
+    assert needs.critics == ("value",)
+    assert not needs.old_logprobs
+    assert not needs.guide
+
+
+def test_loss_by_hand():
+    algorithm = make()
+    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    # on-policy the residual is k1 − Â/λ = −e: squares 0, (ln 2)², (ln 5)²
+    loss = policy_loss(algorithm, batch, SAMPLER)
+    close(loss[:, 0], torch.tensor([0.0, math.log(2) ** 2, math.log(5) ** 2]), atol=1e-6)
+    # and one nat above: (1 − e)²
+    loss = policy_loss(algorithm, batch, SAMPLER + 1)
+    close(loss[:, 0], torch.tensor([1.0, (1 - math.log(2)) ** 2, (1 - math.log(5)) ** 2]))
+
+
+def test_loss_and_gradient_vanish_at_log_ratio_advantage_over_lambda():
+    # powers of two: exact in float32
+    algorithm = make(lambda_=0.25)
+    given = rollout(scores=torch.tensor([0.5, -0.25, 0.0]))
+    batch, _ = algorithm.prepare(given, algorithm.initial_state())
+    target = (REFERENCE + torch.tensor([[2.0], [-1.0], [0.0]])).requires_grad_()
+    loss = policy_loss(algorithm, batch, target)[:, 0]
+    assert not loss.any()
+    (gradient,) = torch.autograd.grad(loss.sum(), target)
+    assert not gradient.any()
+
+
+def test_the_loss_looks_at_no_old_policy():
+    algorithm = make()
+    one, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    other, _ = algorithm.prepare(rollout(sampler_logprobs=SAMPLER - 3), algorithm.initial_state())
+    logprobs = torch.tensor([[-0.5, 0.0], [-2.0, 0.0], [-1.0, 0.0]])
+    close(policy_loss(algorithm, one, logprobs), policy_loss(algorithm, other, logprobs))
+
+
+def test_log_z_by_hand():
+    # e = ln 1, ln 2, ln 5: weights 1, 2, 5; log Z = ln(8/3); its bound (ln 1 + ln 2 + ln 5)/3 = ln(10)/3;
+    # the effective sample size is 8² / (1 + 4 + 25) = 64/30
+    algorithm = make()
+    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    found = {name: value for name, value in batch.metrics.items() if name.startswith("apa/")}
+    expected = {
+        "apa/log_z": math.log(8 / 3),
+        "apa/log_z_lower": math.log(10) / 3,
+        "apa/log_z_ess": 64 / 30,
+    }
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert batch.log_normalizer is None
+
+
+def test_log_z_counts_true_tokens_only():
+    exponent = torch.tensor([[0.0, math.log(2), math.nan], [math.log(5), math.inf, 50.0]])
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    expected = {
+        "apa/log_z": math.log(8 / 3),
+        "apa/log_z_lower": math.log(10) / 3,
+        "apa/log_z_ess": 64 / 30,
+    }
+    assert log_z(exponent, mask) == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_z_survives_exponents_that_overflow():
+    # 1000 and 1000 + ln 3: Z = e^1000 · (1 + 3)/2; ess = 16 / (1 + 9)
+    exponent = torch.tensor([[1000.0, 1000 + math.log(3)]], dtype=torch.float64)
+    found = log_z(exponent, torch.tensor([[True, True]]))
+    assert found["apa/log_z"] == pytest.approx(1000 + math.log(2), rel=1e-9)
+    assert found["apa/log_z_ess"] == pytest.approx(1.6, rel=1e-9)
+
+
+def test_equal_exponents_have_the_effective_size_of_all_tokens_and_bounds_that_meet():
+    found = log_z(torch.full((4, 5), 0.75), torch.ones(4, 5, dtype=torch.bool))
+    assert found == pytest.approx({"apa/log_z": 0.75, "apa/log_z_lower": 0.75, "apa/log_z_ess": 20})
+
+
+def test_log_z_of_a_policy_at_its_target_is_zero():
+    # π_old = π_init · exp(A/λ) on the sampled tokens: every exponent is 0
+    algorithm = make()
+    advantages = 0.5 * (SAMPLER - REFERENCE)[:, 0]
+    batch, _ = algorithm.prepare(rollout(scores=advantages), algorithm.initial_state())
+    assert batch.metrics["apa/log_z"] == pytest.approx(0, abs=1e-6)
+    assert batch.metrics["apa/log_z_lower"] == pytest.approx(0, abs=1e-6)
+    assert batch.metrics["apa/log_z_ess"] == pytest.approx(3, rel=1e-6)
+
+
+def test_normaliser_of_the_batch_is_the_lower_bound_and_enters_the_residual_with_a_plus():
+    algorithm = make(normalizer=Normalizer.batch)
+    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    constant = math.log(10) / 3
+    close(batch.log_normalizer, torch.full((3, 2), constant))
+    # on-policy: (−e + ln(10)/3)²
+    expected = [(constant - e) ** 2 for e in (0.0, math.log(2), math.log(5))]
+    close(policy_loss(algorithm, batch, SAMPLER)[:, 0], torch.tensor(expected), atol=1e-6)
+
+
+def test_no_other_constant_makes_the_on_policy_loss_smaller():
+    algorithm = make(normalizer=Normalizer.batch)
+    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+
+    def loss(constant: torch.Tensor) -> float:
+        return float(policy_loss(algorithm, batch.with_(log_normalizer=constant), SAMPLER)[:, 0].mean())
+
+    least = loss(batch.log_normalizer)
+    assert loss(batch.log_normalizer + 0.01) == pytest.approx(least + 1e-4, rel=1e-4)  # a difference: 1e-4
+    assert loss(batch.log_normalizer - 0.01) == pytest.approx(least + 1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalizer", list(Normalizer))
+def test_whitened_by_minibatch_log_z_is_that_of_each_minibatch(normalizer):
+    algorithm = make(whitening=Whitening.minibatch, normalizer=normalizer)
+    batch, _ = algorithm.prepare(rollout(scores=torch.tensor([1.0, 7.0, 5.0])), algorithm.initial_state())
+    assert not any(name.startswith("apa/") for name in batch.metrics)
+    assert batch.log_normalizer is None
+    minibatch = algorithm.prepare_minibatch(batch.rows(torch.tensor([2, 0])))
+    # scores 5, 1 whiten to 1, −1; e = 1/0.5 − 0.25 = 1.75 and −1/0.5 − 0.5 = −2.5
+    lower = (1.75 - 2.5) / 2
+    expected = {
+        "apa/log_z": math.log((math.exp(1.75) + math.exp(-2.5)) / 2),
+        "apa/log_z_lower": lower,
+        "apa/log_z_ess": (math.exp(1.75) + math.exp(-2.5)) ** 2 / (math.exp(3.5) + math.exp(-5)),
+    }
+    assert minibatch.metrics == pytest.approx(expected, rel=1e-6)
+    if normalizer is Normalizer.batch:
+        close(minibatch.log_normalizer, torch.full((2, 2), lower))
+    else:
+        assert minibatch.log_normalizer is None
+
+
+@pytest.mark.parametrize("whitening", [Whitening.none, Whitening.rollout])
+def test_whitened_otherwise_log_z_is_that_of_the_rollout_and_minibatches_keep_its_constant(whitening):
+    algorithm = make(whitening=whitening, normalizer=Normalizer.batch)
+    batch, _ = algorithm.prepare(rollout(scores=torch.tensor([1.0, 7.0, 4.0])), algorithm.initial_state())
+    # Â/λ − k1: the mean of Â/λ is 4/0.5 = 8 raw and 0 whitened; that of k1 is (0.5 − 0.25 + 0.25)/3 = 1/6
+    lower = (8 if whitening is Whitening.none else 0) - 1 / 6
+    assert batch.metrics["apa/log_z_lower"] == pytest.approx(lower, rel=1e-6)
+    minibatch = algorithm.prepare_minibatch(batch.rows(torch.tensor([1])))
+    close(minibatch.log_normalizer, torch.full((1, 2), lower), rtol=2e-6)
+    assert minibatch.metrics == {}
+
+
+def test_junk_outside_the_mask_is_in_no_diagnostic_and_not_in_the_constant():
+    algorithm = make(normalizer=Normalizer.batch)
+    clean, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    mask = rollout().mask
+    dirty, _ = algorithm.prepare(
+        rollout(
+            sampler_logprobs=SAMPLER.masked_fill(~mask, math.nan),
+            ref_logprobs=REFERENCE.masked_fill(~mask, -math.inf),
+        ),
+        algorithm.initial_state(),
+    )
+    assert dirty.metrics == clean.metrics
+    torch.testing.assert_close(dirty.log_normalizer, clean.log_normalizer, rtol=0, atol=0)

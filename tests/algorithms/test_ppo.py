@@ -1,0 +1,186 @@
+"""PPO: the price of KL in the token rewards, its controller, ratios and the clip fraction, by hand."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from apa_cli.algorithms.base import Estimator, ScoreScaling, Whitening
+from apa_cli.algorithms.ppo import PPO, Controller
+from apa_cli.types import PolicyOutput, Rollout
+
+close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+
+
+def make(**fields) -> PPO:
+    defaults = {
+        "gamma": 1.0,
+        "gae_lambda": 1.0,
+        "score_scaling": ScoreScaling.none,
+        "score_clip": None,
+        "whitening": Whitening.none,
+        "advantage": Estimator.gae,
+        "value_coef": 1.0,
+        "value_clip": None,
+        "kl_coef": 0.1,
+        "clip_range": 0.2,
+        "controller": Controller.fixed,
+        "kl_target": 2.0,
+        "kl_horizon": 20,
+    }
+    return PPO(**{**defaults, **fields})
+
+
+# k1 = −1 + 1.5 = 0.5 and −2 + 1 = −1 in response 1, −0.5 + 2.5 = 2 in response 2
+SAMPLER = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
+REFERENCE = torch.tensor([[-1.5, -1.0], [-2.5, 0.0]])
+OLD = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
+
+
+def rollout(**changes) -> Rollout:
+    """A response of two tokens with score 3 and one of one token with score 4; values 0."""
+    mask = torch.tensor([[True, True], [True, False]])
+    given = Rollout(
+        prompt_ids=torch.zeros(2, 1, dtype=torch.int64),
+        prompt_mask=torch.ones(2, 1, dtype=torch.bool),
+        response_ids=torch.zeros(2, 2, dtype=torch.int64),
+        mask=mask,
+        prefix_mask=torch.zeros_like(mask),
+        sampler_logprobs=SAMPLER,
+        prompts=["", ""],
+        responses=["", ""],
+        endings=["eos", "length"],
+        groups=torch.tensor([0, 0]),
+        columns=[{}, {}],
+        scores=torch.tensor([3.0, 4.0]),
+        ref_logprobs=REFERENCE,
+        init_logprobs=REFERENCE,
+        old_logprobs=OLD,
+        values={"value": torch.zeros(2, 2)},
+    )
+    return given.with_(**changes)
+
+
+def test_needs_old_log_probs_by_the_training_forward_and_the_reference():
+    needs = make().needs()
+    assert needs.old_logprobs
+    assert needs.reference
+    assert needs.critics == ("value",)
+    without_critic = make(advantage=Estimator.group_mean).needs()
+    assert without_critic.old_logprobs
+    assert without_critic.critics == ()
+
+
+def test_token_rewards_are_minus_the_price_of_k1_plus_the_score_at_the_end():
+    # −0.1·0.5;  −0.1·(−1) + 3;  −0.1·2 + 4
+    algorithm, given = make(), rollout()
+    rewards = algorithm.token_rewards(given, given.scores, algorithm.initial_state())
+    close(rewards, torch.tensor([[-0.05, 3.1], [3.8, 0.0]]))
+
+
+def test_the_penalty_is_in_units_of_the_scaled_score():
+    # scores 3, 4 have the deviation ½: scaled 6, 8; the penalty stays −0.05, +0.1; −0.2
+    algorithm = make(score_scaling=ScoreScaling.batch)
+    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    # γ = gae_lambda = 1 and V = 0: returns are sums to come, 6.1 − 0.05 and 6.1; 7.8
+    close(batch.returns["value"], torch.tensor([[6.05, 6.1], [7.8, 0.0]]))
+    close(batch.advantages, torch.tensor([[6.05, 6.1], [7.8, 0.0]]))
+
+
+def test_the_penalty_is_measured_against_the_losss_reference_and_the_samplers_log_probs():
+    given = rollout(init_logprobs=REFERENCE + 9, old_logprobs=OLD + 9)
+    batch, _ = make().prepare(given, make().initial_state())
+    close(batch.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))
+
+
+def test_group_mean_compares_scores_less_their_price():
+    # totals 3.1 − 0.05 = 3.05 and 3.8: ∓0.75
+    algorithm = make(advantage=Estimator.group_mean)
+    batch, _ = algorithm.prepare(rollout(values={}), algorithm.initial_state())
+    close(batch.advantages, torch.tensor([[-0.75, -0.75], [0.75, 0.0]]), rtol=2e-6)  # a difference
+
+
+def test_a_fixed_coefficient_stays():
+    algorithm = make()
+    batch, state = algorithm.prepare(rollout(), algorithm.initial_state())
+    assert state["kl_coef"] == 0.1
+    assert batch.metrics["ppo/kl_coef"] == 0.1
+
+
+def test_an_adaptive_coefficient_changes_for_the_next_iteration_only():
+    algorithm = make(controller=Controller.adaptive)
+    before = algorithm.initial_state()
+    first, after = algorithm.prepare(rollout(), before)
+    # this iteration still pays 0.1
+    assert first.metrics["ppo/kl_coef"] == 0.1
+    close(first.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))
+    # kl/sequence = ((0.5 − 1) + 2)/2 = 0.75; 0.75/2 − 1 = −0.625, clipped to −0.2; n/horizon = 2/20:
+    # 0.1·(1 − 0.02) = 0.098
+    assert after["kl_coef"] == pytest.approx(0.098, rel=1e-12)
+    assert before["kl_coef"] == 0.1
+    # the next one pays that: −0.098·0.5;  3 + 0.098;  4 − 0.196
+    second, last = algorithm.prepare(rollout(), after)
+    assert second.metrics["ppo/kl_coef"] == after["kl_coef"]
+    close(second.returns["value"], torch.tensor([[3.049, 3.098], [3.804, 0.0]]))
+    assert last["kl_coef"] == pytest.approx(0.098 * 0.98, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (0.6, 0.1 * (1 + 0.2 * 2 / 20)),  # 0.75/0.6 − 1 = 0.25, clipped to 0.2
+        (0.6818181818181818, 0.1 * (1 + 0.1 * 2 / 20)),  # 0.75·22/15 − 1 = 0.1
+        (0.75, 0.1),
+    ],
+)
+def test_the_controllers_error_is_kl_over_target_less_one(target, expected):
+    algorithm = make(controller=Controller.adaptive, kl_target=target)
+    _, state = algorithm.prepare(rollout(), algorithm.initial_state())
+    assert state["kl_coef"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_controller_measures_kl_against_the_initial_policy():
+    # every token one nat further from π_init: kl/sequence = 0.75 + (2 + 1)/2 = 2.25; 2.25/2 − 1 = 0.125
+    algorithm = make(controller=Controller.adaptive)
+    _, state = algorithm.prepare(rollout(init_logprobs=REFERENCE - 1), algorithm.initial_state())
+    assert state["kl_coef"] == pytest.approx(0.1 * (1 + 0.125 * 2 / 20), rel=1e-6)
+
+
+def test_loss_and_clip_fraction_by_hand():
+    algorithm = make()
+    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    batch = batch.with_(advantages=torch.tensor([[2.0, -2.0], [2.0, 0.0]]))
+    ratios = torch.tensor([[1.5, 1.5], [0.5, 1.0]])
+    loss = algorithm.loss(batch, PolicyOutput(OLD + ratios.log(), {"value": torch.zeros(2, 2)}))
+    # −2·1.2 (clipped), max(3, 2.4), max(−1, −1.6); one true token of three is clipped
+    close(loss.terms[0].values, torch.tensor([[-2.4, 3.0], [-1.0, 0.0]]))
+    clipped = loss.metrics["policy/clip_fraction"]
+    close(clipped.values, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert (clipped.mask, clipped.reduce) == ("tokens", "mean")
+
+
+def test_ratios_are_to_the_training_forwards_old_log_probs():
+    # the sampler's are off by a nat and do not matter to the ratio
+    algorithm = make()
+    given = rollout(sampler_logprobs=SAMPLER - 1, ref_logprobs=REFERENCE - 1)
+    batch, _ = algorithm.prepare(given, algorithm.initial_state())
+    logprobs = OLD.clone().requires_grad_()
+    loss = algorithm.loss(batch, PolicyOutput(logprobs, {"value": torch.zeros(2, 2)}))
+    close(loss.terms[0].values, -batch.advantages)
+    (gradient,) = torch.autograd.grad(loss.terms[0].values.sum(), logprobs)
+    close(gradient, -batch.advantages)  # on-policy: REINFORCE
+    assert not loss.metrics["policy/clip_fraction"].values.requires_grad
+
+
+def test_junk_outside_the_mask_is_not_in_the_controllers_kl():
+    algorithm = make(controller=Controller.adaptive)
+    mask = rollout().mask
+    dirty = rollout(
+        sampler_logprobs=SAMPLER.masked_fill(~mask, math.nan),
+        ref_logprobs=REFERENCE.masked_fill(~mask, math.inf),
+        init_logprobs=REFERENCE.masked_fill(~mask, -math.inf),
+    )
+    batch, state = algorithm.prepare(dirty, algorithm.initial_state())
+    assert state["kl_coef"] == pytest.approx(0.098, rel=1e-12)
+    close(batch.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))

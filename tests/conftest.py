@@ -1,0 +1,157 @@
+"""A tiny model made once for all tests, and training runs inside this process."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+
+TINY_ARCHITECTURE = {
+    "model_type": "gpt_neox",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+
+SMALL = (
+    "model=local",
+    "dataset=story_openings",
+    "reward=function",
+    "dataset.train_prompts=60",
+    "dataset.test_prompts=10",
+    "iterations=3",
+    "rollout_batch=8",
+    "minibatch=4",
+    "microbatch=4",
+    "sampling.max_prompt_tokens=100",
+    "sampling.max_new_tokens=12",
+    "sampling.microbatch=8",
+    "evaluation.prompts=6",
+    "evaluation.shown=1",
+    "checkpoint_every=1",
+    "launch.device=cpu",
+    "launch.threads=1",
+)
+"""The words of a small run, without the model and the reward's file. Story openings are made faster than the
+embedded dialogues."""
+
+REWARD = '''\
+"""A deterministic reward: the share of vowels, less a little for every character."""
+
+
+def vowels(prompts, responses):
+    return [sum(map(text.lower().count, "aeiou")) / (len(text) + 1) - 0.002 * len(text) for text in responses]
+'''
+
+
+def overriding(words: list[str]) -> list[str]:
+    """The words, of each key only the last; `~key` takes back an earlier word for that key."""
+    last = {word.lstrip("+~").split("=")[0]: word for word in words}
+    return [word for word in last.values() if not word.startswith("~")]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and tokenizers beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip("no folder `shared` with real models beside the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A two-layer GPT-NeoX with random float32 weights and a tokenizer trained on embedded dialogues.
+
+    It ends a reply by EOS at about every twelfth token: its last layer norm adds 0.1 to every feature, so
+    that a row of ones · 1.2 in the output matrix gives EOS a constant logit of 0.1 · 1.2 · 32 = 3.84.
+    """
+    import torch
+
+    from apa_cli.datasets.embedded import EmbeddedDataset
+    from apa_cli.models.loading import build_policy, save_model, train_tokenizer
+    from apa_cli.settings import DType, ModelSettings
+
+    rows = EmbeddedDataset(300, 1, 0, []).load("train")
+    tokenizer = train_tokenizer([row.prompt + row.chosen for row in rows], 600)
+    settings = ModelSettings(None, DType.float32, "sdpa", False, None, 600, TINY_ARCHITECTURE)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = build_policy(settings, tokenizer, seed=3)
+    with torch.no_grad():
+        model.gpt_neox.final_layer_norm.bias.fill_(0.1)
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] = 1.2
+    save_model(model, tokenizer, folder)
+    gc.collect()
+    gc.freeze()  # what is imported by now is not searched again by the collection at each run's end
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_words(tiny, tmp_path_factory) -> list[str]:
+    """The words of a small run on the tiny model with a deterministic reward function."""
+    file = tmp_path_factory.mktemp("rewards") / "vowels.py"
+    file.write_text(REWARD)
+    return [*SMALL, f"model.path={tiny}", f"reward.target={file}:vowels"]
+
+
+@pytest.fixture(scope="session")
+def configured(small_words):
+    """configured(*words) → the checked Config of a small run with these words on top."""
+    from apa_cli.config import build, compose
+
+    def make(*words: str):
+        return build(compose(overriding([*small_words, *words])))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train(configured):
+    """train(directory, *words, curves=False) → the directory of a small run, done in this process.
+
+    Drawing takes longer than all the rest, so there is no curves.png unless `curves` is true.
+    """
+    from apa_cli.runs import start
+
+    def run(directory: Path, *words: str, curves: bool = False) -> Path:
+        config = configured(f"name={directory.name}", *words)
+        with pytest.MonkeyPatch.context() as patch:
+            if not curves:
+                patch.setattr("apa_cli.trainer.draw_curves", lambda directory: None, raising=False)
+            start(config, directory, None)
+        return directory
+
+    return run
+
+
+@pytest.fixture
+def run_train(train, tmp_path):
+    """run_train(*words, name=, curves=) → the directory of a small run in the test's own folder."""
+
+    def run(*words: str, name: str = "run", curves: bool = False) -> Path:
+        return train(tmp_path / name, *words, curves=curves)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def records():
+    """records(file.jsonl) → its objects."""
+    return lambda file: [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def comparable(records):
+    """comparable(metrics.jsonl) → its objects without what the clock and the machine decide."""
+    machine = ("time/", "throughput/", "memory/")
+
+    def read(file: Path) -> list[dict]:
+        return [
+            {name: value for name, value in row.items() if not name.startswith(machine)}
+            for row in records(file)
+        ]
+
+    return read

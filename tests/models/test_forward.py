@@ -1,0 +1,343 @@
+"""Forward passes: which position predicts which token, padding, the critic, temperature."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+
+from apa_cli.kl import exact_kl
+from apa_cli.models.critic import Critic, build_critic, value_head
+from apa_cli.models.forward import (
+    TrainingModel,
+    compute_precision,
+    response_logits,
+    response_logprobs,
+    sequences,
+    widened,
+)
+from apa_cli.settings import DType, HeadKind
+from apa_cli.types import Batch
+
+# a forward pass in another shape adds its float32 terms in another order
+close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+
+PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6], [5, 3]]
+RESPONSES = [[2, 7], [8, 2, 8, 1], [8], [4, 5, 9]]
+
+
+def tiny_policy(seed: int = 0, kind: str = "gpt_neox") -> PreTrainedModel:
+    """One layer; deviations ten times the usual, so that tokens and positions matter to the outputs."""
+    torch.manual_seed(seed)
+    if kind == "gpt_neox":
+        config = GPTNeoXConfig(
+            vocab_size=11,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            initializer_range=0.2,
+        )
+        return GPTNeoXForCausalLM(config).eval()
+    config = GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(params=["gpt_neox", "gpt2"])
+def policy(request) -> PreTrainedModel:
+    """GPT-NeoX knows relative positions, GPT-2 absolute ones."""
+    return tiny_policy(kind=request.param)
+
+
+def batch(
+    prompts: list[list[int]] = PROMPTS,
+    responses: list[list[int]] = RESPONSES,
+    left: int = 0,
+    right: int = 0,
+    junk: int = 0,
+) -> Batch:
+    """Prompts padded on the left and responses on the right with `junk`, with further columns of padding."""
+    before, after = max(map(len, prompts)) + left, max(map(len, responses)) + right
+    mask = torch.tensor([[True] * len(r) + [False] * (after - len(r)) for r in responses])
+    zeros = torch.zeros(mask.shape)
+    return Batch(
+        prompt_ids=torch.tensor([[junk] * (before - len(p)) + p for p in prompts]),
+        prompt_mask=torch.tensor([[False] * (before - len(p)) + [True] * len(p) for p in prompts]),
+        response_ids=torch.tensor([r + [junk] * (after - len(r)) for r in responses]),
+        mask=mask,
+        masks={"tokens": mask},
+        sampler_logprobs=zeros,
+        advantages=zeros,
+        returns={},
+        values={},
+    )
+
+
+@torch.no_grad()
+def alone(policy: PreTrainedModel, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor]:
+    """Log-probs [T] and last hidden states [T, h] of one response, without padding, index by index."""
+    ids = torch.tensor([prompt + response])
+    distribution = policy(input_ids=ids).logits[0].log_softmax(-1)
+    hidden = policy.base_model(input_ids=ids).last_hidden_state[0]
+    before = [len(prompt) - 1 + t for t in range(len(response))]
+    logprobs = torch.stack([distribution[i, token] for i, token in zip(before, response, strict=True)])
+    return logprobs, hidden[before]
+
+
+def by_row(rows: list[Tensor], width: int) -> Tensor:
+    return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
+
+
+def trained_head(kind: HeadKind) -> torch.nn.Module:
+    """A head whose values are not 0."""
+    torch.manual_seed(5)
+    head = value_head(kind, 16)
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return head
+
+
+# What goes into the model
+
+
+def test_rows_are_joined_without_the_last_response_token_and_positions_count_true_tokens():
+    given = batch([[3, 1], [5]], [[2, 7, 8], [4]])
+    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
+    assert rows.input_ids.tolist() == [[3, 1, 2, 7], [0, 5, 4, 0]]
+    # padding on the right is behind every token that counts, so it may be attended to
+    assert rows.attention_mask.tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3], [0, 0, 1, 2]]
+    assert rows.response_ids.tolist() == [[2, 7, 8], [4, 0, 0]]
+
+
+def test_columns_that_are_padding_in_every_row_are_left_out():
+    given = batch([[3, 1], [5]], [[2, 7], [4]], left=3, right=2, junk=6)
+    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
+    assert rows.input_ids.tolist() == [[3, 1, 2], [6, 5, 4]]
+    assert rows.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+    assert rows.position_ids.tolist() == [[0, 1, 2], [0, 0, 1]]
+    assert rows.response_ids.tolist() == [[2, 7], [4, 6]]
+
+
+def test_a_batch_without_any_response_token_gives_zeros(policy):
+    given = batch([[3, 1]], [[2, 7]])
+    given = given.with_(mask=torch.zeros_like(given.mask))
+    assert not response_logprobs(policy, given, 1.0).any()
+
+
+def test_results_are_widened_to_the_mask_with_zeros_outside_it():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    x = torch.tensor([[1.0, 2.0], [3.0, float("nan")]], dtype=torch.float64)
+    wide = widened(x, mask)
+    assert wide.dtype == torch.float32
+    assert wide.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]
+
+
+# Log-probs
+
+
+def test_each_response_token_is_predicted_from_the_position_before_it(policy):
+    expected = by_row([alone(policy, p, r)[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)], 4)
+    close(response_logprobs(policy, batch(), 1.0), expected)
+    close(TrainingModel(policy, {}, 1.0)(batch()).logprobs, expected)
+
+
+def test_the_first_token_is_predicted_from_the_last_prompt_token(policy):
+    distribution = policy(input_ids=torch.tensor([[3, 1, 4]])).logits[0, -1].log_softmax(-1)
+    for token in range(11):
+        found = response_logprobs(policy, batch([[3, 1, 4]], [[token]]), 1.0)
+        close(found, distribution[token].reshape(1, 1))
+
+
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (4, 5)])
+@pytest.mark.parametrize("junk", [0, 7])
+def test_padding_and_what_stands_in_it_change_nothing(policy, left, right, junk):
+    model = TrainingModel(
+        policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0
+    )
+    plain, padded = model(batch()), model(batch(left=left, right=right, junk=junk))
+    close(padded.logprobs[:, :4], plain.logprobs)
+    close(padded.values["value"][:, :4], plain.values["value"])
+    assert not padded.logprobs[:, 4:].any()
+    assert not padded.values["value"][:, 4:].any()
+
+
+def test_outside_the_mask_log_probs_and_values_are_0(policy):
+    model = TrainingModel(
+        policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0
+    )
+    output, mask = model(batch()), batch().mask
+    assert not output.logprobs[~mask].any()
+    assert not output.values["value"][~mask].any()
+    assert (output.logprobs[mask] < 0).all()
+    assert output.values["value"][mask].all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_divides_the_logits_before_they_are_normalised(policy, temperature):
+    logits = policy(input_ids=torch.tensor([[3, 1, 4, 2]])).logits[0, 2:4]
+    expected = (logits / temperature).log_softmax(-1)[[0, 1], [2, 7]].unsqueeze(0)
+    given = batch([[3, 1, 4]], [[2, 7]])
+    close(response_logprobs(policy, given, temperature), expected)
+    close(TrainingModel(policy, {}, temperature)(given).logprobs, expected)
+    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
+    close(response_logits(policy, rows, temperature), (logits / temperature).unsqueeze(0))
+
+
+@torch.no_grad()
+def test_a_policy_has_no_kl_to_itself_and_some_to_another(policy):
+    given = batch()
+    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
+    own = response_logits(policy, rows, 1.0)
+    assert float(exact_kl(own, response_logits(policy, rows, 1.0)).abs().max()) < 1e-6
+    assert float(exact_kl(own, response_logits(tiny_policy(1), rows, 1.0))[given.mask].min()) > 0.01
+
+
+def test_bfloat16_computes_low_and_answers_in_float32_with_float32_gradients(policy):
+    given, cpu = batch(), torch.device("cpu")
+    model = TrainingModel(
+        policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.mlp))}, 1.0
+    )
+    exact = model(given)
+    with compute_precision(cpu, DType.bfloat16):
+        rough = model(given)
+    (rough.logprobs.sum() + rough.values["value"].sum()).backward()
+    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {
+        torch.float32
+    }
+    for low, high in ((rough.logprobs, exact.logprobs), (rough.values["value"], exact.values["value"])):
+        assert low.dtype == torch.float32
+        gap = float((low - high).detach().abs().max())
+        assert 1e-5 < gap < 0.2  # eight bits of mantissa in a layer's sums
+    with compute_precision(cpu, DType.float32):
+        close(model(given).logprobs, exact.logprobs)
+
+
+# The critic
+
+
+@pytest.mark.parametrize("kind", list(HeadKind))
+@pytest.mark.parametrize("on_trunk", [False, True])
+def test_a_new_critic_says_0_and_can_learn(policy, kind, on_trunk):
+    critic = build_critic(policy, kind, seed=0, start=None, on_trunk=on_trunk)
+    model = TrainingModel(policy, {"value": critic}, 1.0)
+    values = model(batch()).values["value"]
+    assert not values.any()
+    ((values - 1) ** 2)[batch().mask].sum().backward()
+    last = critic.head if kind is HeadKind.linear else critic.head[-1]
+    assert last.weight.grad.abs().max() > 0.1
+    # V = 0 at 10 tokens, each with the slope −2
+    close(last.bias.grad, torch.tensor([-20.0]))
+
+
+def test_the_published_head_is_h_to_2h_to_1_with_relu():
+    head = value_head(HeadKind.mlp, 2)
+    with torch.no_grad():
+        head[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]]))
+        head[0].bias.copy_(torch.tensor([0.0, -1.0, 0.5, 0.0]))
+        head[-1].weight.copy_(torch.tensor([[1.0, 10.0, 100.0, 1000.0]]))
+        head[-1].bias.fill_(0.25)
+    # hidden 2, 3: relu(2, 2, 5.5, −2) = 2, 2, 5.5, 0: 2 + 20 + 550 + 0.25
+    assert head(torch.tensor([2.0, 3.0])).tolist() == [572.25]
+
+
+@pytest.mark.parametrize("kind", list(HeadKind))
+def test_the_value_of_a_state_is_read_where_its_token_is_predicted(policy, kind):
+    backbone, head = tiny_policy(1), trained_head(kind)
+    model = TrainingModel(policy, {"value": Critic(backbone.base_model, head)}, 1.0)
+    rows = [head(alone(backbone, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    close(model(batch()).values["value"], by_row(rows, 4))
+    close(model.values(batch(left=2, right=3))["value"][:, :4], by_row(rows, 4))
+
+
+@pytest.mark.parametrize("kind", list(HeadKind))
+def test_a_head_on_the_trunk_reads_the_policys_last_hidden_state(policy, kind):
+    head = trained_head(kind)
+    model = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)
+    rows = [head(alone(policy, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    close(model(batch()).values["value"], by_row(rows, 4))
+    close(model.values(batch(left=2, right=3))["value"][:, :4], by_row(rows, 4))
+
+
+def test_a_response_of_one_token_has_the_value_of_its_prompt_and_later_tokens_do_not_change_it(policy):
+    model = TrainingModel(policy, {"value": Critic(None, trained_head(HeadKind.linear))}, 1.0)
+    one, other = batch([[3, 1, 4]], [[2]]), batch([[3, 1, 4]], [[7, 5, 9]])
+    close(model(one).values["value"][0, 0], model(other).values["value"][0, 0])
+    assert (
+        abs(float((model(other).values["value"][0, 1] - model(other).values["value"][0, 0]).detach())) > 1e-3
+    )
+
+
+def test_several_critics_keep_their_names(policy):
+    heads = {name: trained_head(HeadKind.linear) for name in ("learner", "guide")}
+    torch.nn.init.constant_(heads["guide"].bias, 3.0)
+    torch.nn.init.constant_(heads["learner"].bias, 1.0)
+    model = TrainingModel(policy, {name: Critic(None, head) for name, head in heads.items()}, 1.0)
+    values, mask = model(batch()).values, batch().mask
+    close((values["guide"] - values["learner"])[mask], torch.full((10,), 2.0))
+
+
+def test_a_separate_critic_learns_without_the_policy_and_a_head_on_the_trunk_through_it(policy):
+    separate = TrainingModel(
+        policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0
+    )
+    separate(batch()).values["value"].sum().backward()
+    assert all(
+        parameter.grad is None or not parameter.grad.any() for parameter in separate.policy_parameters()
+    )
+    assert any(
+        parameter.grad.any()
+        for parameter in separate.critics["value"].backbone.parameters()
+        if parameter.grad is not None
+    )
+    on_trunk = TrainingModel(policy, {"value": Critic(None, trained_head(HeadKind.linear))}, 1.0)
+    on_trunk(batch()).values["value"].sum().backward()
+    assert any(
+        parameter.grad is not None and parameter.grad.any() for parameter in policy.base_model.parameters()
+    )
+
+
+def test_parameters_are_the_policys_or_the_critics(policy):
+    model = TrainingModel(
+        policy, {"value": build_critic(policy, HeadKind.linear, 0, None, on_trunk=False)}, 1.0
+    )
+    of_policy = {id(parameter) for parameter in model.policy_parameters()}
+    of_critic = {id(parameter) for parameter in model.critic_parameters()}
+    assert of_policy == {id(parameter) for parameter in policy.parameters()}
+    assert of_critic == {id(parameter) for parameter in model.critics.parameters()}
+    assert not of_policy & of_critic
+    policy.get_input_embeddings().requires_grad_(False)
+    assert len(model.policy_parameters()) == len(of_policy) - 1
+
+
+def test_a_critics_backbone_is_a_copy_of_where_it_starts():
+    policy, start = tiny_policy(0), tiny_policy(1)
+    for given, source in ((None, policy), (start, start)):
+        critic = build_critic(policy, HeadKind.linear, seed=0, start=given, on_trunk=False)
+        for copied, original in zip(
+            critic.backbone.parameters(), source.base_model.parameters(), strict=True
+        ):
+            assert torch.equal(copied, original)
+            assert copied is not original
+            assert copied.requires_grad
+
+
+def test_a_frozen_low_precision_start_gives_a_trainable_float32_critic():
+    start = tiny_policy(1).bfloat16().requires_grad_(False)
+    critic = build_critic(tiny_policy(0), HeadKind.linear, seed=0, start=start, on_trunk=False)
+    assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}
+    assert all(parameter.requires_grad for parameter in critic.parameters())
+
+
+def test_a_head_depends_on_its_seed_and_on_no_global_generator(policy):
+    torch.manual_seed(1)
+    one = build_critic(policy, HeadKind.mlp, seed=3, start=None, on_trunk=True).head[0].weight
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.rand(1) == after
+    again = build_critic(policy, HeadKind.mlp, seed=3, start=None, on_trunk=True).head[0].weight
+    other = build_critic(policy, HeadKind.mlp, seed=4, start=None, on_trunk=True).head[0].weight
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)

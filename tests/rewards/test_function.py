@@ -1,0 +1,179 @@
+"""reward=function: how a user's function is found, what it is given, what is said when it fails."""
+
+import sys
+
+import pytest
+
+from apa_cli.rewards.base import checked
+from apa_cli.rewards.function import FunctionReward
+from apa_cli.types import UserError
+
+SOURCE = """\
+import math
+seen = []
+
+def plain(prompts, responses):
+    return [len(prompt) + 10 * len(response) for prompt, response in zip(prompts, responses)]
+
+def with_topic(prompts, responses, topic):
+    seen.append(topic)
+    return [len(t or "") for t in topic]
+
+def with_all(prompts, responses, **columns):
+    seen.append(columns)
+    return [0.0] * len(responses)
+
+def with_default(prompts, responses, missing=7):
+    return [missing] * len(responses)
+
+def failing(prompts, responses):
+    numbers = {}
+    return [numbers["no such\\nkey"] for _ in responses]
+
+def too_few(prompts, responses):
+    return [1.0]
+
+def refusing(prompts, responses):
+    from apa_cli.types import UserError
+    raise UserError("install the other package")
+
+number = 3
+"""
+
+PROMPTS, RESPONSES = ["a", "bcd"], ["xx", "y"]
+COLUMNS = [{"topic": "tea", "asked": ["time"]}, {"topic": "bread", "other": 1}]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(SOURCE)
+    return path
+
+
+def call(target):
+    return FunctionReward(str(target)).load("cpu", "float32")(PROMPTS, RESPONSES, COLUMNS)
+
+
+def test_a_function_in_a_file_gets_prompts_and_responses(file):
+    assert call(f"{file}:plain") == [1 + 20, 3 + 10]
+
+
+def test_a_function_in_a_module_beside_the_run(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert call("my_rewards:plain") == [21, 13]
+    sys.modules.pop("my_rewards")
+
+
+def test_a_function_in_a_module_of_a_package(tmp_path, monkeypatch):
+    package = tmp_path / "some_package" / "inner"
+    package.mkdir(parents=True)
+    (package / "scores.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call("some_package.inner.scores:plain") == [21, 13]
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path):
+    for number in (1, 2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "same.py").write_text(
+            f"def score(prompts, responses):\n    return [{number}] * 2\n"
+        )
+    first = FunctionReward(f"{tmp_path}/1/same.py:score").load("cpu", "float32")
+    second = FunctionReward(f"{tmp_path}/2/same.py:score").load("cpu", "float32")
+    assert first(PROMPTS, RESPONSES, COLUMNS) == [1, 1] and second(PROMPTS, RESPONSES, COLUMNS) == [2, 2]
+
+
+def test_only_the_columns_whose_names_it_takes(file):
+    assert call(f"{file}:with_topic") == [3, 5]
+    assert sys.modules["apa_reward_my_rewards"].seen == [["tea", "bread"]]
+    assert call(f"{file}:with_default") == [7, 7]
+
+
+def test_all_columns_with_keywords_and_none_where_a_row_lacks_one(file):
+    call(f"{file}:with_all")
+    expected = {"topic": ["tea", "bread"], "asked": [["time"], None], "other": [None, 1]}
+    assert sys.modules["apa_reward_my_rewards"].seen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("{file}:nothing", "has no function nothing"),
+        ("{file}:number", "has no function number"),
+        ("{folder}/absent.py:plain", "cannot import .*absent.py .*no file"),
+        ("no_such_module_anywhere:plain", "cannot import no_such_module_anywhere"),
+        ("{file}", "not of the form"),
+        ("{file}:", "not of the form"),
+        (":plain", "not of the form"),
+        ("plain", "not of the form"),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_line(target, message, file):
+    target = target.format(file=file, folder=file.parent)
+    with pytest.raises(UserError, match=message) as error:
+        FunctionReward(target).load("cpu", "float32")
+    assert "\n" not in str(error.value) and str(error.value).startswith("reward.target")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def broken(:\n", "SyntaxError"),
+        ("import no_such_package\n", "ModuleNotFoundError"),
+        ("1 / 0\n", "ZeroDivision"),
+    ],
+)
+def test_a_file_that_cannot_be_imported(source, message, tmp_path):
+    (tmp_path / "bad.py").write_text(source)
+    with pytest.raises(UserError, match=message) as error:
+        FunctionReward(f"{tmp_path}/bad.py:f").load("cpu", "float32")
+    assert "\n" not in str(error.value)
+
+
+def test_an_exception_is_named_with_its_file_and_line(file):
+    with pytest.raises(UserError) as error:
+        call(f"{file}:failing")
+    line = 1 + SOURCE.splitlines().index('    return [numbers["no such\\nkey"] for _ in responses]')
+    assert "KeyError" in str(error.value) and f"(my_rewards.py, line {line})" in str(error.value)
+    assert "failing" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_exception_of_many_lines_is_still_one_line(tmp_path):
+    (tmp_path / "many.py").write_text("def f(prompts, responses):\n    raise ValueError('first\\nsecond')\n")
+    with pytest.raises(UserError, match="first") as error:
+        call(f"{tmp_path}/many.py:f")
+    assert "\n" not in str(error.value)
+
+
+def test_a_function_that_takes_something_else(file):
+    file.write_text("def f(texts):\n    return texts\n")
+    with pytest.raises(UserError, match="TypeError") as error:
+        call(f"{file}:f")
+    assert "\n" not in str(error.value)
+
+
+def test_a_users_own_error_passes_unchanged(file):
+    with pytest.raises(UserError, match=r"^install the other package$"):
+        call(f"{file}:refusing")
+
+
+def test_the_wrong_number_of_scores(file):
+    score = checked(FunctionReward(f"{file}:too_few").load("cpu", "float32"))
+    with pytest.raises(UserError, match="2 responses were given, 1 scores came back"):
+        score(PROMPTS, RESPONSES, COLUMNS)
+
+
+def test_vader_scores_replies_alone_and_with_the_right_sign():
+    pytest.importorskip("vaderSentiment")
+    score = FunctionReward("apa_cli.rewards.vader:compound").load("cpu", "float32")
+    replies = [
+        "I love this wonderful day!",
+        "I hate this horrible, awful day.",
+        "The table has four legs.",
+        "",
+    ]
+    prompts = ["Tell me something terrible, sad and disgusting."] * 4
+    good, bad, neutral, empty = score(prompts, replies, [{"topic": "x"}] * 4)
+    assert 0.5 < good <= 1 and -1 <= bad < -0.5 and neutral == 0 and empty == 0

@@ -1,0 +1,279 @@
+"""The stages before RL: what SFT trains on, what the reward stage measures, and the cache that keeps both."""
+
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import device as torch_device
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from apa_cli.datasets.embedded import EmbeddedDataset
+from apa_cli.models.reward_model import text_tokens
+from apa_cli.settings import DType, FitSettings, ModelSettings
+from apa_cli.stages import cache
+from apa_cli.stages.reward_model import preference_report, run_reward
+from apa_cli.stages.sft import perplexity, run_sft, target_tokens
+from apa_cli.types import Example, UserError
+
+CPU = torch_device("cpu")
+FIT = FitSettings(
+    epochs=2, batch=8, lr=5e-3, weight_decay=0.0, warmup_fraction=0.1, max_grad_norm=1.0, max_tokens=100,
+    held_out=20,
+)  # fmt: skip
+ROWS = EmbeddedDataset(80, 20, 0, [])
+
+
+def silent(*_) -> None:
+    """Says nothing."""
+
+
+def from_folder(folder) -> ModelSettings:
+    return ModelSettings(str(folder), DType.float32, "sdpa", False, None, None, {})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+# --- SFT ----------------------------------------------------------------------------------------------------
+
+PROMPT, REPLY = "\n\nHuman: How long does it take?\n\nAssistant:", " It takes about three hours."
+
+
+def test_targets_are_the_replys_tokens_and_its_end(tokenizer):
+    ids, flags = target_tokens(tokenizer, PROMPT, REPLY, longest=100)
+    prompt = tokenizer(PROMPT)["input_ids"]
+    assert ids[: len(prompt)] == prompt and not any(flags[: len(prompt)]) and all(flags[len(prompt) :])
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[len(prompt) : -1]) == REPLY
+    assert len(ids) == len(flags)
+
+
+def test_too_long_a_dialogue_loses_prompt_tokens_on_the_left(tokenizer):
+    whole, flags = target_tokens(tokenizer, PROMPT, REPLY, longest=100)
+    reply = sum(flags)
+    for longest in (len(whole), len(whole) - 1, reply + 3, reply + 1):
+        ids, kept = target_tokens(tokenizer, PROMPT, REPLY, longest)
+        assert ids == whole[-longest:] and sum(kept) == reply and kept == flags[-longest:]
+
+
+def test_too_long_a_reply_is_cut_and_has_no_end(tokenizer):
+    whole, flags = target_tokens(tokenizer, PROMPT, REPLY, longest=100)
+    prompt, reply = whole[: -sum(flags)], whole[-sum(flags) :]
+    longest = 4
+    ids, kept = target_tokens(tokenizer, PROMPT, REPLY, longest)
+    # One token of the prompt stays to predict from, then the first three of the reply.
+    assert ids == [prompt[-1], *reply[:3]] and kept == [False, True, True, True]
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_perplexity_by_hand(tiny, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    rows = [
+        target_tokens(tokenizer, PROMPT, REPLY, 100),
+        target_tokens(tokenizer, PROMPT + " more", " No.", 100),
+        target_tokens(tokenizer, "x", " Yes, it does.", 100),
+    ]
+    total, count = 0.0, 0
+    for ids, flags in rows:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for place, token in enumerate(ids):
+            if flags[place]:
+                total, count = total + float(logprobs[place - 1, token]), count + 1
+    expected = math.exp(-total / count)
+    for batch in (1, 2, 3):
+        assert perplexity(model, rows, tokenizer.pad_token_id, batch) == pytest.approx(expected, rel=1e-4)
+
+
+def test_sft_lowers_perplexity_and_is_repeatable(tiny, tmp_path):
+    train, test = ROWS.load("train"), ROWS.load("test")
+    results = []
+    for name in ("first", "second"):
+        torch.manual_seed(random.randrange(1000))
+        results.append(run_sft(from_folder(tiny), FIT, train, test, 0, CPU, tmp_path / name, silent, silent))
+    first, second = results
+    assert first["perplexity_after"] < 0.5 * first["perplexity_before"]
+    assert first == second and first["replies"] == 80
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
+    rows = [target_tokens(tokenizer, e.prompt, e.chosen, FIT.max_tokens) for e in test]
+    assert perplexity(model, rows, tokenizer.pad_token_id, 8) == pytest.approx(
+        first["perplexity_after"], rel=1e-4
+    )
+
+
+def test_sft_builds_a_model_where_there_is_none(tmp_path):
+    architecture = {
+        "model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "intermediate_size": 16, "max_position_embeddings": 128,
+    }  # fmt: skip
+    settings = ModelSettings(None, DType.float32, "sdpa", False, None, 320, architecture)
+    train, test = ROWS.load("train"), ROWS.load("test")
+    run_sft(settings, replace(FIT, epochs=1), train, test, 0, CPU, tmp_path / "model", silent, silent)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert model.config.vocab_size == len(tokenizer) == 320
+    assert model.config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_prompts_alone_are_not_enough_for_a_stage(stage, tiny, tmp_path):
+    rows = [Example("a prompt", None, None, {})]
+    with pytest.raises(UserError, match=f"^{stage}: the data set has no") as error:
+        if stage == "sft":
+            run_sft(from_folder(tiny), FIT, rows, rows, 0, CPU, tmp_path / "x", silent, silent)
+        else:
+            run_reward(from_folder(tiny), str(tiny), FIT, rows, rows, 0, CPU, tmp_path / "x", silent, silent)
+    assert "\n" not in str(error.value)
+
+
+# --- the reward model ---------------------------------------------------------------------------------------
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_preference_report_by_hand():
+    chosen, rejected = [2.0, 1.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.9]
+    # Differences 2, 0, −1, 0.1: right, a tie, wrong, right.
+    report = preference_report(chosen, rejected, [4, 3, 2, 3, 2, 3, 1, 3])
+    accuracy = (1 + 0.5 + 0 + 1) / 4
+    assert report["accuracy"] == accuracy == 0.625
+    assert report["accuracy_ci"] == pytest.approx(1.96 * math.sqrt(0.625 * 0.375 / 4))  # 0.4744
+    assert report["margin"] == pytest.approx((2 + 0 - 1 + 0.1) / 4)
+    # σ(2) = 0.8808 is in bin 7 of the ten from 0.5 to 1, σ(1) = 0.7311 in bin 4, σ(0) = 0.5 and
+    # σ(0.1) = 0.5250 both in bin 0: there the mean confidence 0.5125 meets the mean share right 0.75.
+    error = abs(sigmoid(2) - 1) / 4 + abs(sigmoid(1) - 0) / 4 + abs((0.5 + sigmoid(0.1)) / 2 - 0.75) / 2
+    assert report["calibration_error"] == pytest.approx(error)
+    # Scores 2 1 0 1 0 1 1 .9 (mean 0.8625) against lengths 4 3 2 3 2 3 1 3 (mean 2.625), Pearson:
+    scores, lengths = [*chosen, *rejected], [4, 3, 2, 3, 2, 3, 1, 3]
+    ds, dl = [s - 0.8625 for s in scores], [x - 2.625 for x in lengths]
+    r = sum(a * b for a, b in zip(ds, dl, strict=True)) / math.sqrt(
+        sum(a * a for a in ds) * sum(b * b for b in dl)
+    )
+    assert report["length_correlation"] == pytest.approx(r)
+
+
+def test_a_report_on_scores_that_never_differ():
+    report = preference_report([1.0, 1.0], [1.0, 1.0], [3, 4, 5, 6])
+    assert (
+        report["accuracy"] == 0.5
+        and report["length_correlation"] == 0.0
+        and report["calibration_error"] == 0.0
+    )
+
+
+def test_very_sure_scores_are_in_the_last_bin():
+    report = preference_report([1000.0], [0.0], [1, 2])
+    assert report["calibration_error"] == pytest.approx(0.0, abs=1e-9) and report["accuracy"] == 1.0
+
+
+def test_the_reward_stage_learns_and_stores_its_scores_moments(tiny, tmp_path):
+    # What is preferred is plain to see: the reply that says yes.
+    train = [Example(f"Is {i} more than zero?", " Yes, it is.", " No, it is not.", {}) for i in range(1, 65)]
+    test = [Example(f"Is {i} more than zero?", " Yes, it is.", " No, it is not.", {}) for i in range(70, 80)]
+    folder = tmp_path / "model"
+    report = run_reward(from_folder(tiny), str(tiny), FIT, train, test, 0, CPU, folder, silent, silent)
+    assert report["accuracy"] == 1.0 and report["margin"] > 0.5
+    assert (report["pairs"], report["held_out_pairs"]) == (64, 10)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.num_labels == 1
+    scores = []
+    for example in train:
+        for reply in (example.chosen, example.rejected):
+            ids = torch.tensor([text_tokens(tokenizer, example.prompt, reply, 100)])
+            with torch.no_grad():
+                scores.append(float(model(ids).logits[0, 0]))
+    stored = json.loads((folder / "config.json").read_text())
+    mean = sum(scores) / len(scores)
+    assert stored["score_mean"] == pytest.approx(mean, rel=1e-4, abs=1e-5)
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
+    assert stored["score_std"] == pytest.approx(deviation, rel=1e-4)
+    assert report["score_mean"] == stored["score_mean"] and report["score_std"] == stored["score_std"]
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def build():
+    """A stand-in for a stage that counts how often it was called."""
+
+    def builder(folder):
+        builder.calls += 1
+        (folder / "weights").write_text("some")
+        if builder.fails:
+            raise RuntimeError("out of memory")
+        return {"accuracy": 0.5}
+
+    builder.calls, builder.fails = 0, False
+    return builder
+
+
+@pytest.fixture
+def keep(configured, tmp_path, build):
+    """keep(*words, key=, rows=) → the folder that the cache gives for these words."""
+
+    def call(*words, key=None, rows=(), stage="sft"):
+        config = configured(f"stages.cache_dir={tmp_path}/cache", *words)
+        return cache.cached(config, stage, key or {"lr": 1}, [list(rows), []], build, silent)
+
+    return call
+
+
+def test_a_stage_is_built_once(keep, build):
+    folder = keep()
+    assert (folder / "weights").read_text() == "some"
+    assert json.loads((folder / "stage.json").read_text())["result"] == {"accuracy": 0.5}
+    assert keep() == folder and build.calls == 1
+
+
+def test_what_shapes_a_stage_is_in_its_key_and_the_runs_seed_is_not(keep, build):
+    row = Example("prompt", "good", "bad", {})
+    folders = [
+        keep(),
+        keep("stages.seed=1"),
+        keep(key={"lr": 2}),
+        keep(rows=[row]),
+        keep(rows=[replace(row, chosen="better")]),
+        keep(rows=[replace(row, rejected="worse")]),
+        keep(stage="reward"),
+    ]
+    assert len(set(folders)) == build.calls == 7
+    assert keep("seed=5", "iterations=9", "optimizer.lr=0.1") == folders[0] and build.calls == 7
+
+
+def test_a_failed_build_leaves_nothing_behind(keep, build, tmp_path):
+    build.fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        keep()
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    build.fails = False
+    assert (keep() / "stage.json").is_file() and build.calls == 2
+
+
+def test_runs_of_several_seeds_share_their_stages(configured, tmp_path, capsys):
+    from apa_cli.runs import start
+
+    words = [
+        "reward=model", "model=embedded", "dataset=embedded", "~reward.target", "~model.path", "model.tokenizer_vocabulary=400",
+        "model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1", "sft.epochs=1",
+        "model.architecture.intermediate_size=32", f"stages.cache_dir={tmp_path}/cache", "iterations=1",
+        "checkpoint_every=0",
+    ]  # fmt: skip
+    for seed in (0, 1):
+        start(configured(*words, f"name=seed_{seed}", f"seed={seed}"), tmp_path / f"seed_{seed}", None)
+    said = [(tmp_path / f"seed_{seed}" / "run.log").read_text() for seed in (0, 1)]
+    for stage in ("building the SFT model", "training the reward model"):
+        assert stage in said[0] and stage not in said[1]
+    assert "sft model from the cache" in said[1] and "reward model from the cache" in said[1]
+    folders = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert folders == ["reward", "sft"]

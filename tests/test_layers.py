@@ -1,0 +1,149 @@
+"""The direction of imports, and what only some rooms may know. The source is parsed, never imported.
+
+Read for the direction: every `import` and `from … import` of apa_cli's modules, wherever it stands: at the
+top, inside a function, under TYPE_CHECKING (a type that is only named ties two rooms together as well). For
+`from apa_cli import x` the room is x. `_target_` in conf/ is a string and counts for nothing.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "apa_cli"
+
+LEVELS = [
+    ["train", "sft", "reward", "compare"],
+    ["config", "help"],
+    [
+        "runs", "assembly", "trainer", "update", "evaluation", "checkpoint", "run_directory", "plan",
+        "tracking", "console", "report", "stages",
+    ],
+    ["rollout", "algorithms"],
+    ["models", "datasets", "rewards"],
+    ["losses", "advantages", "kl", "tensor_ops", "randomness"],
+    ["settings", "types"],
+]  # fmt: skip
+"""From the commands down. A room is a module or folder of apa_cli; it imports its own level and lower."""
+
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+COMMANDS = LEVELS[0]
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(file: Path) -> str:
+    """The room a file belongs to: its folder in apa_cli, or its own name."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module) -> list[tuple[str, int]]:
+    """Every module that is imported, with its line: a.b for `import a.b`, a.b.c for `from a.b import c`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def imported_rooms(tree: ast.Module) -> list[tuple[str, int]]:
+    parts = [(name.split("."), line) for name, line in imports(tree)]
+    return [(names[1], line) for names, line in parts if names[0] == "apa_cli" and len(names) > 1]
+
+
+def algorithm_names() -> tuple[set[str], set[str]]:
+    """The modules in algorithms/ besides its contract, and the classes in them that are algorithms."""
+    files = [file for file in (PACKAGE / "algorithms").glob("*.py") if file.stem not in ("__init__", "base")]
+    contract = {
+        node.name for node in parsed(PACKAGE / "algorithms/base.py").body if isinstance(node, ast.ClassDef)
+    }
+    classes = {
+        node.name
+        for file in files
+        for node in parsed(file).body
+        if isinstance(node, ast.ClassDef) and contract & {getattr(base, "id", None) for base in node.bases}
+    }
+    return {file.stem for file in files}, classes
+
+
+def test_the_reader_finds_imports_wherever_they_stand():
+    source = """
+import torch
+from apa_cli import kl, runs as started
+import apa_cli.trainer
+if TYPE_CHECKING:
+    from apa_cli.models.loading import loaded
+def f():
+    from apa_cli.report.curves import draw
+"""
+    rooms = [name for name, _ in imported_rooms(ast.parse(source))]
+    assert sorted(rooms) == ["kl", "models", "report", "runs", "trainer"]
+
+
+def test_every_module_has_a_level():
+    unknown = {room(file) for file in FILES} - LEVEL.keys() - {"__init__"}
+    assert not unknown, "give these a place in LEVELS"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file):
+    own = LEVEL.get(room(file), len(LEVELS))  # apa_cli/__init__.py imports nothing of the package
+    upwards = [(name, line) for name, line in imported_rooms(parsed(file)) if LEVEL[name] < own]
+    assert not upwards
+
+
+def test_there_are_the_algorithms_that_the_next_test_is_about():
+    modules, classes = algorithm_names()
+    assert modules >= {"apa", "ppo", "awr"} and classes >= {"APA", "PPO", "AWR"}
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if room(file) != "algorithms"], ids=lambda f: str(f.relative_to(PACKAGE))
+)
+def test_nobody_asks_which_algorithm_runs(file):
+    """No algorithm's module or class is imported or named, and no text is compared with an algorithm's name.
+
+    A table of words or colours by name (report/) is data to look a label up in: it decides nothing.
+    """
+    modules, classes = algorithm_names()
+    names = {name.lower() for name in modules | classes}
+    tree, found = parsed(file), []
+    for name, line in imports(tree):
+        if set(name.split(".")[2:]) & (modules | classes) and name.startswith("apa_cli.algorithms"):
+            found.append((line, name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id in classes:
+            found.append((node.lineno, node.id))
+        elif isinstance(node, ast.Attribute) and node.attr in classes:
+            found.append((node.lineno, node.attr))
+        elif isinstance(node, ast.Compare | ast.MatchValue):
+            texts = [
+                n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            ]
+            asked = [text for text in texts if text.lower().rsplit(".", 1)[-1] in names]
+            found += [(node.lineno, text) for text in asked]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            paths = re.findall(r"apa_cli\.algorithms\.(\w+)", node.value)
+            found += [(node.lineno, path) for path in paths if path in modules]
+    assert not found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_only_config_and_the_commands_know_hydra(file):
+    if room(file) in ("config", *COMMANDS):
+        return
+    assert not [name for name, _ in imports(parsed(file)) if name.split(".")[0] in ("hydra", "omegaconf")]
+
+
+def test_conf_holds_yaml_and_nothing_else():
+    files = [file for file in (ROOT / "conf").rglob("*") if file.is_file()]
+    assert files and not [file for file in files if file.suffix != ".yaml"]

@@ -1,0 +1,75 @@
+"""A sweep's jobs share one process, and yet each gives the numbers of a run of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from apa_cli.config import directory_name
+
+
+def as_yaml(words: list[str]) -> str:
+    """The words of a small run as one file of the group `experiment`, so that a command line stays short."""
+    groups = {"model", "dataset", "reward"}
+    chosen = dict(word.split("=", 1) for word in words)
+    tree: dict = {"defaults": [{f"override /{key}": chosen[key]} for key in sorted(groups & chosen.keys())]}
+    for key, value in chosen.items():
+        if key not in groups:
+            *sections, last = key.split(".")
+            node = tree
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[last] = yaml.safe_load(value)
+    return "# @package _global_\n" + yaml.safe_dump(tree)
+
+
+@pytest.fixture(scope="module")
+def sweep(small_words, tmp_path_factory):
+    """The folder in which `apa-train -m experiment=small seed=0,1 name=pair` was run, and what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "mine" / "experiment").mkdir(parents=True)
+    (folder / "mine" / "experiment" / "small.yaml").write_text(as_yaml([*small_words, "iterations=2"]))
+    done = subprocess.run(
+        [
+            sys.executable, "-c", "from apa_cli.train import main; main()",
+            "--config-dir", "mine", "-m", "experiment=small", "seed=0,1", "name=pair",
+        ],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_each_job_equals_a_run_of_its_own(sweep, run_train, comparable, records):
+    jobs = sorted(job for job in (sweep / "outputs" / "sweeps" / "pair").iterdir() if job.is_dir())
+    assert [yaml.safe_load((job / "config.yaml").read_text())["seed"] for job in jobs] == [0, 1]
+    for seed, job in enumerate(jobs):
+        alone = run_train("iterations=2", f"seed={seed}", name=f"alone_{seed}")
+        assert comparable(job / "metrics.jsonl") == comparable(alone / "metrics.jsonl")
+        assert records(job / "samples.jsonl") == records(alone / "samples.jsonl")
+    first, second = (comparable(job / "metrics.jsonl") for job in jobs)
+    assert first[1]["reward/mean"] != second[1]["reward/mean"]
+
+
+@pytest.mark.slow
+def test_directories_are_named_by_the_overrides(sweep):
+    (outputs,) = (sweep / "outputs").iterdir()
+    assert outputs.name == "sweeps"
+    names = sorted(job.name for job in (outputs / "pair").iterdir() if job.is_dir())
+    assert len(names) == 2
+    assert all(f"seed={seed}" in name for seed, name in enumerate(names))
+    assert not any("name=" in name for name in names)
+
+
+def test_jobs_that_differ_behind_many_words_get_directories_of_their_own():
+    words = ",".join(f"section.key_{number:02d}=value" for number in range(20))
+    names = {directory_name(f"{words},seed={seed}") for seed in range(3)}
+    assert len(names) == 3
+    assert max(map(len, names)) <= 255  # the longest name a file system takes
+
+
+def test_a_path_among_the_overrides_makes_no_nested_folders():
+    assert "/" not in directory_name("model.path=some/where,seed=0")
