@@ -34,9 +34,7 @@ def end_scores(scores: Tensor, mask: Tensor) -> Tensor:
     return last * scores.unsqueeze(-1)
 
 
-def gae(
-    token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
+def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (1506.02438, equations 11 to 16).
 
     δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γ·gae_lambda·A_{t+1};  G_t = A_t + V_t.

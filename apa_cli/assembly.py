@@ -114,10 +114,23 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
         policy=config.model.path,
         reward=getattr(config.reward, "path", None),
     )
+    refreshed = config.reference.refresh_every > 0
     trainer = Trainer(
-        config, directory, console, tracker, tokenizer, ends, train, score, model, reference, updater, evaluator, device,
-        moving_reference=frozen_copy(policy, TORCH_DTYPES[config.model.dtype]) if config.reference.refresh_every else None,
-    )  # fmt: skip
+        config=config,
+        directory=directory,
+        console=console,
+        tracker=tracker,
+        tokenizer=tokenizer,
+        end_tokens=ends,
+        examples=train,
+        score=score,
+        model=model,
+        reference=reference,
+        updater=updater,
+        evaluator=evaluator,
+        device=device,
+        moving_reference=frozen_copy(policy, TORCH_DTYPES[config.model.dtype]) if refreshed else None,
+    )
     if loaded_state is not None:
         trainer.load_checkpoint(*loaded_state)
     return trainer

@@ -35,7 +35,9 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copies saved tensors into a module of the same shape. UserError where the names differ."""
     own = module_tensors(module)
     if own.keys() != tensors.keys():
-        raise UserError(f"resume: the checkpoint's tensors differ from the model's: {sorted(own.keys() ^ tensors.keys())[:3]}")
+        raise UserError(
+            f"resume: the checkpoint's tensors differ from the model's: {sorted(own.keys() ^ tensors.keys())[:3]}"
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])

@@ -98,18 +98,26 @@ def check_lambda(cfg: DictConfig) -> None:
     raw = OmegaConf.to_container(algo, resolve=False) if isinstance(algo, DictConfig) else {}
     linked = f"${{{LAMBDA}}}" in raw.values()
     if LAMBDA in cfg and not linked:
-        raise ConfigError(f"{LAMBDA}: this algorithm has none, or the key of it that {LAMBDA} sets was set directly; give {LAMBDA}=…")
+        raise ConfigError(
+            f"{LAMBDA}: this algorithm has none, or the key of it that {LAMBDA} sets was set directly; give {LAMBDA}=…"
+        )
 
 
 def check_arithmetic(config: Config) -> None:
     """The three batch sizes divide one another, and the algorithm gets what it needs."""
     run = config.run
-    for large, small in (("rollout_batch", "minibatch"), ("minibatch", "microbatch"), ("rollout_batch", "samples_per_prompt")):
+    for large, small in (
+        ("rollout_batch", "minibatch"),
+        ("minibatch", "microbatch"),
+        ("rollout_batch", "samples_per_prompt"),
+    ):
         if getattr(run, large) % getattr(run, small):
             raise ConfigError(f"{large}: {getattr(run, large)} is not a multiple of {small} {getattr(run, small)}")
     least = config.algo.needs().samples_per_prompt
     if run.samples_per_prompt < least:
-        raise ConfigError(f"samples_per_prompt: algo.advantage={config.algo.advantage.value} needs at least {least}, got {run.samples_per_prompt}")
+        raise ConfigError(
+            f"samples_per_prompt: the algorithm with these keys needs at least {least}, got {run.samples_per_prompt}"
+        )
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: two numbers from 0 to below 1 are needed, got {config.optimizer.betas}")
 

@@ -182,9 +182,7 @@ def iteration_line(metrics: dict[str, float], iterations: int, seconds_left: flo
 
 def training_figures(metrics: dict[str, float]) -> list[str]:
     """The figures of FIGURES that `metrics` has, each as "label value"."""
-    return [
-        f"{label} {form.format(metrics[key])}" for label, key, form in FIGURES if metrics.get(key) is not None
-    ]
+    return [f"{label} {form.format(metrics[key])}" for label, key, form in FIGURES if metrics.get(key) is not None]
 
 
 def evaluation_figures(metrics: dict[str, float]) -> str:
@@ -272,9 +270,7 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list
 
     def line(texts: Sequence[str]) -> str:
         aligned = zip(texts, widths, right, strict=True)
-        return "  ".join(
-            text.rjust(width) if number else text.ljust(width) for text, width, number in aligned
-        ).rstrip()
+        return "  ".join(text.rjust(width) if number else text.ljust(width) for text, width, number in aligned).rstrip()
 
     return [line(header), "  ".join("-" * width for width in widths), *map(line, cells)]
 

@@ -22,7 +22,10 @@ EXAMPLES = {
         "apa-train resume=outputs/NAME                  continue a run",
     ],
     "apa-sft": ["apa-sft sft.epochs=3", "apa-sft model=local model.path=FOLDER name=my_sft"],
-    "apa-reward": ["apa-reward", "apa-reward model=local model.path=FOLDER reward_model.lr=1e-4 name=my_reward"],
+    "apa-reward": [
+        "apa-reward",
+        "apa-reward model=local model.path=FOLDER reward_model.lr=1e-4 name=my_reward",
+    ],
 }
 
 FLAGS = """\

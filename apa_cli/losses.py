@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def apa_loss(
-    logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, lambda_: float, log_normalizer: Tensor | float = 0.0
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    advantages: Tensor,
+    lambda_: float,
+    log_normalizer: Tensor | float = 0.0,
 ) -> Tensor:
     """Advantage-Induced Policy Alignment (2306.02231, equation 8): squared error in log space.
 

@@ -28,11 +28,14 @@ def run_plan(config: Config) -> list[str]:
     per_step = run.minibatch // run.microbatch
     prompts = run.rollout_batch // run.samples_per_prompt
     lines = [
-        f"batches: {run.iterations} iterations × {run.rollout_batch} responses ({prompts} prompts × {run.samples_per_prompt}) "
+        f"batches: {run.iterations} iterations × {run.rollout_batch} responses "
+        f"({prompts} prompts × {run.samples_per_prompt}) "
         f"= {run.iterations * run.rollout_batch} responses",
-        f"updates: {run.epochs} epochs × {run.rollout_batch // run.minibatch} minibatches of {run.minibatch} = {steps} optimiser "
+        f"updates: {run.epochs} epochs × {run.rollout_batch // run.minibatch} minibatches of {run.minibatch} = "
+        f"{steps} optimiser "
         f"steps per iteration, {steps * run.iterations} in all, each of {per_step} × {run.microbatch} responses",
-        f"responses: up to {config.sampling.max_new_tokens} tokens after prompts of up to {config.sampling.max_prompt_tokens}",
+        f"responses: up to {config.sampling.max_new_tokens} tokens after prompts of up to "
+        f"{config.sampling.max_prompt_tokens}",
         *model_lines(config, needs.critics),
         passes(config, steps),
     ]
@@ -45,16 +48,25 @@ def model_lines(config: Config, critics: tuple[str, ...]) -> list[str]:
     whole, trunk = parameters(architecture)
     dtype = TORCH_DTYPES[config.model.dtype]
     source = config.model.path or "built by the SFT stage"
-    lines = [f"policy: {architecture.model_type}, {_count(whole)} parameters, {_bytes(whole * TRAINED_BYTES)} with optimizer ({source})"]
+    lines = [
+        f"policy: {architecture.model_type}, {_count(whole)} parameters, {_bytes(whole * TRAINED_BYTES)} with "
+        f"optimizer ({source})"
+    ]
     for name in critics:
         if config.critic.kind is CriticKind.separate:
-            lines.append(f"critic {name}: {_count(trunk)} parameters, {_bytes(trunk * TRAINED_BYTES)} with optimizer (a network of its own)")
+            lines.append(
+                f"critic {name}: {_count(trunk)} parameters, {_bytes(trunk * TRAINED_BYTES)} with optimizer "
+                "(a network of its own)"
+            )
         else:
             lines.append(f"critic {name}: a head on the policy's trunk")
     frozen = whole * dtype.itemsize
     lines.append(f"reference: {_count(whole)} parameters, {_bytes(frozen)} (frozen, {config.model.dtype.value})")
     if config.reference.refresh_every:
-        lines.append(f"moving reference: {_count(whole)} parameters, {_bytes(frozen)} (refreshed every {config.reference.refresh_every} iterations)")
+        lines.append(
+            f"moving reference: {_count(whole)} parameters, {_bytes(frozen)} (refreshed every "
+            f"{config.reference.refresh_every} iterations)"
+        )
     lines.append(f"reward: {reward_words(config.reward)}")
     return lines
 

@@ -37,7 +37,9 @@ class RunDirectory:
             with (self.path / "config.yaml").open("x") as handle:
                 yaml.safe_dump(config, handle, sort_keys=False, allow_unicode=True)
         except FileExistsError as error:
-            raise UserError(f"name: {self.path} holds a run already; give another name=, or resume={self.path}") from error
+            raise UserError(
+                f"name: {self.path} holds a run already; give another name=, or resume={self.path}"
+            ) from error
         except OSError as error:
             raise UserError(f"{self.path}: cannot write there ({error.strerror})") from error
 
@@ -50,7 +52,9 @@ class RunDirectory:
         differing = differences(before, config)
         if differing:
             shown = ", ".join(f"{key}: {old!r} → {new!r}" for key, old, new in differing[:5])
-            raise ConfigError(f"resume: the configuration differs from the run's: {shown}; give the words it was started with")
+            raise ConfigError(
+                f"resume: the configuration differs from the run's: {shown}; give the words it was started with"
+            )
         for file in (self.metrics, self.samples):
             if file.is_file():
                 rows = [line for line in file.read_text().splitlines() if json.loads(line)["iteration"] <= iteration]
@@ -80,7 +84,17 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 def environment() -> dict[str, Any]:
     """Versions, the package's git commit if it is a checkout, the machine, the words of the command."""
-    packages = ("apa-cli", "torch", "transformers", "tokenizers", "numpy", "hydra-core", "omegaconf", "accelerate", "peft")
+    packages = (
+        "apa-cli",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "hydra-core",
+        "omegaconf",
+        "accelerate",
+        "peft",
+    )
     versions = {}
     for name in packages:
         try:
@@ -101,5 +115,7 @@ def _git_commit() -> str | None:
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / ".git").exists():
         return None
-    done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or None

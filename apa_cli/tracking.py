@@ -113,9 +113,7 @@ class TensorBoardTracker(_CarefulTracker):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError(
-                "tracking=tensorboard needs the package tensorboard, which is not installed"
-            ) from error
+            raise UserError("tracking=tensorboard needs the package tensorboard, which is not installed") from error
         self._writer_class, self._writer = SummaryWriter, None
         self._directory, self._config = directory, config
 
@@ -126,9 +124,7 @@ class TensorBoardTracker(_CarefulTracker):
         """
         if self._writer is None:
             self._writer = self._writer_class(str(self._directory), purge_step=samples)
-            self._writer.add_text(
-                "config", _as_code(json.dumps(self._config, indent=2, default=str)), samples
-            )
+            self._writer.add_text("config", _as_code(json.dumps(self._config, indent=2, default=str)), samples)
         return self._writer
 
     def log(self, metrics: dict[str, float]) -> None:
@@ -251,9 +247,7 @@ def _quiet_settings():
         "init_timeout": INIT_TIMEOUT,
         "finish_timeout": FINISH_TIMEOUT,  # newer versions of wandb only
     }
-    return wandb.Settings(
-        **{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields}
-    )
+    return wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
 
 
 def _why_offline(mode: str, settings) -> str | None:

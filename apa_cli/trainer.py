@@ -1,4 +1,7 @@
-"""The loop: prompts → responses → scores → log-probs and values → advantages → update. It never asks which algorithm runs."""
+"""The loop: prompts → responses → scores → log-probs and values → advantages → update.
+
+It never asks which algorithm runs.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +157,8 @@ class Trainer:
         if needs.old_logprobs:
             old = self.per_token(rollout, lambda part: response_logprobs(self.model.policy, part, temperature))
         values = {
-            name: self.per_token(rollout, lambda part, name=name: self.model.values(part)[name]) for name in needs.critics
+            name: self.per_token(rollout, lambda part, name=name: self.model.values(part)[name])
+            for name in needs.critics
         }
         return rollout.with_(init_logprobs=init, ref_logprobs=anchor, old_logprobs=old, values=values)
 
@@ -220,7 +224,9 @@ class Trainer:
         settings = self.config.checkpoint
         path = checkpoints.save(self.directory.checkpoints, self.progress.iteration, tensors, state)
         checkpoints.prune(
-            self.directory.checkpoints, settings.keep_last, self.progress.best_iteration if settings.keep_best else None
+            self.directory.checkpoints,
+            settings.keep_last,
+            self.progress.best_iteration if settings.keep_best else None,
         )
         self.console.say(f"checkpoint: {path}")
 
@@ -240,9 +246,7 @@ class Trainer:
         save_model(self.model.policy, self.tokenizer, path / "model")
         if len(self.model.critics):
             (path / "critic").mkdir(exist_ok=True)
-            checkpoints.save_file(
-                checkpoints.module_tensors(self.model.critics), path / "critic" / "model.safetensors"
-            )
+            checkpoints.save_file(checkpoints.module_tensors(self.model.critics), path / "critic" / "model.safetensors")
         draw_curves(path)
         self.report()
 
@@ -262,7 +266,8 @@ class Trainer:
         )
         path = self.directory.path
         self.console.say(
-            f"everything is in {path}: model/ (the trained policy), curves.png, metrics.jsonl, samples.jsonl, checkpoints/"
+            f"everything is in {path}: model/ (the trained policy), curves.png, metrics.jsonl, samples.jsonl, "
+            "checkpoints/"
         )
 
 

@@ -17,15 +17,12 @@ from apa_cli.tensor_ops import masked_sum
 from apa_cli.types import Batch, Rollout, UserError
 
 
-
 def build_optimizer(model: TrainingModel, settings: OptimizerSettings) -> torch.optim.AdamW:
     """One AdamW; group 0 is the policy, group 1 the critics (where there are any)."""
     groups = [{"params": model.policy_parameters(), "lr": settings.lr, "base_lr": settings.lr}]
     if model.critic_parameters():
         groups.append({"params": model.critic_parameters(), "lr": settings.critic_lr, "base_lr": settings.critic_lr})
-    return torch.optim.AdamW(
-        groups, betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay
-    )
+    return torch.optim.AdamW(groups, betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay)
 
 
 def schedule_factor(settings: OptimizerSettings, step: int, total: int) -> float:
@@ -163,7 +160,9 @@ class Updater:
         for name, group in zip(names, self.optimizer.param_groups, strict=False):
             norm = float(nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm))
             if not math.isfinite(norm):
-                raise UserError(f"iteration {iteration}, update {number + 1}: {name} is {norm}; nothing was changed by this update")
+                raise UserError(
+                    f"iteration {iteration}, update {number + 1}: {name} is {norm}; nothing was changed by this update"
+                )
             metrics.add(name, norm)
         if iteration <= self.settings.critic_warmup_iterations:
             for parameter in self.optimizer.param_groups[0]["params"]:

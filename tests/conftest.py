@@ -149,9 +149,6 @@ def comparable(records):
     machine = ("time/", "throughput/", "memory/")
 
     def read(file: Path) -> list[dict]:
-        return [
-            {name: value for name, value in row.items() if not name.startswith(machine)}
-            for row in records(file)
-        ]
+        return [{name: value for name, value in row.items() if not name.startswith(machine)} for row in records(file)]
 
     return read

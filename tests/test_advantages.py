@@ -37,8 +37,10 @@ def test_running_moments_are_the_moments_of_the_concatenation():
 
 
 def test_moments_are_float64_whatever_the_scores_are():
-    # mean 10,000.5 and squares 0.25 + 0.25, which float32 loses beside sums of squares of 1e8
-    assert updated_moments(NOTHING_YET, torch.tensor([10_000.0, 10_001.0])) == (2, 10_000.5, 0.5)
+    # 2²⁴ and twice 2²⁴ + 2, float32 neighbours: mean 2²⁴ + 4/3, squares (4/3)² + 2·(2/3)² = 8/3
+    scores = 2.0**24 + torch.tensor([0.0, 2.0, 2.0])
+    found = updated_moments(NOTHING_YET, scores)
+    assert found == pytest.approx((3, 2**24 + 4 / 3, 8 / 3), rel=1e-9)
 
 
 def test_the_score_is_on_the_last_true_token_and_nowhere_else():
@@ -104,6 +106,16 @@ def test_nothing_is_bootstrapped_after_the_last_true_token():
     )
     close(advantages, torch.tensor([[2.0, 0.0]]))
     close(returns, torch.tensor([[3.0, 0.0]]))
+
+
+def test_tokens_before_the_first_true_one_have_no_advantage_either():
+    # a prefix that is not trained on: A_3 = 2 − 4 = −2, A_2 = 0 + 4 − 3 − 2·0.5 = 0, nothing at 1
+    mask = torch.tensor([[False, True, True]])
+    advantages, returns = gae(
+        torch.tensor([[7.0, 0.0, 2.0]]), torch.tensor([[9.0, 3.0, 4.0]]), mask, gamma=1.0, gae_lambda=0.5
+    )
+    close(advantages, torch.tensor([[0.0, 0.0, -2.0]]))
+    close(returns, torch.tensor([[0.0, 3.0, 2.0]]))
 
 
 @pytest.mark.parametrize("junk", [1e30, INF, NAN])

@@ -63,9 +63,7 @@ def imported_rooms(tree: ast.Module) -> list[tuple[str, int]]:
 def algorithm_names() -> tuple[set[str], set[str]]:
     """The modules in algorithms/ besides its contract, and the classes in them that are algorithms."""
     files = [file for file in (PACKAGE / "algorithms").glob("*.py") if file.stem not in ("__init__", "base")]
-    contract = {
-        node.name for node in parsed(PACKAGE / "algorithms/base.py").body if isinstance(node, ast.ClassDef)
-    }
+    contract = {node.name for node in parsed(PACKAGE / "algorithms/base.py").body if isinstance(node, ast.ClassDef)}
     classes = {
         node.name
         for file in files
@@ -126,9 +124,7 @@ def test_nobody_asks_which_algorithm_runs(file):
         elif isinstance(node, ast.Attribute) and node.attr in classes:
             found.append((node.lineno, node.attr))
         elif isinstance(node, ast.Compare | ast.MatchValue):
-            texts = [
-                n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)
-            ]
+            texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
             asked = [text for text in texts if text.lower().rsplit(".", 1)[-1] in names]
             found += [(node.lineno, text) for text in asked]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):

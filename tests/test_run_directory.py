@@ -76,9 +76,7 @@ def test_samples_tell_how_each_reply_ended(finished, records):
     for iteration, metrics in enumerate(records(finished / "metrics.jsonl")):
         own = rows[6 * iteration : 6 * iteration + 6]
         assert metrics["eval/reward_mean"] == pytest.approx(sum(row["score"] for row in own) / 6, rel=1e-5)
-        assert metrics["eval/kl_exact"] == pytest.approx(
-            sum(row["kl"] for row in own) / 6, rel=1e-5, abs=1e-7
-        )
+        assert metrics["eval/kl_exact"] == pytest.approx(sum(row["kl"] for row in own) / 6, rel=1e-5, abs=1e-7)
         assert metrics["eval/eos_rate"] == sum(row["ending"] == "eos" for row in own) / 6
 
 
@@ -94,9 +92,7 @@ def test_model_is_the_trained_policy_and_loads_anywhere(finished, tiny, records)
     for row in records(finished / "samples.jsonl")[-6:]:
         ids = tokenizer(row["prompt"] + row["response"], return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            assert torch.allclose(
-                model(ids).logits.log_softmax(-1), other(ids).logits.log_softmax(-1), atol=1e-6
-            )
+            assert torch.allclose(model(ids).logits.log_softmax(-1), other(ids).logits.log_softmax(-1), atol=1e-6)
 
 
 def test_a_second_run_in_the_same_directory_is_refused(copied, train):
@@ -199,6 +195,4 @@ def test_what_does_not_change_the_training_may_differ(section):
 
 
 def test_a_key_that_only_has_the_name_of_a_free_one_may_not_differ():
-    assert differences({"algo": {"iterations": 1}}, {"algo": {"iterations": 2}}) == [
-        ("algo.iterations", 1, 2)
-    ]
+    assert differences({"algo": {"iterations": 1}}, {"algo": {"iterations": 2}}) == [("algo.iterations", 1, 2)]

@@ -42,7 +42,7 @@ TRAINING = {
     "time/update_s",
     "memory/peak_gib",
 }
-"""The metrics of DESIGN's directory section that every run with a critic has in every iteration."""
+"""What every run with a critic records in every iteration."""
 
 EVALUATION = {
     "eval/reward_mean",

@@ -92,7 +92,7 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class ActorCritic(Algorithm):
-    """What APA, AWR and PPO have in common. A subclass adds its policy loss and, if it shapes them, its token rewards."""
+    """What the three algorithms have in common; each adds its policy loss, and its token rewards if it shapes them."""
 
     gamma: Annotated[float, Unit]
     gae_lambda: Annotated[float, Unit]

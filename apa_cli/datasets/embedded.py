@@ -3,7 +3,8 @@
 Questions about two dozen everyday activities, and replies to them, both drawn from one grammar and written
 in the format of Anthropic's HH data. Every question asks for some of four parts (needs, steps, time, tip)
 of one topic. Replies have random faults (no courtesy, wrong topic, a part left out, a sentence repeated; some
-rejected ones garbled words), so that there is something to prefer. What the grammar makes it also reads: `parse_prompt`, `parse_reply`.
+rejected ones garbled words), so that there is something to prefer. What the grammar makes it also reads:
+`parse_prompt`, `parse_reply`.
 """
 
 from __future__ import annotations
@@ -397,9 +398,7 @@ class EmbeddedDataset(Dataset):
         if split not in ("train", "test"):
             raise ValueError(f"the embedded data set has the splits train and test, not {split!r}")
         if min(self.train_prompts, self.test_prompts, self.data_seed) < 0:
-            raise ValueError(
-                "the embedded data set takes no negative train_prompts, test_prompts or data_seed"
-            )
+            raise ValueError("the embedded data set takes no negative train_prompts, test_prompts or data_seed")
         if self.train_prompts + self.test_prompts > CAPACITY:
             raise ValueError(
                 f"the embedded data set has {CAPACITY} distinct prompts: train_prompts="

@@ -28,7 +28,9 @@ class PromptFile(Dataset):
             raise UserError(f"dataset.path: cannot read {file} ({error})") from error
         texts = list(dict.fromkeys(line for line in lines if line.strip()))
         if len(texts) < self.held_out_every:
-            raise UserError(f"dataset.path: {file} has {len(texts)} prompts, too few to hold out every {self.held_out_every}th")
+            raise UserError(
+                f"dataset.path: {file} has {len(texts)} prompts, too few to hold out every {self.held_out_every}th"
+            )
         held_out = split == "test"
         return [
             Example(f"{self.prefix}{text}{self.suffix}", None, None, {})

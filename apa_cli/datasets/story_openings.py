@@ -23,7 +23,20 @@ OPENINGS = [
     "Mom took {name} to the {place}",
     "{name} had a friend who worked at the {place}",
 ]
-PLACES = ["park", "beach", "forest", "farm", "school", "shop", "lake", "garden", "zoo", "library", "river", "castle"]
+PLACES = [
+    "park",
+    "beach",
+    "forest",
+    "farm",
+    "school",
+    "shop",
+    "lake",
+    "garden",
+    "zoo",
+    "library",
+    "river",
+    "castle",
+]
 
 
 @dataclass(frozen=True)

@@ -96,9 +96,7 @@ class TrainingModel(nn.Module):
         rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
         length = rows.response_ids.shape[1]
         on_trunk = any(critic.backbone is None for critic in self.critics.values())
-        output = self.policy(
-            **rows.inputs, use_cache=False, logits_to_keep=length, output_hidden_states=on_trunk
-        )
+        output = self.policy(**rows.inputs, use_cache=False, logits_to_keep=length, output_hidden_states=on_trunk)
         logprobs = token_logprobs(output.logits.float() / self.temperature, rows.response_ids)
         trunk = output.hidden_states[-1] if on_trunk else None
         values = {

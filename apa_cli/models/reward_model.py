@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from apa_cli.models.loading import TORCH_DTYPES, loaded, with_pad
 from apa_cli.settings import DType
@@ -14,7 +20,10 @@ def load_reward_model(path: str, device: str, dtype: str) -> tuple[PreTrainedMod
     """A frozen classifier in the compute dtype, and its tokenizer padding on the right."""
     tokenizer = loaded(AutoTokenizer.from_pretrained, path, "reward.path", padding_side="right")
     model = loaded(
-        AutoModelForSequenceClassification.from_pretrained, path, "reward.path", dtype=TORCH_DTYPES[DType(dtype)]
+        AutoModelForSequenceClassification.from_pretrained,
+        path,
+        "reward.path",
+        dtype=TORCH_DTYPES[DType(dtype)],
     )
     tokenizer = with_pad(tokenizer)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -50,9 +59,7 @@ def padded(rows: list[list[int]], pad: int, device: torch.device | str) -> dict[
     width = max(len(row) for row in rows)
     return {
         "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device),
-        "attention_mask": torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
-        ),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device),
     }
 
 

@@ -103,13 +103,9 @@ def statistic(runs: Sequence[Run], value: Callable[[Run], float | None]) -> Stat
 def columns_of(groups: Sequence[Group]) -> list[Column]:
     """The columns that at least one run fills, with one for each further reward that was evaluated."""
     runs = [run for group in groups for run in group.runs]
-    further = sorted(
-        {key for run in runs if run.final for key in run.final if key.startswith(FURTHER_REWARDS)}
-    )
+    further = sorted({key for run in runs if run.final for key in run.final if key.startswith(FURTHER_REWARDS)})
     columns = list(COLUMNS)
-    columns[2:2] = [
-        Column(f"reward {key.removeprefix(FURTHER_REWARDS)}", key, 3, _final(key)) for key in further
-    ]
+    columns[2:2] = [Column(f"reward {key.removeprefix(FURTHER_REWARDS)}", key, 3, _final(key)) for key in further]
     return [column for column in columns if any(column.value(run) is not None for run in runs)]
 
 
@@ -148,9 +144,7 @@ def _samples_text(group: Group) -> str:
 def notes(groups: Sequence[Group]) -> list[str]:
     """What a reader must know to read the table and the figure, one sentence or two each."""
     present = dict.fromkeys(group.algorithm for group in groups if group.lambda_ is not None)
-    meanings = [
-        f"{name}: {LAMBDA_MEANING[name.lower()]}" for name in present if name.lower() in LAMBDA_MEANING
-    ]
+    meanings = [f"{name}: {LAMBDA_MEANING[name.lower()]}" for name in present if name.lower() in LAMBDA_MEANING]
     lines = []
     if meanings:
         lines.append(
@@ -199,10 +193,7 @@ def write_csv(groups: Sequence[Group], path: Path) -> None:
 def _text_table(header: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def band(runs: Sequence[Run], key: str) -> dict[int, list[float]]:

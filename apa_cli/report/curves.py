@@ -92,9 +92,7 @@ def _draw_reward(axes, run: Run) -> None:
             label="held-out prompts, with interval",
         )
     if run.sft is not None:
-        axes.axhline(
-            run.sft["eval/reward_mean"], color="#52525b", linestyle="--", linewidth=1, label="SFT model"
-        )
+        axes.axhline(run.sft["eval/reward_mean"], color="#52525b", linestyle="--", linewidth=1, label="SFT model")
     _finish(axes, "Reward against samples", SAMPLES_LABEL, REWARD_LABEL)
 
 
@@ -123,9 +121,7 @@ def _draw_frontier(axes, run: Run) -> None:
 def _draw_training(axes, series: dict[int, float], label: str) -> None:
     if series:
         marker = "." if len(series) == 1 else ""
-        axes.plot(
-            list(series), list(series.values()), color=TRAINING, marker=marker, linewidth=1.8, label=label
-        )
+        axes.plot(list(series), list(series.values()), color=TRAINING, marker=marker, linewidth=1.8, label=label)
 
 
 def _finish(axes, title: str, x_label: str, y_label: str) -> None:

@@ -141,9 +141,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     for key in keys:
         others = [other for other in keys if other != key]
         lengths = range(1, key.count(".") + 2)
-        short[key] = next(
-            (end(key, n) for n in lengths if end(key, n) not in {end(o, n) for o in others}), key
-        )
+        short[key] = next((end(key, n) for n in lengths if end(key, n) not in {end(o, n) for o in others}), key)
     return short
 
 
@@ -254,8 +252,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
     shaped_by = [settings(group[0]) for group in members]
     keys = _varying_keys([group[0] for group in members], shaped_by)
     groups = [
-        Group(group, {key: shape.get(key) for key in keys})
-        for group, shape in zip(members, shaped_by, strict=True)
+        Group(group, {key: shape.get(key) for key in keys}) for group, shape in zip(members, shaped_by, strict=True)
     ]
     return sorted(groups, key=_by_algorithm)
 

@@ -38,7 +38,9 @@ def checked(score: Score) -> Score:
         try:
             scores = [float(value) for value in result]
         except (TypeError, ValueError) as error:
-            raise UserError(f"reward: expected one number per response, got {type(result).__name__} ({error})") from error
+            raise UserError(
+                f"reward: expected one number per response, got {type(result).__name__} ({error})"
+            ) from error
         if len(scores) != len(responses):
             raise UserError(f"reward: {len(responses)} responses were given, {len(scores)} scores came back")
         for i, value in enumerate(scores):

@@ -28,7 +28,11 @@ def tokenized(
 
 
 def response_text(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[int], response: list[int], ending: str, stop_strings: list[str]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[int],
+    response: list[int],
+    ending: str,
+    stop_strings: list[str],
 ) -> str:
     """The text that is scored: without the terminator, cut before the stop string, stripped on the right.
 

@@ -81,9 +81,7 @@ def sample(
     results: dict[int, tuple[list[int], list[float], str]] = {}
     for start in range(0, len(order), settings.microbatch):
         chunk = order[start : start + settings.microbatch]
-        drawn = _sample_chunk(
-            model, tokenizer, [prompts[i] for i in chunk], uniforms[chunk], settings, end_tokens
-        )
+        drawn = _sample_chunk(model, tokenizer, [prompts[i] for i in chunk], uniforms[chunk], settings, end_tokens)
         results.update(zip(chunk, drawn, strict=True))
     rows = [results[i] for i in range(len(prompts))]
     return Sampled([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])

@@ -46,4 +46,3 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
 def mean_interval(values: Tensor) -> float:
     """Half the width of the 95 % normal interval of the mean of `values` [N]; 0 for a single one."""
     return float(1.96 * values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-

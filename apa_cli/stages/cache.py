@@ -25,7 +25,12 @@ Progress = Callable[[int, int, float], None]
 
 
 def resolved(
-    config: Config, train: list[Example], held_out: list[Example], device: torch.device, say: Say, progress: Progress
+    config: Config,
+    train: list[Example],
+    held_out: list[Example],
+    device: torch.device,
+    say: Say,
+    progress: Progress,
 ) -> Config:
     """The configuration with `model.path` and the reward's model filled in, their stages run where needed.
 
@@ -34,12 +39,20 @@ def resolved(
     path = sft_model(config, train, held_out, device, say, progress)
     config = replace(config, model=replace(config.model, path=path))
     if config.reward.lacks_model:
-        config = replace(config, reward=config.reward.with_model(reward_model(config, train, held_out, device, say, progress)))
+        config = replace(
+            config,
+            reward=config.reward.with_model(reward_model(config, train, held_out, device, say, progress)),
+        )
     return config
 
 
 def sft_model(
-    config: Config, train: list[Example], held_out: list[Example], device: torch.device, say: Say, progress: Progress
+    config: Config,
+    train: list[Example],
+    held_out: list[Example],
+    device: torch.device,
+    say: Say,
+    progress: Progress,
 ) -> str:
     """`model.path`, or the folder of the SFT stage's model."""
     if config.model.path is not None:
@@ -54,7 +67,12 @@ def sft_model(
 
 
 def reward_model(
-    config: Config, train: list[Example], held_out: list[Example], device: torch.device, say: Say, progress: Progress
+    config: Config,
+    train: list[Example],
+    held_out: list[Example],
+    device: torch.device,
+    say: Say,
+    progress: Progress,
 ) -> str:
     """The folder of the reward stage's model, on the trunk of `config.model.path`."""
     start = config.model.path
@@ -62,10 +80,19 @@ def reward_model(
     def build(folder: Path) -> dict[str, float]:
         say("training the reward model (once; later runs take it from the cache)")
         return run_reward(
-            config.model, start, config.reward_model, train, held_out, config.stages.seed, device, folder, say, progress
+            config.model,
+            start,
+            config.reward_model,
+            train,
+            held_out,
+            config.stages.seed,
+            device,
+            folder,
+            say,
+            progress,
         )
 
-    key = {"model": start, "dtype": config.model.dtype.value, "settings": _plain(asdict(config.reward_model))}
+    key = {"model": identity(start), "dtype": config.model.dtype.value, "settings": _plain(asdict(config.reward_model))}
     return str(cached(config, "reward", key, [train, held_out], build, say))
 
 
@@ -110,12 +137,20 @@ def digest_of_data(*parts: list[Example]) -> str:
     return digest.hexdigest()
 
 
+def identity(model: str) -> list[Any]:
+    """What tells one version of a model from another: a hub id, or a folder's files with their sizes and times."""
+    folder = Path(model).expanduser()
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return [model, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+
 def digest_of_code() -> str:
     """A digest of the modules that shape a stage's model."""
     digest = hashlib.sha256()
     for package in (models, stages):
         for file in sorted(Path(package.__file__).parent.glob("*.py")):
-            digest.update(file.read_bytes())
+            if file.name != Path(__file__).name:
+                digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -35,11 +35,14 @@ def fit(
     """Minimises `loss(indices of a batch)`, a scalar; `progress(step, steps, loss)` is called after each step."""
     total = settings.epochs * math.ceil(len(lengths) / settings.batch)
     warmup = max(1, round(total * settings.warmup_fraction))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(
-            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total - warmup)))
+            (step + 1) / warmup,
+            0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total - warmup))),
         ),
     )
     step = 0

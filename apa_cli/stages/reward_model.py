@@ -22,9 +22,7 @@ from apa_cli.types import Example, UserError
 CALIBRATION_BINS = 10
 
 
-def preference_report(
-    chosen: list[float], rejected: list[float], lengths: list[int]
-) -> dict[str, float]:
+def preference_report(chosen: list[float], rejected: list[float], lengths: list[int]) -> dict[str, float]:
     """What held-out pairs say of a reward model.
 
     accuracy: share of pairs with the chosen reply scored higher (a tie counts half), accuracy_ci the half
@@ -68,10 +66,14 @@ def run_reward(
 
     Its config.json holds score_mean and score_std, of all replies of the training pairs.
     """
-    train, held_out = ([e for e in part if e.chosen is not None and e.rejected is not None] for part in (train, held_out))
+    train, held_out = (
+        [e for e in part if e.chosen is not None and e.rejected is not None] for part in (train, held_out)
+    )
     held_out = held_out[: settings.held_out]
     if not train or not held_out:
-        raise UserError("reward_model: the data set has no pairs of chosen and rejected replies; give reward.path a model instead")
+        raise UserError(
+            "reward_model: the data set has no pairs of chosen and rejected replies; give reward.path a model instead"
+        )
     tokenizer = load_tokenizer(model_settings, policy_path)
     tokenizer.padding_side = "right"
     model = build_reward_model(policy_path, tokenizer, torch_seed(seed, Stream.initialization, 1)).to(device)
@@ -89,7 +91,9 @@ def run_reward(
     fit(model, loss, [max(map(len, pair)) for pair in pairs], settings, seed, progress)
 
     def scores(examples: list[Example]) -> tuple[list[float], list[float]]:
-        texts = [(e.prompt, reply) for side in ("chosen", "rejected") for e in examples for reply in (getattr(e, side),)]
+        texts = [
+            (e.prompt, reply) for side in ("chosen", "rejected") for e in examples for reply in (getattr(e, side),)
+        ]
         values = score_texts(model, tokenizer, texts, settings.batch, settings.max_tokens)
         return values[: len(examples)], values[len(examples) :]
 
@@ -101,7 +105,8 @@ def run_reward(
     say(
         f"reward model on {len(train)} pairs: accuracy {report['accuracy']:.3f} ± {report['accuracy_ci']:.3f}, margin "
         f"{report['margin']:.2f}, calibration error {report['calibration_error']:.3f}, correlation with length "
-        f"{report['length_correlation']:.2f} on {len(held_out)} held-out pairs; scores {facts['score_mean']:.2f} ± {facts['score_std']:.2f}"
+        f"{report['length_correlation']:.2f} on {len(held_out)} held-out pairs; scores "
+        f"{facts['score_mean']:.2f} ± {facts['score_std']:.2f}"
     )
     save_model(model, tokenizer, folder, **facts)
     return {**report, **facts, "pairs": len(train), "held_out_pairs": len(held_out)}

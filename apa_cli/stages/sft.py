@@ -36,9 +36,7 @@ def target_tokens(
     return prompt_ids + reply_ids, [False] * len(prompt_ids) + [True] * len(reply_ids)
 
 
-def reply_logprobs(
-    model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], pad: int
-) -> tuple[Tensor, Tensor]:
+def reply_logprobs(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], pad: int) -> tuple[Tensor, Tensor]:
     """log p of each next token [B, S−1] and the mask of those that are a reply's."""
     inputs = padded([ids for ids, _ in rows], pad, model.device)
     targets = padded([[int(flag) for flag in flags] for _, flags in rows], 0, model.device)["input_ids"].bool()
@@ -47,9 +45,7 @@ def reply_logprobs(
 
 
 @torch.no_grad()
-def perplexity(
-    model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], pad: int, batch: int
-) -> float:
+def perplexity(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], pad: int, batch: int) -> float:
     """exp of the mean negative log-prob of the replies' tokens."""
     total, count = 0.0, 0
     for start in range(0, len(rows), batch):
@@ -112,4 +108,3 @@ def starting_model(
     else:
         raise UserError("model.tokenizer_vocabulary: a size is needed to train a tokenizer")
     return build_policy(settings, tokenizer, torch_seed(seed, Stream.initialization)), tokenizer
-

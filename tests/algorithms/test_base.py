@@ -155,6 +155,14 @@ def test_scores_without_deviation_are_divided_by_1e_8(scaling):
     close(batch.advantages, torch.tensor([[2.0], [2.0]]))
 
 
+@pytest.mark.parametrize("scaling", [ScoreScaling.batch, ScoreScaling.running])
+def test_the_deviation_of_scores_is_computed_in_float64(scaling):
+    # 2²⁴ and twice 2²⁴ + 2, float32 neighbours: squares (4/3)² + 2·(2/3)² = 8/3, over 3
+    algorithm = shared(score_scaling=scaling)
+    batch, _ = algorithm.prepare(one_token(2.0**24, 2.0**24 + 2, 2.0**24 + 2), algorithm.initial_state())
+    assert batch.metrics["score/scale"] == pytest.approx((8 / 9) ** 0.5, rel=1e-9)
+
+
 def test_whitening_over_the_rollout_by_hand():
     # advantages 1, 3 on the two tokens of row 1 (V = 3, 1, score 4) and −1, 5 on one-token rows:
     # mean 2, deviations −1, 1, −3, 3, variance 20/4 = 5

@@ -26,9 +26,7 @@ def test_the_rows_depend_on_the_data_seed_alone():
 
 def test_names_and_places_stand_in_the_openings():
     for text in prompts("train"):
-        assert (
-            "{" not in text and any(name in text for name in NAMES) and any(place in text for place in PLACES)
-        )
+        assert "{" not in text and any(name in text for name in NAMES) and any(place in text for place in PLACES)
         assert text == text.strip()
 
 

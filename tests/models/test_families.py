@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -97,6 +98,19 @@ def test_every_family_has_a_trunk_for_a_value_head(name, family, one_iteration):
     one_iteration(family(name), "critic=head", "critic.head=mlp", "algo=ppo")
 
 
+def test_positions_are_counted_without_the_padding(tiny, one_iteration, tmp_path):
+    """Rotary positions are relative, so that a wrong start is not seen; GPT-2's are absolute."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    torch.manual_seed(0)
+    ends = dict(bos_token_id=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2, **ends
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    one_iteration(tmp_path / "gpt2")
+
+
 def with_tokenizer(folder, tmp_path, change):
     """A copy of a model's folder whose tokenizer_config.json `change` has changed."""
     copied = tmp_path / "copied"
@@ -123,15 +137,11 @@ def test_padding_with_the_end_token_changes_no_number(family, run_train, compara
     """What pads is never read: with EOS as pad a run gives the numbers it gives with another pad token."""
     words = ["iterations=1", "checkpoint_every=0"]
     own = run_train(f"model.path={family('gpt_neox')}", *words, name="own")
-    folder = with_tokenizer(
-        family("gpt_neox"), tmp_path, lambda config: config.update(pad_token=config["eos_token"])
-    )
+    folder = with_tokenizer(family("gpt_neox"), tmp_path, lambda config: config.update(pad_token=config["eos_token"]))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     end = run_train(f"model.path={folder}", *words, name="end")
-    for expected, row in zip(
-        comparable(own / "metrics.jsonl"), comparable(end / "metrics.jsonl"), strict=True
-    ):
+    for expected, row in zip(comparable(own / "metrics.jsonl"), comparable(end / "metrics.jsonl"), strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 

@@ -77,9 +77,7 @@ def test_a_function_in_a_module_of_a_package(tmp_path, monkeypatch):
 def test_two_files_of_one_name_are_two_modules(tmp_path):
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
-        (tmp_path / str(number) / "same.py").write_text(
-            f"def score(prompts, responses):\n    return [{number}] * 2\n"
-        )
+        (tmp_path / str(number) / "same.py").write_text(f"def score(prompts, responses):\n    return [{number}] * 2\n")
     first = FunctionReward(f"{tmp_path}/1/same.py:score").load("cpu", "float32")
     second = FunctionReward(f"{tmp_path}/2/same.py:score").load("cpu", "float32")
     assert first(PROMPTS, RESPONSES, COLUMNS) == [1, 1] and second(PROMPTS, RESPONSES, COLUMNS) == [2, 2]

@@ -86,9 +86,7 @@ def kept_reply(path):
 
 def test_what_is_too_long_loses_prompt_text(tmp_path, tiny):
     # Positions for the 400 tokens of a whole text.
-    model = AutoModelForSequenceClassification.from_pretrained(
-        tiny, num_labels=1, max_position_embeddings=512
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, max_position_embeddings=512)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.score.weight)
     model.save_pretrained(tmp_path)
@@ -122,7 +120,5 @@ def test_a_folder_without_a_model(tmp_path):
 
 def test_nothing_of_it_is_trained(classifier):
     score = ModelReward(str(classifier), 0, 64, 64).load("cpu", "float32")
-    model = next(
-        cell.cell_contents for cell in score.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)
-    )
+    model = next(cell.cell_contents for cell in score.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())

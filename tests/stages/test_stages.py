@@ -103,9 +103,7 @@ def test_sft_lowers_perplexity_and_is_repeatable(tiny, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
     rows = [target_tokens(tokenizer, e.prompt, e.chosen, FIT.max_tokens) for e in test]
-    assert perplexity(model, rows, tokenizer.pad_token_id, 8) == pytest.approx(
-        first["perplexity_after"], rel=1e-4
-    )
+    assert perplexity(model, rows, tokenizer.pad_token_id, 8) == pytest.approx(first["perplexity_after"], rel=1e-4)
 
 
 def test_sft_builds_a_model_where_there_is_none(tmp_path):
@@ -155,19 +153,13 @@ def test_preference_report_by_hand():
     # Scores 2 1 0 1 0 1 1 .9 (mean 0.8625) against lengths 4 3 2 3 2 3 1 3 (mean 2.625), Pearson:
     scores, lengths = [*chosen, *rejected], [4, 3, 2, 3, 2, 3, 1, 3]
     ds, dl = [s - 0.8625 for s in scores], [x - 2.625 for x in lengths]
-    r = sum(a * b for a, b in zip(ds, dl, strict=True)) / math.sqrt(
-        sum(a * a for a in ds) * sum(b * b for b in dl)
-    )
+    r = sum(a * b for a, b in zip(ds, dl, strict=True)) / math.sqrt(sum(a * a for a in ds) * sum(b * b for b in dl))
     assert report["length_correlation"] == pytest.approx(r)
 
 
 def test_a_report_on_scores_that_never_differ():
     report = preference_report([1.0, 1.0], [1.0, 1.0], [3, 4, 5, 6])
-    assert (
-        report["accuracy"] == 0.5
-        and report["length_correlation"] == 0.0
-        and report["calibration_error"] == 0.0
-    )
+    assert report["accuracy"] == 0.5 and report["length_correlation"] == 0.0 and report["calibration_error"] == 0.0
 
 
 def test_very_sure_scores_are_in_the_last_bin():
@@ -264,7 +256,8 @@ def test_runs_of_several_seeds_share_their_stages(configured, tmp_path, capsys):
     from apa_cli.runs import start
 
     words = [
-        "reward=model", "model=embedded", "dataset=embedded", "~reward.target", "~model.path", "model.tokenizer_vocabulary=400",
+        "reward=model", "model=embedded", "dataset=embedded", "~reward.target", "~model.path",
+        "model.tokenizer_vocabulary=400",
         "model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1", "sft.epochs=1",
         "model.architecture.intermediate_size=32", f"stages.cache_dir={tmp_path}/cache", "iterations=1",
         "checkpoint_every=0",
