@@ -90,14 +90,24 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
         config.model.dtype, device,
     )  # fmt: skip
     longest = config.sampling.max_prompt_tokens
+    fixed = held_out[: config.evaluation.prompts]
     prompts = [
         tokenized(tokenizer, example.prompt, example.columns, place, 0, longest)[0]
-        for place, example in enumerate(held_out[: config.evaluation.prompts])
+        for place, example in enumerate(fixed)
     ]
     evaluator = Evaluator(
-        prompts, tokenizer, reference, score, config.dataset.describe, config.sampling, ends, config.run.eval_seed,
-        config.run.microbatch, config.model.dtype,
-    )  # fmt: skip
+        prompts=prompts,
+        sources=[example.prompt for example in fixed],
+        tokenizer=tokenizer,
+        reference=reference,
+        score=score,
+        describe=config.dataset.describe,
+        sampling=config.sampling,
+        end_tokens=ends,
+        eval_seed=config.run.eval_seed,
+        microbatch=config.run.microbatch,
+        dtype=config.model.dtype,
+    )
     wandb_id, loaded_state = None, None
     if resume is not None:
         loaded_state = checkpoints.load(resume)

@@ -6,6 +6,7 @@ Everything wrong with a configuration is found here, before torch is imported, a
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import os
 import re
@@ -35,6 +36,8 @@ from apa_cli.types import ConfigError, Range, UserError
 
 LAMBDA = "lambda"
 VERSION_BASE = "1.3"
+LONGEST_NAME = 200
+"""Bytes in the name of a job's folder; longer ones keep their end and get a digest."""
 
 
 def config_dir() -> Path:
@@ -53,7 +56,11 @@ def new_run_name() -> str:
 
 def directory_name(overrides: str) -> str:
     """The overrides of one job of a sweep as one folder name, without separators of paths."""
-    return re.sub(r"[/\\]", "_", overrides)[:200] or "default"
+    name = re.sub(r"[/\\]", "_", overrides) or "default"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{name.encode()[-(LONGEST_NAME - 9) :].decode(errors='ignore')}-{digest}"
 
 
 def run_directory_name(name: str, resume: str | None) -> str:

@@ -26,6 +26,8 @@ class Evaluator:
     """Samples the same prompts with the same random numbers each time, so that curves and runs pair."""
 
     prompts: list[Prompt]
+    sources: list[str]
+    """The prompts' texts as the data set has them, before any was cut to fit."""
     tokenizer: PreTrainedTokenizerBase
     reference: PreTrainedModel
     score: Score
@@ -68,7 +70,7 @@ class Evaluator:
             "eval/length": statistics["response/length"],
             "eval/eos_rate": statistics["response/eos_rate"],
         }
-        described = self.describe(rollout.prompts, rollout.responses)
+        described = self.describe(self.sources, rollout.responses)
         metrics.update({f"eval/{name}": value for name, value in described.items()})
         rows = [
             {"prompt": prompt, "response": response, "score": score, "kl": float(nats), "ending": ending}

@@ -43,8 +43,8 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.path}: cannot write there ({error.strerror})") from error
 
-    def resume(self, config: dict[str, Any], iteration: int) -> None:
-        """Checks that the configuration is the run's own, and cuts its records back to `iteration`."""
+    def check_resume(self, config: dict[str, Any]) -> None:
+        """ConfigError if the configuration is not the run's own, save in what may differ. Changes nothing."""
         try:
             before = yaml.safe_load((self.path / "config.yaml").read_text())
         except (OSError, yaml.YAMLError) as error:
@@ -55,10 +55,22 @@ class RunDirectory:
             raise ConfigError(
                 f"resume: the configuration differs from the run's: {shown}; give the words it was started with"
             )
+
+    def cut_back(self, config: dict[str, Any], iteration: int) -> None:
+        """Drops the records after `iteration`, and takes over what the resumed run's configuration changed."""
         for file in (self.metrics, self.samples):
             if file.is_file():
                 rows = [line for line in file.read_text().splitlines() if json.loads(line)["iteration"] <= iteration]
-                file.write_text("".join(f"{row}\n" for row in rows))
+                replace_text(file, "".join(f"{row}\n" for row in rows))
+        name = yaml.safe_load((self.path / "config.yaml").read_text())["name"]
+        text = yaml.safe_dump({**config, "name": name, "resume": None}, sort_keys=False, allow_unicode=True)
+        replace_text(self.path / "config.yaml", text)
+
+    def release(self) -> None:
+        """Gives the directory's name back after a run that failed before it recorded anything."""
+        if not self.metrics.exists():
+            for name in ("config.yaml", "environment.json"):
+                (self.path / name).unlink(missing_ok=True)
 
     def record(self, file: Path, rows: list[dict[str, Any]]) -> None:
         with file.open("a") as handle:
@@ -66,6 +78,13 @@ class RunDirectory:
 
     def write_environment(self, **facts: Any) -> None:
         (self.path / "environment.json").write_text(json.dumps({**environment(), **facts}, indent=2) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file beside its place and moves it there."""
+    beside = file.with_name(f".{file.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

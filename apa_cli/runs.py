@@ -36,15 +36,19 @@ def start(config: Config, path: Path, sweep: str | None) -> None:
     if resume is None:
         directory.claim(config.raw)
     else:
-        directory.resume(config.raw, int(checkpoints.PATTERN.match(resume.name)[1]))
+        directory.check_resume(config.raw)
     trainer = None
     with Console(path / "run.log", config.run.iterations) as console:
         try:
             trainer = build_trainer(config, path, sweep, resume, console)
+            if resume is not None:
+                directory.cut_back(config.raw, trainer.progress.iteration)
             trainer.train()
         except BaseException:
             if trainer is not None:
                 trainer.tracker.finish(failed=True)
+            if resume is None:
+                directory.release()
             raise
         trainer.tracker.finish()
     # The next job of a sweep runs in this process: leave it nothing.

@@ -88,7 +88,7 @@ class RunSettings:
 class ModelSettings:
     path: str | None
     dtype: DType
-    attention: str
+    attention: str | None
     trust_remote_code: bool
     tokenizer: str | None
     tokenizer_vocabulary: Annotated[int | None, Range(300)]

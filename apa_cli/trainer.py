@@ -257,7 +257,8 @@ class Trainer:
         ends = (0, self.progress.iteration)
         chosen = [row for prompt in shown for row in rows if row["prompt"] == prompt and row["iteration"] in ends]
         self.console.samples("Replies to the same prompts, before and after", chosen)
-        final = [json.loads(line) for line in self.directory.metrics.read_text().splitlines()][-1]
+        lines = [json.loads(line) for line in self.directory.metrics.read_text().splitlines()]
+        final = next(line for line in reversed(lines) if "eval/reward_mean" in line)
         gain = final["eval/reward_mean"] - final["eval/reward_mean_sft"]
         self.console.say(
             f"held-out reward {final['eval/reward_mean']:.3f} ± {final['eval/reward_ci']:.3f} (SFT model "

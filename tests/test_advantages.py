@@ -101,9 +101,7 @@ def test_with_gae_lambda_0_the_advantage_is_the_td_error(many):
 
 def test_nothing_is_bootstrapped_after_the_last_true_token():
     # one token, reward 3, value 1: A = 3 − 1 and G = 3, although columns with values follow
-    advantages, returns = gae(
-        torch.tensor([[3.0, 50.0]]), torch.tensor([[1.0, 70.0]]), lengths_mask([1], 2), 1.0, 0.95
-    )
+    advantages, returns = gae(torch.tensor([[3.0, 50.0]]), torch.tensor([[1.0, 70.0]]), lengths_mask([1], 2), 1.0, 0.95)
     close(advantages, torch.tensor([[2.0, 0.0]]))
     close(returns, torch.tensor([[3.0, 0.0]]))
 

@@ -105,9 +105,7 @@ def test_on_a_terminal_there_is_a_live_bar_instead_of_lines(tmp_path):
     master, slave = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "110", "LINES": "40"}
     log = tmp_path / "run.log"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(log)], stdout=slave, stderr=slave, env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(log)], stdout=slave, stderr=slave, env=environment)
     os.close(slave)
     shown = b""
     try:

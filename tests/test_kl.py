@@ -64,9 +64,7 @@ def test_exact_kl_is_the_expectation_of_k1_and_of_k3_under_the_policy():
     logits, reference = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
     probabilities = logits.softmax(-1)
     every = [torch.full((2, 3), token) for token in range(7)]
-    differences = torch.stack(
-        [k1(token_logprobs(logits, t), token_logprobs(reference, t)) for t in every], dim=-1
-    )
+    differences = torch.stack([k1(token_logprobs(logits, t), token_logprobs(reference, t)) for t in every], dim=-1)
     # a sum of seven terms of size 1 in another order: 1e-6 absolute
     close(exact_kl(logits, reference), (probabilities * differences).sum(-1), atol=1e-6)
     one, zero = torch.tensor([[True]]), torch.zeros(1, 1)
@@ -101,6 +99,4 @@ def test_exact_kl_does_not_depend_on_a_shift_of_the_logits():
     ],
 )
 def test_adaptive_coefficient_by_hand(kl, expected):
-    assert adapted_coefficient(0.05, kl, target=6.0, n=64, horizon=10_000) == pytest.approx(
-        expected, rel=1e-12
-    )
+    assert adapted_coefficient(0.05, kl, target=6.0, n=64, horizon=10_000) == pytest.approx(expected, rel=1e-12)

@@ -214,9 +214,7 @@ def test_what_lies_outside_the_mask_changes_neither_loss_nor_gradient(loss, junk
     def value_and_gradient(filling: float) -> tuple[torch.Tensor, torch.Tensor]:
         leaf = x.clone().requires_grad_()
         output = leaf.masked_fill(~MASK, 0.0)  # as the forward pass gives it
-        value = masked_mean(
-            loss(output, first.masked_fill(~MASK, filling), second.masked_fill(~MASK, filling)), MASK
-        )
+        value = masked_mean(loss(output, first.masked_fill(~MASK, filling), second.masked_fill(~MASK, filling)), MASK)
         return value.detach(), gradient(value, leaf)
 
     for clean, dirty in zip(value_and_gradient(0.0), value_and_gradient(junk), strict=True):

@@ -63,9 +63,7 @@ def test_a_response_draws_the_same_numbers_whatever_else_is_in_the_batch():
 
 
 def test_no_response_repeats_a_number_of_another():
-    numbers = uniforms(
-        0, Stream.rollout, 1, [(place, sample) for place in range(20) for sample in range(5)], 100
-    )
+    numbers = uniforms(0, Stream.rollout, 1, [(place, sample) for place in range(20) for sample in range(5)], 100)
     assert len(np.unique(numbers)) == numbers.size
 
 

@@ -116,11 +116,18 @@ def test_the_make_and_pip_commands_run_in_a_fresh_copy(fresh_copy, tmp_path):
     assert sorted(listed) == sorted(arguments)
     for line in listed:
         done = subprocess.run(
-            [*line.split(), *arguments[line]], cwd=fresh_copy, env=environment, capture_output=True, text=True, check=False
+            [*line.split(), *arguments[line]],
+            cwd=fresh_copy,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     binary = fresh_copy / ".venv" / "bin"
-    subprocess.run([binary / "pip", "install", "--quiet", "--no-deps", "--force-reinstall", "."], cwd=fresh_copy, check=True)
+    subprocess.run(
+        [binary / "pip", "install", "--quiet", "--no-deps", "--force-reinstall", "."], cwd=fresh_copy, check=True
+    )
     where = subprocess.run(
         [binary / "python", "-c", "import apa_cli; print(apa_cli.__file__)"],
         cwd=tmp_path, capture_output=True, text=True, check=True,

@@ -99,9 +99,7 @@ def wandb_records(path):
 
 def history(records) -> list[dict]:
     rows = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
-    return [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in rows
-    ]
+    return [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in rows]
 
 
 def last_table(run_dir, rows: list[dict]) -> list[list]:
@@ -138,9 +136,7 @@ def test_without_a_key_wandb_records_offline_and_a_resumed_run_continues(bare):
     (bare / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in earlier))
     _, resumed = offline_run(bare, run.run_id, begin=2)
     assert (bare / "id").read_text() == run.run_id
-    assert [record.run.run_id for record in resumed if record.WhichOneof("record_type") == "run"] == [
-        run.run_id
-    ]
+    assert [record.run.run_id for record in resumed if record.WhichOneof("record_type") == "run"] == [run.run_id]
     assert [row[3] for row in last_table(bare, history(resumed))] == ["old r1", "r2", "r3"]
 
 
@@ -180,9 +176,7 @@ def test_online_takes_a_key_and_a_server_that_answers(bare, server, monkeypatch)
 
 
 def test_a_key_in_netrc_is_found_for_its_own_server_only(bare, server):
-    (bare / ".netrc").write_text(
-        f"machine {server.removeprefix('http://')}\n  login user\n  password {KEY}\n"
-    )
+    (bare / ".netrc").write_text(f"machine {server.removeprefix('http://')}\n  login user\n  password {KEY}\n")
     (bare / ".netrc").chmod(0o600)
     assert why_offline("auto", server) is None
     assert "no API key" in why_offline("auto", "http://127.0.0.1:1")
@@ -281,9 +275,7 @@ def events(directory):
 
 
 def test_tensorboard_has_the_values_at_their_samples(tmp_path):
-    tracker = make_tracker(
-        "tensorboard", "project", "auto", tmp_path, "name", None, {"lambda": 0.1}, None, refuse
-    )
+    tracker = make_tracker("tensorboard", "project", "auto", tmp_path, "name", None, {"lambda": 0.1}, None, refuse)
     for number in (1, 2, 3):
         tracker.log({"samples": 64 * number, "iteration": number, "reward/mean": 0.5 * number})
     tracker.log_samples([sample(3, "the reply")])

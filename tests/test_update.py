@@ -52,9 +52,7 @@ COMMON = {
 ALGORITHMS = {
     "apa": APA(**COMMON, lambda_=0.5, normalizer=Normalizer.batch),
     "awr": AWR(**COMMON, lambda_=0.5, weight_clip=20.0),
-    "ppo": PPO(
-        **COMMON, kl_coef=0.1, clip_range=0.2, controller=Controller.fixed, kl_target=6.0, kl_horizon=10_000
-    ),
+    "ppo": PPO(**COMMON, kl_coef=0.1, clip_range=0.2, controller=Controller.fixed, kl_target=6.0, kl_horizon=10_000),
 }
 
 RUN = RunSettings(
@@ -110,9 +108,7 @@ def tiny_model(on_trunk: bool = False) -> TrainingModel:
 
 
 @torch.no_grad()
-def make_batch(
-    model: TrainingModel, left: int = 0, right: int = 0, junk: int = 0, drift: float = 0.0
-) -> Batch:
+def make_batch(model: TrainingModel, left: int = 0, right: int = 0, junk: int = 0, drift: float = 0.0) -> Batch:
     """The eight responses, with `left` and `right` further columns of padding, which holds the token `junk`.
 
     `drift` is the deviation by which the sampler's, the reference's and the old log-probs and values are off.
@@ -370,8 +366,7 @@ def test_epochs_are_shuffled_passes_over_the_rollout_batch():
 def test_consecutive_updates_repeat_each_minibatch_of_one_pass():
     epochs = [part.tolist() for part in minibatch_rows(run_settings(), iteration=1)]
     consecutive = [
-        part.tolist()
-        for part in minibatch_rows(run_settings(update_order=UpdateOrder.consecutive), iteration=1)
+        part.tolist() for part in minibatch_rows(run_settings(update_order=UpdateOrder.consecutive), iteration=1)
     ]
     a, b, c = epochs[:3]
     assert consecutive == [a, a, b, b, c, c]
@@ -527,9 +522,6 @@ def test_minibatch_diagnostics_are_averaged_into_the_iterations_metrics():
     model = tiny_model()
     algorithm, batch = ALGORITHMS["apa"], make_batch(model, drift=0.3)
     run = updater(algorithm, model, minibatch=4)
-    parts = [
-        algorithm.prepare_minibatch(batch.rows(rows)).metrics["apa/log_z"]
-        for rows in minibatch_rows(run.run, 1)
-    ]
+    parts = [algorithm.prepare_minibatch(batch.rows(rows)).metrics["apa/log_z"] for rows in minibatch_rows(run.run, 1)]
     assert run.update(batch, 1)["apa/log_z"] == pytest.approx(sum(parts) / 2, rel=1e-6)
     assert parts[0] != pytest.approx(parts[1], rel=1e-3)

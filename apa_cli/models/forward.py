@@ -73,7 +73,13 @@ def response_logits(model: PreTrainedModel, rows: Sequences, temperature: float)
     """[B, T', V] float32: the logits of the distribution that samples."""
     length = rows.response_ids.shape[1]
     output = model(**rows.inputs, use_cache=False, logits_to_keep=length)
-    return output.logits.float() / temperature
+    return tempered(output.logits, temperature)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in float32 at a temperature; at 1 nothing is copied."""
+    logits = logits.float()
+    return logits if temperature == 1 else logits / temperature
 
 
 def response_logprobs(model: PreTrainedModel, batch: Batch | Tokens, temperature: float) -> Tensor:
@@ -97,7 +103,7 @@ class TrainingModel(nn.Module):
         length = rows.response_ids.shape[1]
         on_trunk = any(critic.backbone is None for critic in self.critics.values())
         output = self.policy(**rows.inputs, use_cache=False, logits_to_keep=length, output_hidden_states=on_trunk)
-        logprobs = token_logprobs(output.logits.float() / self.temperature, rows.response_ids)
+        logprobs = token_logprobs(tempered(output.logits, self.temperature), rows.response_ids)
         trunk = output.hidden_states[-1] if on_trunk else None
         values = {
             name: widened(critic(rows.inputs, length, trunk), batch.mask) for name, critic in self.critics.items()

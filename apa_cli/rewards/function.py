@@ -41,7 +41,7 @@ class FunctionReward(Reward):
                 raise
             except Exception as error:
                 frame = _last_frame(error)
-                raise UserError(f"reward: {self.target} raised {type(error).__name__}: {error}{frame}") from error
+                raise UserError(f"reward: {self.target} raised {one_line(error)}{frame}") from error
 
         return score
 
@@ -54,11 +54,16 @@ def imported(target: str) -> Callable[..., Any]:
     try:
         module = _from_file(Path(where).expanduser()) if where.endswith(".py") else _from_name(where)
     except Exception as error:
-        raise UserError(f"reward.target: cannot import {where} ({type(error).__name__}: {error})") from error
+        raise UserError(f"reward.target: cannot import {where} ({one_line(error)})") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward.target: {where} has no function {name}")
     return function
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as its name and message, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _from_file(file: Path) -> Any:

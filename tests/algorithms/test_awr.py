@@ -76,9 +76,7 @@ def test_weights_by_hand():
 
 def test_weights_are_clipped_at_weight_clip():
     # A/λ = 2, 4: e² = 7.39 and e⁴ = 54.6
-    assert weights(make(weight_clip=20.0), [1.0, 2.0], [0.0, 0.0]) == pytest.approx(
-        [math.exp(2), 20.0], rel=1e-6
-    )
+    assert weights(make(weight_clip=20.0), [1.0, 2.0], [0.0, 0.0]) == pytest.approx([math.exp(2), 20.0], rel=1e-6)
     assert weights(make(weight_clip=None), [1.0, 2.0], [0.0, 0.0]) == pytest.approx(
         [math.exp(2), math.exp(4)], rel=1e-6
     )

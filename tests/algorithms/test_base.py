@@ -231,9 +231,7 @@ def test_explained_variance_by_hand():
 def test_explained_variance_counts_true_tokens_and_forgives_a_constant():
     # tokens: G = 2, 6, 6 and G − V = 1, 1, 1: all variance is explained; without the constant too
     algorithm = shared()
-    batch, _ = algorithm.prepare(
-        rollout([2.0, 6.0], [1, 2], [[1.0, 99.0], [5.0, 5.0]]), algorithm.initial_state()
-    )
+    batch, _ = algorithm.prepare(rollout([2.0, 6.0], [1, 2], [[1.0, 99.0], [5.0, 5.0]]), algorithm.initial_state())
     assert batch.metrics["value/explained_variance"] == 1
 
 
@@ -307,12 +305,8 @@ def test_what_lies_outside_the_mask_changes_no_advantage_return_or_metric(kind, 
     torch.manual_seed(0)
     lengths = [3, 1, 2]
     mask = torch.arange(3) < torch.tensor(lengths).unsqueeze(1)
-    tables = {
-        name: -torch.rand(3, 3) * mask for name in ("sampler_logprobs", "ref_logprobs", "init_logprobs")
-    }
-    clean = rollout([1.0, 5.0, 2.0], lengths, [[0.0]] * 3).with_(
-        **tables, values={"value": torch.randn(3, 3) * mask}
-    )
+    tables = {name: -torch.rand(3, 3) * mask for name in ("sampler_logprobs", "ref_logprobs", "init_logprobs")}
+    clean = rollout([1.0, 5.0, 2.0], lengths, [[0.0]] * 3).with_(**tables, values={"value": torch.randn(3, 3) * mask})
     dirty = clean.with_(
         **{name: table.masked_fill(~mask, junk) for name, table in tables.items()},
         values={"value": clean.values["value"].masked_fill(~mask, -junk)},

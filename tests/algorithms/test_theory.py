@@ -262,9 +262,7 @@ def test_a_full_projection_of_awr_is_the_old_policy_times_exp_of_the_advantage()
     old = torch.randn_like(problem.reference).log_softmax(-1)
     scores = problem.scores.reshape(3, 3)
     expected_score = (old[1:].exp() * scores).sum(-1)
-    expected = torch.cat(
-        [target(old[:1], expected_score / TEMPERATURE), target(old[1:], scores / TEMPERATURE)]
-    )
+    expected = torch.cat([target(old[:1], expected_score / TEMPERATURE), target(old[1:], scores / TEMPERATURE)])
     torch.testing.assert_close(projected(awr(0.0), problem, old).exp(), expected, **near)
 
 
@@ -293,6 +291,4 @@ def test_nothing_pulls_awr_to_the_reference():
     old = problem.reference
     elsewhere = Problem(torch.zeros_like(old).log_softmax(-1), problem.scores)
     assert not awr(1.0).needs().reference
-    torch.testing.assert_close(
-        projected(awr(1.0), problem, old), projected(awr(1.0), elsewhere, old), rtol=0, atol=0
-    )
+    torch.testing.assert_close(projected(awr(1.0), problem, old), projected(awr(1.0), elsewhere, old), rtol=0, atol=0)

@@ -19,7 +19,11 @@ from apa_cli.randomness import Stream, uniforms
 from apa_cli.rollout.sampler import inverse_cdf, left_padded, sample
 from apa_cli.settings import SamplingSettings
 
-PROMPTS = ["Lily went to the park", "One day, Tom was at the", "It was raining when the little dog came to the big lake"]
+PROMPTS = [
+    "Lily went to the park",
+    "One day, Tom was at the",
+    "It was raining when the little dog came to the big lake",
+]
 
 
 class InverseCDF(LogitsProcessor):

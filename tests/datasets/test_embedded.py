@@ -44,15 +44,16 @@ def test_the_same_seed_makes_the_same_rows_and_another_seed_others():
 
 def test_a_seed_means_the_same_row_on_every_machine():
     row = dataset(train=1, test=1, seed=0).load("test")[0]
-    question = (
-        "I have decided to start a beehive this weekend. What should I do and which things should I get?"
-    )
-    steps = "Begin like this: plant the seeds, and then pick the red tomatoes."
-    needs = "You will need a veil, thick gloves and a smoker."
-    tip = "It helps to think about every check."
+    question = "I have decided to start a beehive this weekend. What should I do and which things should I get?"
     assert row.prompt == f"\n\nHuman: {question}\n\nAssistant:"
-    assert row.chosen == f" {steps} {needs} I am here if you need me."
-    assert row.rejected == f" {needs} {tip} {tip} Enjoy!"
+    assert (
+        row.chosen
+        == " You will need a veil, thick gloves and a smoker. It helps to think about every check. It helps to think about every check. Enjoy!"
+    )
+    assert (
+        row.rejected
+        == " Begin like this: plant the seeds, and then pick the red tomatoes. You will need a veil, thick gloves and a smoker."
+    )
     assert row.columns == {"topic": "start a beehive", "asked": ["steps", "needs"]}
 
 

@@ -154,9 +154,7 @@ def test_the_first_token_is_predicted_from_the_last_prompt_token(policy):
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (4, 5)])
 @pytest.mark.parametrize("junk", [0, 7])
 def test_padding_and_what_stands_in_it_change_nothing(policy, left, right, junk):
-    model = TrainingModel(
-        policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0
-    )
+    model = TrainingModel(policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0)
     plain, padded = model(batch()), model(batch(left=left, right=right, junk=junk))
     close(padded.logprobs[:, :4], plain.logprobs)
     close(padded.values["value"][:, :4], plain.values["value"])
@@ -165,9 +163,7 @@ def test_padding_and_what_stands_in_it_change_nothing(policy, left, right, junk)
 
 
 def test_outside_the_mask_log_probs_and_values_are_0(policy):
-    model = TrainingModel(
-        policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0
-    )
+    model = TrainingModel(policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0)
     output, mask = model(batch()), batch().mask
     assert not output.logprobs[~mask].any()
     assert not output.values["value"][~mask].any()
@@ -197,16 +193,12 @@ def test_a_policy_has_no_kl_to_itself_and_some_to_another(policy):
 
 def test_bfloat16_computes_low_and_answers_in_float32_with_float32_gradients(policy):
     given, cpu = batch(), torch.device("cpu")
-    model = TrainingModel(
-        policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.mlp))}, 1.0
-    )
+    model = TrainingModel(policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.mlp))}, 1.0)
     exact = model(given)
     with compute_precision(cpu, DType.bfloat16):
         rough = model(given)
     (rough.logprobs.sum() + rough.values["value"].sum()).backward()
-    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {
-        torch.float32
-    }
+    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {torch.float32}
     for low, high in ((rough.logprobs, exact.logprobs), (rough.values["value"], exact.values["value"])):
         assert low.dtype == torch.float32
         gap = float((low - high).detach().abs().max())
@@ -265,9 +257,7 @@ def test_a_response_of_one_token_has_the_value_of_its_prompt_and_later_tokens_do
     model = TrainingModel(policy, {"value": Critic(None, trained_head(HeadKind.linear))}, 1.0)
     one, other = batch([[3, 1, 4]], [[2]]), batch([[3, 1, 4]], [[7, 5, 9]])
     close(model(one).values["value"][0, 0], model(other).values["value"][0, 0])
-    assert (
-        abs(float((model(other).values["value"][0, 1] - model(other).values["value"][0, 0]).detach())) > 1e-3
-    )
+    assert abs(float((model(other).values["value"][0, 1] - model(other).values["value"][0, 0]).detach())) > 1e-3
 
 
 def test_several_critics_keep_their_names(policy):
@@ -280,13 +270,9 @@ def test_several_critics_keep_their_names(policy):
 
 
 def test_a_separate_critic_learns_without_the_policy_and_a_head_on_the_trunk_through_it(policy):
-    separate = TrainingModel(
-        policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0
-    )
+    separate = TrainingModel(policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0)
     separate(batch()).values["value"].sum().backward()
-    assert all(
-        parameter.grad is None or not parameter.grad.any() for parameter in separate.policy_parameters()
-    )
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in separate.policy_parameters())
     assert any(
         parameter.grad.any()
         for parameter in separate.critics["value"].backbone.parameters()
@@ -294,15 +280,11 @@ def test_a_separate_critic_learns_without_the_policy_and_a_head_on_the_trunk_thr
     )
     on_trunk = TrainingModel(policy, {"value": Critic(None, trained_head(HeadKind.linear))}, 1.0)
     on_trunk(batch()).values["value"].sum().backward()
-    assert any(
-        parameter.grad is not None and parameter.grad.any() for parameter in policy.base_model.parameters()
-    )
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.base_model.parameters())
 
 
 def test_parameters_are_the_policys_or_the_critics(policy):
-    model = TrainingModel(
-        policy, {"value": build_critic(policy, HeadKind.linear, 0, None, on_trunk=False)}, 1.0
-    )
+    model = TrainingModel(policy, {"value": build_critic(policy, HeadKind.linear, 0, None, on_trunk=False)}, 1.0)
     of_policy = {id(parameter) for parameter in model.policy_parameters()}
     of_critic = {id(parameter) for parameter in model.critic_parameters()}
     assert of_policy == {id(parameter) for parameter in policy.parameters()}
@@ -316,9 +298,7 @@ def test_a_critics_backbone_is_a_copy_of_where_it_starts():
     policy, start = tiny_policy(0), tiny_policy(1)
     for given, source in ((None, policy), (start, start)):
         critic = build_critic(policy, HeadKind.linear, seed=0, start=given, on_trunk=False)
-        for copied, original in zip(
-            critic.backbone.parameters(), source.base_model.parameters(), strict=True
-        ):
+        for copied, original in zip(critic.backbone.parameters(), source.base_model.parameters(), strict=True):
             assert torch.equal(copied, original)
             assert copied is not original
             assert copied.requires_grad

@@ -23,12 +23,8 @@ def write_run(tmp_path):
             "gamma": 1.0,
         }
         config = {"name": path.name, "seed": seed, "lambda": lambda_, "algo": algo, "optimizer": {"lr": 3e-4}}
-        (path / "config.yaml").write_text(
-            yaml.safe_dump(config | sections, sort_keys=False), encoding="utf-8"
-        )
-        (path / "metrics.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8"
-        )
+        (path / "config.yaml").write_text(yaml.safe_dump(config | sections, sort_keys=False), encoding="utf-8")
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
         return path
 
     return write

@@ -31,9 +31,7 @@ def test_an_evaluation_after_training_is_not_the_sft_model(write_run, history):
 def test_a_line_being_written_is_left_out_and_a_repeated_iteration_counts_once(write_run, history):
     path = write_run("resumed", history(0.8, 10.0)) / "metrics.jsonl"
     with path.open("a") as file:
-        file.write(
-            json.dumps({"iteration": 1, "samples": 64, "reward/mean": 0.33}) + "\n" + '{"iteration": 2, "sam'
-        )
+        file.write(json.dumps({"iteration": 1, "samples": 64, "reward/mean": 0.33}) + "\n" + '{"iteration": 2, "sam')
     run = read_run(path.parent)
     assert [line["iteration"] for line in run.metrics] == [0, 1, 2]
     assert run.series("reward/mean") == {64: 0.33, 128: 0.8}
@@ -147,8 +145,6 @@ def test_names():
 
 
 def test_reading_runs_loads_no_heavy_library():
-    code = (
-        "import sys, apa_cli.report.runs, apa_cli.report.curves, apa_cli.report.compare; print(*sys.modules)"
-    )
+    code = "import sys, apa_cli.report.runs, apa_cli.report.curves, apa_cli.report.compare; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert not loaded & {"torch", "wandb", "matplotlib", "tensorboard", "rich", "numpy"}

@@ -294,9 +294,7 @@ def assert_equal_where_clear(one: Sampled, other: Sampled, clear: list[int]) -> 
 @pytest.mark.parametrize("microbatch", [1, 5])
 def test_responses_do_not_depend_on_the_microbatch(policy, tokenizer, prompts, uniforms, microbatch):
     whole = sample(policy, tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS}))
-    split = sample(
-        policy, tokenizer, prompts, uniforms, replace(SETTINGS, microbatch=microbatch), frozenset({EOS})
-    )
+    split = sample(policy, tokenizer, prompts, uniforms, replace(SETTINGS, microbatch=microbatch), frozenset({EOS}))
     assert_equal_where_clear(whole, split, clear_draws(policy, prompts, uniforms))
 
 
@@ -312,9 +310,7 @@ def test_responses_do_not_depend_on_the_order_of_the_prompts(policy, tokenizer, 
         frozenset({EOS}),
     )
     back = np.argsort(order)
-    restored = Sampled(
-        *([column[i] for i in back] for column in (mixed.tokens, mixed.logprobs, mixed.endings))
-    )
+    restored = Sampled(*([column[i] for i in back] for column in (mixed.tokens, mixed.logprobs, mixed.endings)))
     assert_equal_where_clear(whole, restored, clear_draws(policy, prompts, uniforms))
 
 
