@@ -23,6 +23,7 @@ SMALL = (
     "dataset.train_prompts=60",
     "dataset.test_prompts=10",
     "iterations=3",
+    "optimizer.schedule=constant",
     "rollout_batch=8",
     "minibatch=4",
     "microbatch=4",

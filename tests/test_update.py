@@ -417,6 +417,7 @@ def test_a_run_that_is_all_warm_up_never_divides_by_zero():
     settings = replace(OPTIMIZER, schedule=Schedule.linear, warmup_steps=4)
     assert schedule_factor(settings, 3, total=4) == 1
     assert schedule_factor(settings, 4, total=4) == 1
+    assert schedule_factor(settings, 5, total=5) == 0  # one step of descent: done = 1
 
 
 def test_the_schedule_runs_over_all_steps_of_all_iterations_and_scales_both_rates():

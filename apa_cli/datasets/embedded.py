@@ -353,14 +353,25 @@ def _reply(topic: str, asked: list[str], rng: np.random.Generator) -> str:
 
 
 def _garbled(reply: str, rng: np.random.Generator) -> str:
-    """The reply with one slip that the grammar does not allow: words lost, said twice, or of another sentence."""
+    """The reply with one slip that the grammar does not allow: words lost, said twice, of another sentence, or a
+    courtesy in the wrong place; or nothing but courtesies."""
     words, garbled = reply.split(), reply
     while parse_reply(garbled) is not None:
         start = int(rng.integers(len(words)))
         stop = min(len(words), start + int(rng.integers(1, 4)))
+        ends = [place + 1 for place, word in enumerate(words) if word[-1] in ".!"]
         strange = _pick(rng, SENTENCES[_pick(rng, list(SENTENCES))]).split()
-        middle = _pick(rng, ([], words[start:stop] * 2, strange[len(strange) // 2 :]))
-        garbled = " " + " ".join(words[:start] + middle + words[stop:])
+        courtesy = _pick(rng, OPENINGS + CLOSINGS).split()
+        between = _pick(rng, ends)
+        slips = (
+            words[:start] + words[stop:],
+            words[:start] + words[start:stop] * 2 + words[stop:],
+            words[:start] + strange[len(strange) // 2 :] + words[stop:],
+            words[:between] + courtesy + words[between:],
+            words[:between] + strange[len(strange) // 2 :] + words[between:],
+            [_pick(rng, OPENINGS), *courtesy],
+        )
+        garbled = " " + " ".join(_pick(rng, slips))
     return garbled
 
 

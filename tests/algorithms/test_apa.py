@@ -140,6 +140,17 @@ def test_log_z_survives_exponents_that_overflow():
     assert found["apa/log_z_ess"] == pytest.approx(1.6, rel=1e-9)
 
 
+def test_log_z_of_float32_exponents_is_computed_in_float64():
+    # 1000, 1001, 1001: e^1000 · (1 + 2e)/3; mean 1000 + 2/3; ess (1 + 2e)² / (1 + 2e²)
+    found = log_z(torch.tensor([[1000.0, 1001.0, 1001.0]]), torch.tensor([[True, True, True]]))
+    expected = {
+        "apa/log_z": 1000 + math.log((1 + 2 * math.e) / 3),
+        "apa/log_z_lower": 1000 + 2 / 3,
+        "apa/log_z_ess": (1 + 2 * math.e) ** 2 / (1 + 2 * math.e**2),
+    }
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_equal_exponents_have_the_effective_size_of_all_tokens_and_bounds_that_meet():
     found = log_z(torch.full((4, 5), 0.75), torch.ones(4, 5, dtype=torch.bool))
     assert found == pytest.approx({"apa/log_z": 0.75, "apa/log_z_lower": 0.75, "apa/log_z_ess": 20})

@@ -48,11 +48,11 @@ def test_a_seed_means_the_same_row_on_every_machine():
     assert row.prompt == f"\n\nHuman: {question}\n\nAssistant:"
     assert (
         row.chosen
-        == " You will need a veil, thick gloves and a smoker. It helps to think about every check. It helps to think about every check. Enjoy!"
+        == " You will need a veil, thick gloves and a smoker. It helps to think about every check. It helps to think about every check. Enjoy!"  # noqa: E501
     )
     assert (
         row.rejected
-        == " Begin like this: plant the seeds, and then pick the red tomatoes. You will need a veil, thick gloves and a smoker."
+        == " Begin like this: plant the seeds, and then pick the red tomatoes. You will need a veil, thick gloves and a smoker."  # noqa: E501
     )
     assert row.columns == {"topic": "start a beehive", "asked": ["steps", "needs"]}
 

@@ -1,5 +1,6 @@
 """Forward passes: which position predicts which token, padding, the critic, temperature."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,7 +19,7 @@ from apa_cli.models.forward import (
     widened,
 )
 from apa_cli.settings import DType, HeadKind
-from apa_cli.types import Batch
+from apa_cli.types import Tokens
 
 # a forward pass in another shape adds its float32 terms in another order
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -28,20 +29,20 @@ RESPONSES = [[2, 7], [8, 2, 8, 1], [8], [4, 5, 9]]
 
 
 def tiny_policy(seed: int = 0, kind: str = "gpt_neox") -> PreTrainedModel:
-    """One layer; deviations ten times the usual, so that tokens and positions matter to the outputs."""
+    """Two layers; deviations ten times the usual, so that tokens and positions matter to the outputs."""
     torch.manual_seed(seed)
     if kind == "gpt_neox":
         config = GPTNeoXConfig(
             vocab_size=11,
             hidden_size=16,
-            num_hidden_layers=1,
+            num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=32,
             max_position_embeddings=64,
             initializer_range=0.2,
         )
         return GPTNeoXForCausalLM(config).eval()
-    config = GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2)
+    config = GPT2Config(vocab_size=11, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
     return GPT2LMHeadModel(config).eval()
 
 
@@ -57,21 +58,15 @@ def batch(
     left: int = 0,
     right: int = 0,
     junk: int = 0,
-) -> Batch:
+) -> Tokens:
     """Prompts padded on the left and responses on the right with `junk`, with further columns of padding."""
     before, after = max(map(len, prompts)) + left, max(map(len, responses)) + right
     mask = torch.tensor([[True] * len(r) + [False] * (after - len(r)) for r in responses])
-    zeros = torch.zeros(mask.shape)
-    return Batch(
+    return Tokens(
         prompt_ids=torch.tensor([[junk] * (before - len(p)) + p for p in prompts]),
         prompt_mask=torch.tensor([[False] * (before - len(p)) + [True] * len(p) for p in prompts]),
         response_ids=torch.tensor([r + [junk] * (after - len(r)) for r in responses]),
         mask=mask,
-        masks={"tokens": mask},
-        sampler_logprobs=zeros,
-        advantages=zeros,
-        returns={},
-        values={},
     )
 
 
@@ -123,7 +118,7 @@ def test_columns_that_are_padding_in_every_row_are_left_out():
 
 def test_a_batch_without_any_response_token_gives_zeros(policy):
     given = batch([[3, 1]], [[2, 7]])
-    given = given.with_(mask=torch.zeros_like(given.mask))
+    given = replace(given, mask=torch.zeros_like(given.mask))
     assert not response_logprobs(policy, given, 1.0).any()
 
 
@@ -180,6 +175,18 @@ def test_temperature_divides_the_logits_before_they_are_normalised(policy, tempe
     close(TrainingModel(policy, {}, temperature)(given).logprobs, expected)
     rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
     close(response_logits(policy, rows, temperature), (logits / temperature).unsqueeze(0))
+
+
+@torch.no_grad()
+def test_low_precision_logits_are_divided_in_float32():
+    policy, given = tiny_policy().bfloat16(), batch([[3, 1, 4]], [[2, 7]])
+    low = policy(input_ids=torch.tensor([[3, 1, 4, 2]])).logits[:, 2:4]
+    assert low.dtype == torch.bfloat16
+    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
+    torch.testing.assert_close(response_logits(policy, rows, 0.7), low.float() / 0.7, rtol=0, atol=0)
+    assert response_logits(policy, rows, 1.0).dtype == torch.float32
+    scored = (low.float() / 0.7).log_softmax(-1)[0, [0, 1], [2, 7]].unsqueeze(0)
+    close(TrainingModel(policy, {}, 0.7)(given).logprobs, scored, rtol=1e-6)
 
 
 @torch.no_grad()
@@ -267,6 +274,27 @@ def test_several_critics_keep_their_names(policy):
     model = TrainingModel(policy, {name: Critic(None, head) for name, head in heads.items()}, 1.0)
     values, mask = model(batch()).values, batch().mask
     close((values["guide"] - values["learner"])[mask], torch.full((10,), 2.0))
+
+
+def test_critics_with_and_without_a_backbone_go_together(policy):
+    own = Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))
+    trunk = Critic(None, trained_head(HeadKind.linear))
+    both = TrainingModel(policy, {"own": own, "trunk": trunk}, 1.0)
+    expected = {
+        "own": TrainingModel(policy, {"own": own}, 1.0)(batch()).values["own"],
+        "trunk": TrainingModel(policy, {"trunk": trunk}, 1.0)(batch()).values["trunk"],
+    }
+    for found in (both(batch()).values, both.values(batch())):
+        close(dict(found), expected)
+
+
+@torch.no_grad()
+def test_a_head_computes_in_float32_whatever_its_trunk_is():
+    policy, head = tiny_policy().bfloat16(), trained_head(HeadKind.linear)
+    hidden = policy.base_model(input_ids=torch.tensor([[3, 1, 4]])).last_hidden_state[:, -1:]
+    assert hidden.dtype == torch.bfloat16
+    values = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)(batch([[3, 1, 4]], [[2]])).values["value"]
+    close(values, head(hidden.float()).squeeze(-1), rtol=1e-6)
 
 
 def test_a_separate_critic_learns_without_the_policy_and_a_head_on_the_trunk_through_it(policy):

@@ -22,6 +22,7 @@ from transformers import (
 from apa_cli.models.forward import response_logprobs
 from apa_cli.rollout.sampler import (
     Sampled,
+    StopStrings,
     inverse_cdf,
     left_padded,
     right_padded,
@@ -29,7 +30,7 @@ from apa_cli.rollout.sampler import (
     truncated,
 )
 from apa_cli.settings import SamplingSettings
-from apa_cli.types import Batch
+from apa_cli.types import Tokens
 
 close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
@@ -120,6 +121,11 @@ def test_top_p_is_of_what_top_k_left():
     # top 3: 0.4, 0.3, 0.2 of 0.9, with 0, 0.4, 0.7 before them; 0.75 of 0.9 is 0.675, 0.8 is 0.72
     assert cut(P, top_k=3, top_p=0.75) == expected(0, 0.4, 0, 0.3)
     assert cut(P, top_k=3, top_p=0.8) == expected(0, 0.4, 0.2, 0.3)
+
+
+def test_a_top_p_of_1_keeps_even_what_is_lost_in_the_sum():
+    # 1 + 1e-9 is 1 in float32, so all of the mass comes before the second token
+    assert cut([1.0, 1e-9], top_p=1.0) == expected(1.0, 1e-9)
 
 
 def test_rows_are_truncated_each_for_itself():
@@ -327,20 +333,9 @@ def test_log_probs_are_those_of_the_training_forward(policy, tokenizer, prompts,
     found = sample(policy, tokenizer, prompts, uniforms, settings, frozenset({EOS}))
     prompt_ids, prompt_mask = left_padded(prompts, PAD)
     mask = right_padded([[1] * len(row) for row in found.tokens], 0, LENGTH, torch.bool)
-    zeros = torch.zeros(mask.shape)
-    batch = Batch(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask.bool(),
-        response_ids=right_padded(found.tokens, PAD, LENGTH, torch.int64),
-        mask=mask,
-        masks={"tokens": mask},
-        sampler_logprobs=zeros,
-        advantages=zeros,
-        returns={},
-        values={},
-    )
+    tokens = Tokens(prompt_ids, prompt_mask.bool(), right_padded(found.tokens, PAD, LENGTH, torch.int64), mask)
     with torch.no_grad():
-        scored = response_logprobs(policy, batch, temperature)
+        scored = response_logprobs(policy, tokens, temperature)
     sampled = right_padded(found.logprobs, 0.0, LENGTH, torch.float32)
     torch.testing.assert_close(sampled, scored, rtol=1e-5, atol=1e-5)
 
@@ -360,6 +355,34 @@ def test_a_nucleus_of_almost_nothing_is_the_likeliest_token(policy, tokenizer, p
     greedy = sample(policy, tokenizer, prompts, uniforms, replace(SETTINGS, top_k=1), frozenset({EOS}))
     nucleus = sample(policy, tokenizer, prompts, uniforms, replace(SETTINGS, top_p=1e-6), frozenset({EOS}))
     assert nucleus.tokens == greedy.tokens
+
+
+def test_a_low_precision_models_distribution_is_normalised_in_float32(tokenizer, prompts, uniforms):
+    rough = tiny_policy("gpt_neox").bfloat16()
+    found = sample(rough, tokenizer, prompts[1:2], uniforms[1:2, :1], SETTINGS, frozenset({EOS}))
+    with torch.no_grad():
+        logits = rough(input_ids=torch.tensor(prompts[1:2])).logits[0, -1]
+    assert logits.dtype == torch.bfloat16
+    exact = float(logits.float().log_softmax(-1)[found.tokens[0][0]])
+    assert found.logprobs[0] == pytest.approx([exact], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("strings", "tokens", "completed"),
+    [
+        ([], [4, 5], False),
+        ([""], [4, 5], False),  # a text that is in every text ends nothing
+        (["e f"], [4], False),
+        (["e f"], [4, 5], True),
+        (["e f"], [5, 4], False),
+        (["e f"], [1] * 100 + [4, 5], True),
+        (["j j", "e f"], [4, 5], True),  # any of several
+        (["e f"], [4, PAD, 5], True),  # special tokens are not in the text
+        (["e f", " ".join("bcdefghijbcde")], [*range(1, 10), 1, 2, 3, 4], True),  # the longest one fits
+    ],
+)
+def test_a_stop_string_is_found_in_the_decoded_text(tokenizer, strings, tokens, completed):
+    assert StopStrings(tokenizer, strings).completed(tokens) is completed
 
 
 def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(policy, tokenizer, prompts, uniforms):
