@@ -38,17 +38,23 @@ def launch(settings: LaunchSettings) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
-def load_examples(config: Config) -> tuple[list[Example], list[Example]]:
-    """The data set's train and test rows, checked for an overlap of their prompts."""
+def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Example], list[Example]]:
+    """The data set's train and test rows. What was left out is said; no prompt to train on is held out too."""
     try:
         train, held_out = config.dataset.load("train"), config.dataset.load("test")
     except ValueError as error:
         raise UserError(f"dataset: {error}") from error
+    for split, rows in (("train", train), ("test", held_out)):
+        if dropped := getattr(rows, "dropped", {}):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+            say(f"dataset: {len(rows)} {split} rows; left out: {reasons}")
+    prompts = {example.prompt for example in held_out}
+    shared = {example.prompt for example in train} & prompts
+    if shared:
+        train = [example for example in train if example.prompt not in prompts]
+        say(f"dataset: {len(shared)} held-out prompts were in train too and are left out there, such as {min(shared)!r}")
     if not train or not held_out:
         raise UserError(f"dataset: {len(train)} rows to train on and {len(held_out)} held out; both are needed")
-    shared = {example.prompt for example in train} & {example.prompt for example in held_out}
-    if shared:
-        raise UserError(f"dataset: {len(shared)} prompts are both trained on and held out, such as {min(shared)!r}")
     return train, held_out
 
 
@@ -67,7 +73,7 @@ def stage_progress(console: Console, name: str) -> Callable[[int, int, float], N
 def build_trainer(config: Config, path: Path, group: str | None, resume: Path | None, console: Console) -> Trainer:
     """Everything that `Trainer` needs, in `path`; with `resume`, as that checkpoint left it."""
     device = launch(config.launch)
-    train, held_out = load_examples(config)
+    train, held_out = load_examples(config, console.say)
     as_given, directory = config, RunDirectory(path)
     config = resolved(config, train, held_out, device, console.say, stage_progress(console, "stage"))
     for line in run_plan(config):

@@ -53,7 +53,7 @@ class Evaluator:
                 self.eval_seed, Stream.evaluation, iteration=0,
             )  # fmt: skip
             kl, entropy = self.exact(policy, rollout)
-        scores = self.score(rollout.prompts, rollout.responses, rollout.columns)
+        scores = self.score(rollout.prompts, rollout.responses, rollout.columns).values
         values = torch.tensor(scores)
         sft = torch.tensor(sft_scores if sft_scores is not None else scores)
         statistics = response_statistics(rollout)

@@ -62,7 +62,7 @@ def start_sft(config: Config, path: Path) -> None:
     """apa-sft: fine-tunes `model.path`, or a new model of `model.architecture`."""
 
     def build(folder: Path, device: torch.device, console: Console) -> dict[str, float]:
-        data = load_examples(config)
+        data = load_examples(config, console.say)
         progress = stage_progress(console, "SFT")
         return run_sft(config.model, config.sft, *data, config.run.seed, device, folder, console.say, progress)
 
@@ -73,7 +73,7 @@ def start_reward(config: Config, path: Path) -> None:
     """apa-reward: trains on the trunk of `model.path`, or of the SFT stage's model."""
 
     def build(folder: Path, device: torch.device, console: Console) -> dict[str, float]:
-        train, held_out = load_examples(config)
+        train, held_out = load_examples(config, console.say)
         start = sft_model(config, train, held_out, device, console.say, stage_progress(console, "SFT"))
         return run_reward(
             config.model, start, config.reward_model, train, held_out, config.run.seed, device, folder, console.say,

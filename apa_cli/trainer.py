@@ -103,7 +103,7 @@ class Trainer:
             rollout, cut = self.sample(iteration)
         with timed(seconds, "time/score_s"):
             scores = self.score(rollout.prompts, rollout.responses, rollout.columns)
-            rollout = rollout.with_(scores=torch.tensor(scores, dtype=torch.float32))
+            rollout = rollout.with_(scores=torch.tensor(scores.values, dtype=torch.float32))
         with timed(seconds, "time/prepare_s"):
             rollout = self.completed(rollout)
             batch, self.progress.algorithm = self.config.algo.prepare(rollout, self.progress.algorithm)
@@ -113,6 +113,7 @@ class Trainer:
         total, tokens = sum(seconds.values()), int(rollout.mask.sum())
         return {
             **rollout_statistics(rollout),
+            **{f"reward/mean/{name}": sum(part) / len(part) for name, part in scores.parts.items()},
             "prompt/truncated_rate": cut,
             **batch.metrics,
             **updates,

@@ -8,7 +8,7 @@ configuration before it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,12 +65,25 @@ Unit = Range(0, 1)
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set: a prompt, optionally a preferred and a rejected response, and further columns."""
+    """One row of a data set: a prompt, optionally a preferred and a rejected response, and further columns.
+
+    `messages` are the prompt's turns, each {"role", "content"}, where the data set knows them: what a chat model's
+    template renders. `prompt` is the same as plain text, which is what rewards see.
+    """
 
     prompt: str
     chosen: str | None
     rejected: str | None
     columns: dict[str, Any]
+    messages: list[dict[str, str]] | None = None
+
+
+class Examples(list[Example]):
+    """The rows of a split, with how many were left out, by reason."""
+
+    def __init__(self, rows: Iterable[Example] = (), dropped: Mapping[str, int] | None = None):
+        super().__init__(rows)
+        self.dropped = dict(dropped or {})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,11 @@ class Dataset(ABC):
 
     @abstractmethod
     def load(self, split: str) -> list[Example]:
-        """The rows of "train" or "test", the same at every call; no prompt is in both. UserError if unreadable."""
+        """The rows of "train" or "test", the same at every call. UserError if unreadable.
+
+        Rows that cannot be used are left out and counted by returning `types.Examples`; any list will do. Prompts
+        that are in both splits are taken out of "train" by the caller.
+        """
 
     def describe(self, prompts: list[str], responses: list[str]) -> dict[str, float]:
         """Further numbers about replies to prompts of this data set, logged as eval/NAME; default: none."""

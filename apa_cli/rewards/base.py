@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from apa_cli.types import UserError
 
-Score = Callable[[list[str], list[str], list[dict[str, Any]]], list[float]]
+@dataclass(frozen=True)
+class Scores:
+    """One score per response and, where a reward is made of several, each part's own score per response."""
+
+    values: list[float]
+    parts: Mapping[str, list[float]] = field(default_factory=dict)
+
+
+Score = Callable[[list[str], list[str], list[dict[str, Any]]], "list[float] | Scores"]
 """(prompts, responses, the data set's other columns, one dict per prompt) → one score per response."""
 
 
@@ -30,22 +39,27 @@ class Reward(ABC):
         """Whatever is needed is loaded once; `device` and `dtype` ("float32", "bfloat16") are for models."""
 
 
-def checked(score: Score) -> Score:
+def checked(score: Score) -> Callable[[list[str], list[str], list[dict[str, Any]]], Scores]:
     """The same reward, its result checked: one finite number per response, else UserError naming which."""
 
-    def with_check(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
+    def with_check(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
         result = score(prompts, responses, columns)
-        try:
-            scores = [float(value) for value in result]
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"reward: expected one number per response, got {type(result).__name__} ({error})"
-            ) from error
-        if len(scores) != len(responses):
-            raise UserError(f"reward: {len(responses)} responses were given, {len(scores)} scores came back")
-        for i, value in enumerate(scores):
-            if not math.isfinite(value):
-                raise UserError(f"reward: the score of response {i} is {value}: {responses[i][:80]!r}")
-        return scores
+        parts = dict(result.parts) if isinstance(result, Scores) else {}
+        scores = finite(result.values if isinstance(result, Scores) else result, responses)
+        return Scores(scores, {name: finite(values, responses) for name, values in parts.items()})
 
     return with_check
+
+
+def finite(result: Any, responses: list[str]) -> list[float]:
+    """`result` as one finite number per response; UserError saying what else it is."""
+    try:
+        scores = [float(value) for value in result]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"reward: expected one number per response, got {type(result).__name__} ({error})") from error
+    if len(scores) != len(responses):
+        raise UserError(f"reward: {len(responses)} responses were given, {len(scores)} scores came back")
+    for i, value in enumerate(scores):
+        if not math.isfinite(value):
+            raise UserError(f"reward: the score of response {i} is {value}: {responses[i][:80]!r}")
+    return scores

@@ -27,7 +27,7 @@ def scored(result):
     ids=["list", "tuple", "array", "tensor", "iterator"],
 )
 def test_any_sequence_of_numbers_becomes_floats(result):
-    scores = scored(result)
+    scores = scored(result).values
     assert scores == [1.0, 2.5, 1.0] and all(type(score) is float for score in scores)
 
 
