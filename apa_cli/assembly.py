@@ -59,12 +59,15 @@ def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Exam
 
 
 def stage_progress(console: Console, name: str) -> Callable[[int, int, float], None]:
-    """Says how far a stage is, at every tenth of it."""
-    begun = time.monotonic()
+    """Says how far a stage is, at every tenth of it. Several stages may report to it, one after the other."""
+    first, begun = 0, 0.0
 
     def progress(step: int, steps: int, loss: float) -> None:
-        if step == steps or step % max(1, steps // 10) == 0:
-            left = (time.monotonic() - begun) / step * (steps - step)
+        nonlocal first, begun
+        if not 0 < first < step:
+            first, begun = step, time.monotonic()
+        elif step == steps or step % max(1, steps // 10) == 0:
+            left = (time.monotonic() - begun) / (step - first) * (steps - step)
             console.say(f"{name}: step {step}/{steps}, loss {loss:.3f}, {left:.0f} s left")
 
     return progress

@@ -169,8 +169,8 @@ SHAPES = ((1, 1, 0.40), (1, 2, 0.33), (1, 3, 0.12), (2, 1, 0.10), (2, 2, 0.05))
 
 # How often a drawn reply has each fault, and what each feature weighs in its quality.
 P_OFF_TOPIC, P_SENTENCE_OFF_TOPIC, P_INCOMPLETE, P_EXTRA, P_REPEAT = 0.45, 0.6, 0.5, 0.2, 0.4
-P_GARBLED = 0.25  # of rejected replies
-P_OPENING = P_CLOSING = 0.4
+P_GARBLED = 0.35  # of rejected replies
+P_OPENING = P_CLOSING = 0.25
 WEIGHTS = {"relevance": 0.75, "completeness": 0.75, "courtesy": 1.0, "repetition": -1.0, "extra": -0.3}
 UNPARSED = -1.0  # the quality of what is no reply of the grammar: below that of every reply
 NOISE_SLOPE = 8.0  # of the Bradley-Terry labels, per unit of quality
