@@ -48,11 +48,11 @@ def test_a_seed_means_the_same_row_on_every_machine():
     assert row.prompt == f"\n\nHuman: {question}\n\nAssistant:"
     assert (
         row.chosen
-        == " You will need a veil, thick gloves and a smoker. It helps to think about every check. It helps to think about every check. Enjoy!"  # noqa: E501
+        == " What a lovely idea! To grow tomatoes, plant the seeds, water the plants every morning and then pick the red tomatoes."  # noqa: E501
     )
     assert (
         row.rejected
-        == " Begin like this: plant the seeds, and then pick the red tomatoes. You will need a veil, thick gloves and a smoker."  # noqa: E501
+        == " You will need a veil, thick gloves and a smoker. It helps to think about every check. It helps to think about every check."  # noqa: E501
     )
     assert row.columns == {"topic": "start a beehive", "asked": ["steps", "needs"]}
 
@@ -150,11 +150,11 @@ def test_every_prompt_and_reply_reads_back(train, test):
                 assert " " + " ".join(sentence.text for sentence in sentences) == reply
 
 
-def test_every_chosen_reply_parses_and_about_a_quarter_of_the_rejected_are_garbled(train, test):
+def test_every_chosen_reply_parses_and_about_a_third_of_the_rejected_are_garbled(train, test):
     rows = train + test
     assert all(parse_reply(row.chosen) for row in rows)
     garbled = sum(parse_reply(row.rejected) is None for row in rows) / len(rows)
-    assert 0.22 < garbled < 0.28
+    assert 0.32 < garbled < 0.39
 
 
 def test_a_reply_reads_as_its_sentences():
@@ -314,7 +314,7 @@ def test_chosen_replies_are_of_mixed_quality_and_no_fault_or_length_decides(trai
     chosen = [quality(row.prompt, row.chosen) for row in train]
     mean = sum(chosen) / len(chosen)
     deviation = (sum((value - mean) ** 2 for value in chosen) / len(chosen)) ** 0.5
-    assert 0.04 <= sum(value > 2.5 - 1e-9 for value in chosen) / len(chosen) <= 0.25
+    assert 0.01 <= sum(value > 2.5 - 1e-9 for value in chosen) / len(chosen) <= 0.25
     assert mean + deviation < 2.5  # room for more than one standard deviation
 
     clean = [row for row in train if parse_reply(row.rejected)]
