@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModel, PreTrainedModel
@@ -12,20 +13,24 @@ from transformers import AutoModel, PreTrainedModel
 from apa_cli import checkpoint as checkpoints
 from apa_cli.console import Console
 from apa_cli.evaluation import Evaluator
-from apa_cli.models.critic import build_critic
-from apa_cli.models.forward import TrainingModel
-from apa_cli.models.loading import TORCH_DTYPES, end_tokens, load_policy, load_tokenizer, loaded
+from apa_cli.models.critic import Critic, build_critic
+from apa_cli.models.forward import TrainingModel, checkpoint_activations
+from apa_cli.models.loading import TORCH_DTYPES, end_tokens, load_merged, load_policy, load_tokenizer, train_top
+from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
 from apa_cli.plan import run_plan
 from apa_cli.randomness import Stream, torch_seed
 from apa_cli.rewards.base import checked
 from apa_cli.rollout.collect import tokenized
 from apa_cli.run_directory import RunDirectory
-from apa_cli.settings import Config, CriticInit, CriticKind, Device, LaunchSettings
+from apa_cli.settings import Config, CriticInit, CriticKind, Device, LaunchSettings, Quantization
 from apa_cli.stages.cache import resolved
 from apa_cli.tracking import make_tracker
 from apa_cli.trainer import Trainer, frozen_copy
 from apa_cli.types import ConfigError, Example, UserError
 from apa_cli.update import Updater, build_optimizer
+
+ADAPTER_NUMBER = 1000
+"""What keys the first weights of the policy's adapter; critics count from 0."""
 
 
 def launch(settings: LaunchSettings) -> torch.device:
@@ -52,7 +57,9 @@ def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Exam
     shared = {example.prompt for example in train} & prompts
     if shared:
         train = [example for example in train if example.prompt not in prompts]
-        say(f"dataset: {len(shared)} held-out prompts were in train too and are left out there, such as {min(shared)!r}")
+        say(
+            f"dataset: {len(shared)} held-out prompts were in train too and are left out there, such as {min(shared)!r}"
+        )
     if not train or not held_out:
         raise UserError(f"dataset: {len(train)} rows to train on and {len(held_out)} held out; both are needed")
     return train, held_out
@@ -87,11 +94,12 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
             "advantages, ratios and KL are then biased"
         )
     tokenizer = load_tokenizer(config.model, config.model.path)
-    policy = load_policy(config.model, config.model.path)
+    check_training(config)
+    policy = load_policy(config.model, config.model.path, frozen_base=config.lora.rank > 0)
     check_lengths(config, policy, len(tokenizer))
     policy.to(device)
-    reference = frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
-    model = TrainingModel(policy, critics(config, policy), config.sampling.temperature).to(device)
+    model, reference = training_model(config, policy)
+    model.to(device)
     score = checked(config.reward.load(str(device), config.model.dtype.value))
     ends = end_tokens(policy, tokenizer)
     updater = Updater(
@@ -155,24 +163,58 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
     return trainer
 
 
-def critics(config: Config, policy: PreTrainedModel) -> dict:
+def training_model(config: Config, policy: PreTrainedModel) -> tuple[TrainingModel, PreTrainedModel | WithoutAdapter]:
+    """Policy and critics with the weights that are to be trained, and the reference: a copy, or LoRA's own base."""
+    separate = config.critic.kind is CriticKind.separate
+    built = critics(config, policy) if separate else {}  # copies of the trunk as it is loaded
+    reference: Any
+    if config.lora.rank:
+        add_adapter(policy, config.lora, POLICY, torch_seed(config.run.seed, Stream.initialization, ADAPTER_NUMBER))
+        reference = WithoutAdapter(policy)
+    else:
+        reference = frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
+        if config.model.trainable_layers is not None:
+            train_top(policy, config.model.trainable_layers)
+    built = built or critics(config, policy)
+    if config.model.gradient_checkpointing:
+        for part in (policy, *(critic.backbone for critic in built.values() if critic.backbone is not None)):
+            checkpoint_activations(part)
+    return TrainingModel(policy, built, config.sampling.temperature), reference
+
+
+def critics(config: Config, policy: PreTrainedModel) -> dict[str, Critic]:
     """The critics that the algorithm asks for, by name."""
     names = config.algo.needs().critics
-    on_trunk = config.critic.kind is CriticKind.head
     start = critic_start(config, policy) if names and config.critic.init is CriticInit.reward else None
     seed = config.run.seed
     return {
-        name: build_critic(policy, config.critic.head, torch_seed(seed, Stream.initialization, number), start, on_trunk)
+        name: build_critic(
+            policy, config.critic, config.lora, name, torch_seed(seed, Stream.initialization, number), start
+        )
         for number, name in enumerate(names)
     }
+
+
+def check_training(config: Config) -> None:
+    """What cannot be trained together."""
+    lora = config.lora.rank > 0
+    if lora and config.model.trainable_layers is not None:
+        raise ConfigError("model.trainable_layers: with lora the base is frozen; leave it null")
+    if config.critic.kind is CriticKind.adapter and not lora:
+        raise ConfigError("critic.kind: adapter needs lora, such as lora=default")
+    if config.model.quantization is not Quantization.none:
+        if not lora:
+            raise ConfigError("model.quantization: only a frozen base can be quantized; give lora=default")
+        if config.critic.kind is CriticKind.separate:
+            raise ConfigError("model.quantization: the critic shares the base; give critic=adapter or critic=head")
 
 
 def critic_start(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
     """The reward model's trunk, for `critic.init=reward`; it must read the policy's tokens."""
     path = getattr(config.reward, "path", None)
-    if config.critic.kind is CriticKind.head or path is None:
+    if config.critic.kind is not CriticKind.separate or path is None:
         raise ConfigError("critic.init: reward needs critic.kind=separate and a reward that is a model")
-    model = loaded(AutoModel.from_pretrained, path, "reward.path", dtype=torch.float32)
+    model = load_merged(AutoModel.from_pretrained, path, "reward.path", dtype=torch.float32)
     if model.config.vocab_size != policy.config.vocab_size or model.config.model_type != policy.config.model_type:
         raise ConfigError("critic.init: the reward model is of another architecture or vocabulary than the policy")
     return model.eval()

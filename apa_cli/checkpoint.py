@@ -20,20 +20,26 @@ NAME = "iteration_{:06d}"
 PATTERN = re.compile(r"iteration_(\d{6})$")
 
 
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; of tensors that share memory only the first name."""
+def module_tensors(module: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; of tensors that share memory only the first name.
+
+    With `trained_only` without the parameters that are frozen: they are as they were loaded.
+    """
+    frozen = {p.data_ptr() for p in module.parameters() if not p.requires_grad} if trained_only else set()
     seen: set[int] = set()
     kept = {}
     for name, tensor in module.state_dict().items():
+        if tensor.data_ptr() in frozen:
+            continue
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             seen.add(tensor.data_ptr())
             kept[name] = tensor.detach().contiguous()
     return kept
 
 
-def load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_module(module: nn.Module, tensors: dict[str, Tensor], trained_only: bool = False) -> None:
     """Copies saved tensors into a module of the same shape. UserError where the names differ."""
-    own = module_tensors(module)
+    own = module_tensors(module, trained_only)
     if own.keys() != tensors.keys():
         raise UserError(
             f"resume: the checkpoint's tensors differ from the model's: {sorted(own.keys() ^ tensors.keys())[:3]}"

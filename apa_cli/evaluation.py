@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.kl import exact_kl
 from apa_cli.models.forward import compute_precision, response_logits, sequences, widened
+from apa_cli.models.lora import WithoutAdapter
 from apa_cli.randomness import Stream
 from apa_cli.rewards.base import Score
 from apa_cli.rollout.collect import collect
@@ -29,7 +30,7 @@ class Evaluator:
     sources: list[str]
     """The prompts' texts as the data set has them, before any was cut to fit."""
     tokenizer: PreTrainedTokenizerBase
-    reference: PreTrainedModel
+    reference: PreTrainedModel | WithoutAdapter
     score: Score
     describe: Callable[[list[str], list[str]], dict[str, float]]
     sampling: SamplingSettings

@@ -25,9 +25,16 @@ class DType(Enum):
     bfloat16 = "bfloat16"
 
 
+class Quantization(Enum):
+    none = "none"
+    int8 = "int8"
+    int4 = "int4"
+
+
 class CriticKind(Enum):
     separate = "separate"
     head = "head"
+    adapter = "adapter"
 
 
 class CriticInit(Enum):
@@ -92,7 +99,17 @@ class ModelSettings:
     trust_remote_code: bool
     tokenizer: str | None
     tokenizer_vocabulary: Annotated[int | None, Range(300)]
+    trainable_layers: Annotated[int | None, NonNegative]
+    gradient_checkpointing: bool
+    quantization: Quantization
     architecture: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    rank: Annotated[int, NonNegative]
+    alpha: Annotated[float, Positive]
+    targets: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -179,6 +196,7 @@ class StagesSettings:
 
 SECTIONS: dict[str, type] = {
     "model": ModelSettings,
+    "lora": LoraSettings,
     "critic": CriticSettings,
     "reference": ReferenceSettings,
     "sampling": SamplingSettings,
@@ -206,6 +224,7 @@ class Config:
     dataset: Any
     reward: Any
     model: ModelSettings
+    lora: LoraSettings
     critic: CriticSettings
     reference: ReferenceSettings
     sampling: SamplingSettings

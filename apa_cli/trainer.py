@@ -24,6 +24,7 @@ from apa_cli.datasets.base import positions
 from apa_cli.evaluation import Evaluator
 from apa_cli.models.forward import TrainingModel, compute_precision, response_logprobs
 from apa_cli.models.loading import save_model
+from apa_cli.models.lora import WithoutAdapter, save_adapter
 from apa_cli.randomness import Stream, generator
 from apa_cli.report.curves import draw_curves
 from apa_cli.rewards.base import Score
@@ -64,7 +65,7 @@ class Trainer:
     examples: list[Example]
     score: Score
     model: TrainingModel
-    reference: PreTrainedModel
+    reference: PreTrainedModel | WithoutAdapter
     updater: Updater
     evaluator: Evaluator
     device: torch.device
@@ -211,8 +212,8 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Everything that the run's future depends on."""
         tensors = {
-            "policy": checkpoints.module_tensors(self.model.policy),
-            "critics": checkpoints.module_tensors(self.model.critics),
+            "policy": checkpoints.module_tensors(self.model.policy, trained_only=True),
+            "critics": checkpoints.module_tensors(self.model.critics, trained_only=True),
             "optimizer": checkpoints.optimizer_tensors(self.updater.optimizer),
         }
         if self.moving_reference is not None:
@@ -233,8 +234,8 @@ class Trainer:
 
     def load_checkpoint(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Takes up where `save_checkpoint` left off."""
-        checkpoints.load_module(self.model.policy, tensors["policy"])
-        checkpoints.load_module(self.model.critics, tensors["critics"])
+        checkpoints.load_module(self.model.policy, tensors["policy"], trained_only=True)
+        checkpoints.load_module(self.model.critics, tensors["critics"], trained_only=True)
         checkpoints.load_optimizer(self.updater.optimizer, tensors["optimizer"])
         if self.moving_reference is not None:
             checkpoints.load_module(self.moving_reference, tensors["moving_reference"])
@@ -248,6 +249,10 @@ class Trainer:
         if len(self.model.critics):
             (path / "critic").mkdir(exist_ok=True)
             checkpoints.save_file(checkpoints.module_tensors(self.model.critics), path / "critic" / "model.safetensors")
+        for name, critic in self.model.critics.items():
+            if critic.adapter is not None:
+                base = self.config.model.path
+                save_adapter(self.model.policy, path / "critic" / f"{name}_adapter", base, critic.adapter)
         draw_curves(path)
         self.report()
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apa_cli.settings import HeadKind
+from apa_cli.models.lora import add_adapter
+from apa_cli.settings import CriticKind, CriticSettings, HeadKind, LoraSettings
 
 
 def value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
@@ -25,12 +26,21 @@ def value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
 
 
 class Critic(nn.Module):
-    """V(s): [B, T] from the positions before each response token, computed in float32 after the backbone."""
+    """V(s): [B, T] from the positions before each response token, computed in float32 after the backbone.
 
-    def __init__(self, backbone: nn.Module | None, head: nn.Module):
+    Without a backbone of its own it reads the policy's trunk: as the policy has it, or under `adapter`.
+    """
+
+    def __init__(self, backbone: nn.Module | None, head: nn.Module, adapter: str | None = None):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.adapter = adapter
+
+    @property
+    def on_trunk(self) -> bool:
+        """Whether it reads the hidden states that the policy's own forward pass computes."""
+        return self.backbone is None and self.adapter is None
 
     def forward(self, inputs: dict[str, Tensor], length: int, trunk: Tensor | None = None) -> Tensor:
         """Values [B, length] at the last `length` positions; `trunk` [B, S, h] is used where there is no backbone."""
@@ -40,13 +50,30 @@ class Critic(nn.Module):
 
 
 def build_critic(
-    policy: PreTrainedModel, head: HeadKind, seed: int, start: PreTrainedModel | None, on_trunk: bool
+    policy: PreTrainedModel,
+    settings: CriticSettings,
+    lora: LoraSettings,
+    name: str,
+    seed: int,
+    start: PreTrainedModel | None,
 ) -> Critic:
-    """A critic whose backbone is a copy of `start`'s (default: the policy's), or none where it sits on the trunk."""
+    """A critic as `critic.kind` says: on a copy of `start`'s trunk (default: the policy's), or on the policy's own.
+
+    With LoRA the copy keeps its dtype and only adapters on it are trained; the policy may not have its own adapter
+    yet where its trunk is copied. An adapter on the policy's base is added to the policy.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = value_head(head, policy.config.hidden_size)
-    if on_trunk:
-        return Critic(None, built)
-    backbone = copy.deepcopy((start or policy).base_model).float()
-    return Critic(backbone.requires_grad_(True), built)
+        head = value_head(settings.head, policy.config.hidden_size)
+    if settings.kind is CriticKind.head:
+        return Critic(None, head)
+    if settings.kind is CriticKind.adapter:
+        adapter = f"critic_{name}"
+        add_adapter(policy, lora, adapter, seed)
+        return Critic(None, head, adapter)
+    backbone = copy.deepcopy((start or policy).base_model)
+    if lora.rank:
+        add_adapter(backbone, lora, "critic", seed)
+    else:
+        backbone = backbone.float().requires_grad_(True)
+    return Critic(backbone, head)

@@ -6,14 +6,16 @@ The outputs for response token t come from the position before it: for the first
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apa_cli.models.critic import Critic
+from apa_cli.models.lora import WithoutAdapter, active_adapter, adapter, layers
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import token_logprobs
 from apa_cli.types import Batch, PolicyOutput, Tokens
@@ -69,7 +71,7 @@ def widened(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask, 0.0)
 
 
-def response_logits(model: PreTrainedModel, rows: Sequences, temperature: float) -> Tensor:
+def response_logits(model: PreTrainedModel | WithoutAdapter, rows: Sequences, temperature: float) -> Tensor:
     """[B, T', V] float32: the logits of the distribution that samples."""
     length = rows.response_ids.shape[1]
     output = model(**rows.inputs, use_cache=False, logits_to_keep=length)
@@ -82,7 +84,7 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits / temperature
 
 
-def response_logprobs(model: PreTrainedModel, batch: Batch | Tokens, temperature: float) -> Tensor:
+def response_logprobs(model: PreTrainedModel | WithoutAdapter, batch: Batch | Tokens, temperature: float) -> Tensor:
     """log π of each response token, [B, T] float32, 0 outside the mask."""
     rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
     return widened(token_logprobs(response_logits(model, rows, temperature), rows.response_ids), batch.mask)
@@ -101,25 +103,74 @@ class TrainingModel(nn.Module):
         """Log-probs [B, T] and each critic's values [B, T] of the batch's responses."""
         rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
         length = rows.response_ids.shape[1]
-        on_trunk = any(critic.backbone is None for critic in self.critics.values())
-        output = self.policy(**rows.inputs, use_cache=False, logits_to_keep=length, output_hidden_states=on_trunk)
+        on_trunk = any(critic.on_trunk for critic in self.critics.values())
+        with recomputing(self.policy):
+            output = self.policy(**rows.inputs, use_cache=False, logits_to_keep=length, output_hidden_states=on_trunk)
         logprobs = token_logprobs(tempered(output.logits, self.temperature), rows.response_ids)
         trunk = output.hidden_states[-1] if on_trunk else None
-        values = {
-            name: widened(critic(rows.inputs, length, trunk), batch.mask) for name, critic in self.critics.items()
-        }
-        return PolicyOutput(logprobs=widened(logprobs, batch.mask), values=values)
+        return PolicyOutput(
+            logprobs=widened(logprobs, batch.mask),
+            values={name: self.critic_values(name, rows, batch.mask, trunk) for name in self.critics},
+        )
 
     def values(self, batch: Batch | Tokens) -> dict[str, Tensor]:
         """Each critic's values alone, [B, T]."""
-        if any(critic.backbone is None for critic in self.critics.values()):
+        if any(critic.on_trunk for critic in self.critics.values()):
             return dict(self.forward(batch).values)
         rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
+        return {name: self.critic_values(name, rows, batch.mask, None) for name in self.critics}
+
+    def critic_values(self, name: str, rows: Sequences, mask: Tensor, trunk: Tensor | None) -> Tensor:
+        """One critic's values [B, T]; `trunk` [B, S, h] is what the policy's own pass computed, if it did."""
+        critic = self.critics[name]
         length = rows.response_ids.shape[1]
-        return {name: widened(critic(rows.inputs, length), batch.mask) for name, critic in self.critics.items()}
+        if critic.adapter is not None:
+            with adapter(self.policy, critic.adapter), recomputing(self.policy):
+                trunk = self.policy.base_model(**rows.inputs, use_cache=False).last_hidden_state
+        with recomputing(critic):
+            return widened(critic(rows.inputs, length, trunk), mask)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.policy.parameters() if p.requires_grad]
+        """What the optimizer's first group trains: neither critics nor their adapters on the policy's base."""
+        own = [critic.adapter for critic in self.critics.values() if critic.adapter is not None]
+        return [
+            parameter
+            for name, parameter in self.policy.named_parameters()
+            if parameter.requires_grad and not any(f".{adapter}." in name for adapter in own)
+        ]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.critics.parameters() if p.requires_grad]
+        """What the second group trains."""
+        policy = {id(parameter) for parameter in self.policy_parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in policy]
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Lets the model recompute activations in the backward pass, where `recomputing` asks for it.
+
+    The pass is repeated under the adapter that was active the first time.
+    """
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), adapter(model, active_adapter(model)) if layers(model) else nullcontext()
+
+    # transformers renamed it on the way to version 6
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "context_fn": contexts})
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing is on in the block, for the models that `checkpoint_activations` was called on.
+
+    `transformers` does it only in blocks in training mode; their layers stay in evaluation mode, without dropout.
+    """
+    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    marked = marked if torch.is_grad_enabled() else []
+    for module in marked:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in marked:
+            module.training = False

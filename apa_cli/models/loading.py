@@ -16,12 +16,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from apa_cli.settings import DType, ModelSettings
-from apa_cli.types import UserError
+from apa_cli.models.lora import adapter_base, is_adapter, layers, merged_tensors, save_adapter
+from apa_cli.settings import DType, ModelSettings, Quantization
+from apa_cli.types import ConfigError, UserError
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
+MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
 TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
 
@@ -29,7 +31,7 @@ def source(path: str, key: str) -> str:
     """`path` as `transformers` takes it: an existing folder, or a hub id. UserError if it can be neither."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        if not any((folder / name).is_file() for name in MODEL_FILES):
             raise UserError(f"{key}: {folder} holds no model (no config.json)")
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
@@ -51,9 +53,12 @@ def loaded(load: Any, path: str, key: str, **options: Any) -> Any:
 def load_tokenizer(settings: ModelSettings, path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a pad token (its own, or its end-of-sequence or unknown token)."""
     key = "model.tokenizer" if settings.tokenizer else "model.path"
+    where = settings.tokenizer or path
+    if is_adapter(where) and not (Path(where).expanduser() / "tokenizer_config.json").is_file():
+        where = adapter_base(where)
     tokenizer = loaded(
         AutoTokenizer.from_pretrained,
-        settings.tokenizer or path,
+        where,
         key,
         trust_remote_code=settings.trust_remote_code,
     )
@@ -67,24 +72,72 @@ def with_pad(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(settings: ModelSettings, path: str) -> PreTrainedModel:
-    """A causal language model with float32 weights, in evaluation mode (no dropout anywhere)."""
-    model = loaded(
-        AutoModelForCausalLM.from_pretrained,
-        path,
-        "model.path",
-        dtype=torch.float32,
-        attn_implementation=settings.attention,
-        trust_remote_code=settings.trust_remote_code,
+def load_policy(settings: ModelSettings, path: str, frozen_base: bool = False) -> PreTrainedModel:
+    """A causal language model in evaluation mode (no dropout anywhere), all of its weights trainable float32.
+
+    With `frozen_base` (for LoRA) in the compute dtype, quantized where that is asked for. The folder of a LoRA
+    adapter is loaded as its base with the adapter merged into it.
+    """
+    options: dict[str, Any] = {
+        "dtype": TORCH_DTYPES[settings.dtype] if frozen_base else torch.float32,
+        "attn_implementation": settings.attention,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    if settings.quantization is not Quantization.none:
+        options["quantization_config"] = quantization_config(settings)
+    return load_merged(AutoModelForCausalLM.from_pretrained, path, "model.path", **options).eval()
+
+
+def load_merged(load: Any, path: str, key: str, **options: Any) -> PreTrainedModel:
+    """`loaded`, but for the folder or hub id of a LoRA adapter its base model, the adapter merged into it."""
+    if not is_adapter(path):
+        return loaded(load, path, key, **options)
+    if "quantization_config" in options:
+        raise UserError(f"model.quantization: {path} is an adapter, which cannot be merged into quantized weights")
+    from peft import PeftModel
+
+    base = loaded(load, adapter_base(path), key, **options)
+    return loaded(lambda where: PeftModel.from_pretrained(base, where), path, key).merge_and_unload()
+
+
+def quantization_config(settings: ModelSettings) -> Any:
+    """How bitsandbytes is to quantize the base. UserError where it is not installed."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError("model.quantization needs the package bitsandbytes: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=TORCH_DTYPES[settings.dtype]
     )
-    return model.eval()
+
+
+def train_top(model: PreTrainedModel, layers: int) -> None:
+    """Freezes everything but the `layers` top blocks, the norm after them, and an output head of its own."""
+    parts, count = list(model.base_model.children()), model.config.num_hidden_layers
+    stacks = [i for i, part in enumerate(parts) if isinstance(part, torch.nn.ModuleList) and len(part) == count]
+    if len(stacks) != 1:
+        raise UserError(f"model.trainable_layers: cannot find the {count} blocks of a {model.config.model_type} model")
+    if layers > count:
+        raise ConfigError(f"model.trainable_layers: {layers} is more than the model's {count} blocks")
+    head = model.get_output_embeddings()
+    tied = head is None or head.weight is model.get_input_embeddings().weight
+    model.requires_grad_(False)
+    for part in [*parts[stacks[0]][count - layers :], *parts[stacks[0] + 1 :], *([] if tied else [head])]:
+        part.requires_grad_(True)
 
 
 def load_config(settings: ModelSettings, path: str | None) -> transformers.PretrainedConfig:
-    """The configuration of a model without its weights: from its folder, or from `model.architecture`."""
+    """The configuration of a model without its weights: from its folder, `model.architecture`, or the hub."""
     if path is None:
         return architecture_config(settings.architecture, settings.tokenizer_vocabulary or 0)
-    return loaded(AutoConfig.from_pretrained, path, "model.path", trust_remote_code=settings.trust_remote_code)
+    if settings.architecture and not Path(path).expanduser().is_dir():
+        return architecture_config(settings.architecture, settings.tokenizer_vocabulary or 0)
+    where = adapter_base(path) if is_adapter(path) else path
+    return loaded(AutoConfig.from_pretrained, where, "model.path", trust_remote_code=settings.trust_remote_code)
 
 
 def architecture_config(architecture: dict[str, Any], vocabulary: int) -> transformers.PretrainedConfig:
@@ -142,8 +195,15 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **facts: Any) -> None:
-    """A plain `transformers` folder; `facts` are added to its config.json."""
-    model.save_pretrained(folder)
+    """A plain `transformers` folder; `facts` are added to its config.json.
+
+    What a LoRA adapter has learnt is merged into the weights; the adapter alone is written beside, in adapter/.
+    """
+    if layers(model):
+        save_adapter(model, folder.parent / "adapter", base=model.config._name_or_path)
+        model.save_pretrained(folder, state_dict=merged_tensors(model))
+    else:
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if facts:
         config = json.loads((folder / "config.json").read_text())

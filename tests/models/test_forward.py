@@ -18,7 +18,7 @@ from apa_cli.models.forward import (
     sequences,
     widened,
 )
-from apa_cli.settings import DType, HeadKind
+from apa_cli.settings import CriticInit, CriticKind, CriticSettings, DType, HeadKind, LoraSettings
 from apa_cli.types import Tokens
 
 # a forward pass in another shape adds its float32 terms in another order
@@ -26,6 +26,12 @@ close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6], [5, 3]]
 RESPONSES = [[2, 7], [8, 2, 8, 1], [8], [4, 5, 9]]
+
+
+def critic_of(policy, head=HeadKind.linear, seed=0, start=None, on_trunk=False):
+    kind = CriticKind.head if on_trunk else CriticKind.separate
+    settings = CriticSettings(kind=kind, init=CriticInit.policy, head=head)
+    return build_critic(policy, settings, LoraSettings(rank=0, alpha=1.0, targets=None), "value", seed, start)
 
 
 def tiny_policy(seed: int = 0, kind: str = "gpt_neox") -> PreTrainedModel:
@@ -220,7 +226,7 @@ def test_bfloat16_computes_low_and_answers_in_float32_with_float32_gradients(pol
 @pytest.mark.parametrize("kind", list(HeadKind))
 @pytest.mark.parametrize("on_trunk", [False, True])
 def test_a_new_critic_says_0_and_can_learn(policy, kind, on_trunk):
-    critic = build_critic(policy, kind, seed=0, start=None, on_trunk=on_trunk)
+    critic = critic_of(policy, kind, on_trunk=on_trunk)
     model = TrainingModel(policy, {"value": critic}, 1.0)
     values = model(batch()).values["value"]
     assert not values.any()
@@ -312,7 +318,7 @@ def test_a_separate_critic_learns_without_the_policy_and_a_head_on_the_trunk_thr
 
 
 def test_parameters_are_the_policys_or_the_critics(policy):
-    model = TrainingModel(policy, {"value": build_critic(policy, HeadKind.linear, 0, None, on_trunk=False)}, 1.0)
+    model = TrainingModel(policy, {"value": critic_of(policy)}, 1.0)
     of_policy = {id(parameter) for parameter in model.policy_parameters()}
     of_critic = {id(parameter) for parameter in model.critic_parameters()}
     assert of_policy == {id(parameter) for parameter in policy.parameters()}
@@ -325,7 +331,7 @@ def test_parameters_are_the_policys_or_the_critics(policy):
 def test_a_critics_backbone_is_a_copy_of_where_it_starts():
     policy, start = tiny_policy(0), tiny_policy(1)
     for given, source in ((None, policy), (start, start)):
-        critic = build_critic(policy, HeadKind.linear, seed=0, start=given, on_trunk=False)
+        critic = critic_of(policy, start=given)
         for copied, original in zip(critic.backbone.parameters(), source.base_model.parameters(), strict=True):
             assert torch.equal(copied, original)
             assert copied is not original
@@ -334,18 +340,18 @@ def test_a_critics_backbone_is_a_copy_of_where_it_starts():
 
 def test_a_frozen_low_precision_start_gives_a_trainable_float32_critic():
     start = tiny_policy(1).bfloat16().requires_grad_(False)
-    critic = build_critic(tiny_policy(0), HeadKind.linear, seed=0, start=start, on_trunk=False)
+    critic = critic_of(tiny_policy(0), start=start)
     assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in critic.parameters())
 
 
 def test_a_head_depends_on_its_seed_and_on_no_global_generator(policy):
     torch.manual_seed(1)
-    one = build_critic(policy, HeadKind.mlp, seed=3, start=None, on_trunk=True).head[0].weight
+    one = critic_of(policy, HeadKind.mlp, seed=3, on_trunk=True).head[0].weight
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.rand(1) == after
-    again = build_critic(policy, HeadKind.mlp, seed=3, start=None, on_trunk=True).head[0].weight
-    other = build_critic(policy, HeadKind.mlp, seed=4, start=None, on_trunk=True).head[0].weight
+    again = critic_of(policy, HeadKind.mlp, seed=3, on_trunk=True).head[0].weight
+    other = critic_of(policy, HeadKind.mlp, seed=4, on_trunk=True).head[0].weight
     assert torch.equal(one, again)
     assert not torch.equal(one, other)

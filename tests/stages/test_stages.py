@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from apa_cli.datasets.embedded import EmbeddedDataset
 from apa_cli.models.reward_model import text_tokens
-from apa_cli.settings import DType, FitSettings, ModelSettings
+from apa_cli.settings import DType, FitSettings, ModelSettings, Quantization
 from apa_cli.stages import cache
 from apa_cli.stages.reward_model import preference_report, run_reward
 from apa_cli.stages.sft import perplexity, run_sft, target_tokens
@@ -31,7 +31,7 @@ def silent(*_) -> None:
 
 
 def from_folder(folder) -> ModelSettings:
-    return ModelSettings(str(folder), DType.float32, "sdpa", False, None, None, {})
+    return ModelSettings(str(folder), DType.float32, "sdpa", False, None, None, None, False, Quantization.none, {})
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_sft_builds_a_model_where_there_is_none(tmp_path):
         "model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 16, "max_position_embeddings": 128,
     }  # fmt: skip
-    settings = ModelSettings(None, DType.float32, "sdpa", False, None, 320, architecture)
+    settings = ModelSettings(None, DType.float32, "sdpa", False, None, 320, None, False, Quantization.none, architecture)
     train, test = ROWS.load("train"), ROWS.load("test")
     run_sft(settings, replace(FIT, epochs=1), train, test, 0, CPU, tmp_path / "model", silent, silent)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
