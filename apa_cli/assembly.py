@@ -12,18 +12,18 @@ from transformers import AutoModel, PreTrainedModel
 
 from apa_cli import checkpoint as checkpoints
 from apa_cli.console import Console
-from apa_cli.evaluation import Evaluator
+from apa_cli.evaluation import MAIN, Evaluator
 from apa_cli.models.critic import Critic, build_critic
 from apa_cli.models.forward import TrainingModel, checkpoint_activations
 from apa_cli.models.loading import TORCH_DTYPES, end_tokens, load_merged, load_policy, load_tokenizer, train_top
 from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
+from apa_cli.models.prompting import PromptFormat
 from apa_cli.plan import run_plan
 from apa_cli.randomness import Stream, torch_seed
 from apa_cli.rewards.base import checked
-from apa_cli.rollout.collect import tokenized
 from apa_cli.run_directory import RunDirectory
 from apa_cli.settings import Config, CriticInit, CriticKind, Device, LaunchSettings, Quantization
-from apa_cli.stages.cache import resolved
+from apa_cli.stages.cache import resolved, reward_model
 from apa_cli.tracking import make_tracker
 from apa_cli.trainer import Trainer, frozen_copy
 from apa_cli.types import ConfigError, Example, UserError
@@ -86,6 +86,10 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
     train, held_out = load_examples(config, console.say)
     as_given, directory = config, RunDirectory(path)
     config = resolved(config, train, held_out, device, console.say, stage_progress(console, "stage"))
+    further = config.evaluation.rewards
+    if any(part.reward.lacks_model for part in further):
+        built = reward_model(config, train, held_out, device, console.say, stage_progress(console, "stage"))
+        further = [part.with_model(built) for part in further]
     for line in run_plan(config):
         console.say(line)
     if config.sampling.top_k or config.sampling.top_p < 1:
@@ -94,13 +98,15 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
             "advantages, ratios and KL are then biased"
         )
     tokenizer = load_tokenizer(config.model, config.model.path)
+    form = PromptFormat(tokenizer, config.dataset.prompt_form)
     check_training(config)
     policy = load_policy(config.model, config.model.path, frozen_base=config.lora.rank > 0)
     check_lengths(config, policy, len(tokenizer))
     policy.to(device)
     model, reference = training_model(config, policy)
     model.to(device)
-    score = checked(config.reward.load(str(device), config.model.dtype.value))
+    models_in = (str(device), config.model.dtype.value)
+    score = checked(config.reward.load(*models_in))
     ends = end_tokens(policy, tokenizer)
     updater = Updater(
         config.algo, model, build_optimizer(model, config.optimizer), config.run, config.optimizer,
@@ -108,16 +114,13 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
     )  # fmt: skip
     longest = config.sampling.max_prompt_tokens
     fixed = held_out[: config.evaluation.prompts]
-    prompts = [
-        tokenized(tokenizer, example.prompt, example.columns, place, 0, longest)[0]
-        for place, example in enumerate(fixed)
-    ]
+    prompts = [form.prompt(example, place, 0, longest)[0] for place, example in enumerate(fixed)]
     evaluator = Evaluator(
         prompts=prompts,
         sources=[example.prompt for example in fixed],
         tokenizer=tokenizer,
         reference=reference,
-        score=score,
+        scores={MAIN: score, **{part.name: part.load(*models_in) for part in further}},
         describe=config.dataset.describe,
         sampling=config.sampling,
         end_tokens=ends,
@@ -148,6 +151,7 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
         console=console,
         tracker=tracker,
         tokenizer=tokenizer,
+        format=form,
         end_tokens=ends,
         examples=train,
         score=score,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from apa_cli.plan import run_plan
 from apa_cli.run_directory import RunDirectory
 from apa_cli.settings import Config
 from apa_cli.stages.cache import sft_model
+from apa_cli.stages.fitting import Workplace
 from apa_cli.stages.reward_model import run_reward
 from apa_cli.stages.sft import run_sft
 from apa_cli.types import ConfigError
@@ -61,40 +63,57 @@ def start(config: Config, path: Path, sweep: str | None) -> None:
 def start_sft(config: Config, path: Path) -> None:
     """apa-sft: fine-tunes `model.path`, or a new model of `model.architecture`."""
 
-    def build(folder: Path, device: torch.device, console: Console) -> dict[str, float]:
-        data = load_examples(config, console.say)
-        progress = stage_progress(console, "SFT")
-        return run_sft(config.model, config.sft, *data, config.run.seed, device, folder, console.say, progress)
+    def build(place: Workplace) -> dict[str, float]:
+        return run_sft(config, *load_examples(config, place.say), config.run.seed, place)
 
-    run_stage(config, path, build, "model.path")
+    run_stage(config, path, build, "SFT", "model.path")
 
 
 def start_reward(config: Config, path: Path) -> None:
     """apa-reward: trains on the trunk of `model.path`, or of the SFT stage's model."""
 
-    def build(folder: Path, device: torch.device, console: Console) -> dict[str, float]:
-        train, held_out = load_examples(config, console.say)
-        start = sft_model(config, train, held_out, device, console.say, stage_progress(console, "SFT"))
-        return run_reward(
-            config.model, start, config.reward_model, train, held_out, config.run.seed, device, folder, console.say,
-            stage_progress(console, "reward model"),
-        )  # fmt: skip
+    def build(place: Workplace) -> dict[str, float]:
+        data = load_examples(config, place.say)
+        start = sft_model(config, *data, place.device, place.say, place.progress)
+        return run_reward(replace(config, model=replace(config.model, path=start)), *data, config.run.seed, place)
 
-    run_stage(config, path, build, "reward.path")
+    run_stage(config, path, build, "reward model", "reward.path")
 
 
-def run_stage(
-    config: Config, path: Path, build: Callable[[Path, torch.device, Console], dict[str, float]], key: str
-) -> None:
-    """Runs a stage as a command of its own: model/, result.json, config.yaml, environment.json, run.log."""
+def run_stage(config: Config, path: Path, build: Callable[[Workplace], dict[str, float]], name: str, key: str) -> None:
+    """Runs a stage as a command of its own: model/, result.json, and what every run's directory holds.
+
+    metrics.jsonl has a line per evaluation, its `iteration` the optimiser step.
+    """
+    resume = None
+    if config.run.resume is not None:
+        path, resume = checkpoints.located(config.run.resume)
     directory = RunDirectory(path)
-    directory.claim(config.raw)
-    with Console(path / "run.log", 0) as console:
-        device = launch(config.launch)
-        directory.write_environment(device=str(device), threads=torch.get_num_threads())
-        result = build(path / "model", device, console)
-        (path / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-        console.say(f"the model is in {path / 'model'}; use it with {key}={path / 'model'}")
+    if resume is None:
+        directory.claim(config.raw)
+    else:
+        directory.check_resume(config.raw)
+        directory.cut_back(config.raw, int(resume.name.rpartition("_")[2]))
+    try:
+        with Console(path / "run.log", 0) as console:
+            device = launch(config.launch)
+            directory.write_environment(device=str(device), threads=torch.get_num_threads())
+            place = Workplace(
+                device=device,
+                folder=path / "model",
+                say=console.say,
+                progress=stage_progress(console, name),
+                record=lambda row: directory.record(directory.metrics, [row]),
+                checkpoints=directory.checkpoints,
+                resume=resume,
+            )
+            result = build(place)
+            (path / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+            console.say(f"the model is in {path / 'model'}; use it with {key}={path / 'model'}")
+    except BaseException:
+        if resume is None and not directory.checkpoints.exists():
+            directory.release()
+        raise
 
 
 def remove_if_empty(path: Path) -> None:

@@ -15,6 +15,12 @@ from apa_cli.types import AtLeastOne, NonNegative, Positive, Range, Unit
 Probability = Range(0, 1, open_low=True)
 
 
+class RewardSpecs:
+    """Marks a field that holds rewards. In conf/ each is the name of a yaml in conf/reward, or a mapping {use: NAME,
+    name: …, weight: …, any key of that yaml: value}; the check of the configuration makes `rewards.base.Part`s of them.
+    """
+
+
 class UpdateOrder(Enum):
     epochs = "epochs"
     consecutive = "consecutive"
@@ -149,9 +155,25 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
+class PartSettings:
+    """What a reward spec says beside the keys of its reward."""
+
+    use: str
+    name: str | None
+    weight: float
+
+
+@dataclass(frozen=True)
+class PenaltySettings:
+    per_token: Annotated[float, NonNegative]
+    missing_eos: Annotated[float, NonNegative]
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     prompts: Annotated[int, AtLeastOne]
     shown: Annotated[int, NonNegative]
+    rewards: Annotated[list[Any], RewardSpecs]
 
 
 @dataclass(frozen=True)
@@ -176,16 +198,25 @@ class TrackingSettings:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """One supervised stage: `sft` and `reward_model` in the configuration."""
+    """What the supervised stages have in common: `sft` in the configuration, and `reward_model`."""
 
     epochs: Annotated[int, AtLeastOne]
     batch: Annotated[int, AtLeastOne]
     lr: Annotated[float, Positive]
+    schedule: Schedule
     weight_decay: Annotated[float, NonNegative]
     warmup_fraction: Annotated[float, Unit]
     max_grad_norm: Annotated[float, Positive]
     max_tokens: Annotated[int, Range(2)]
     held_out: Annotated[int, AtLeastOne]
+    eval_every: Annotated[int, NonNegative]
+    checkpoint_every: Annotated[int, NonNegative]
+
+
+@dataclass(frozen=True)
+class RewardModelSettings(FitSettings):
+    center_coef: Annotated[float, NonNegative]
+    scored_pairs: Annotated[int, AtLeastOne]
 
 
 @dataclass(frozen=True)
@@ -201,12 +232,13 @@ SECTIONS: dict[str, type] = {
     "reference": ReferenceSettings,
     "sampling": SamplingSettings,
     "optimizer": OptimizerSettings,
+    "penalty": PenaltySettings,
     "evaluation": EvaluationSettings,
     "checkpoint": CheckpointSettings,
     "launch": LaunchSettings,
     "tracking": TrackingSettings,
     "sft": FitSettings,
-    "reward_model": FitSettings,
+    "reward_model": RewardModelSettings,
     "stages": StagesSettings,
 }
 """The sections whose type is fixed."""
@@ -229,11 +261,12 @@ class Config:
     reference: ReferenceSettings
     sampling: SamplingSettings
     optimizer: OptimizerSettings
+    penalty: PenaltySettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     launch: LaunchSettings
     tracking: TrackingSettings
     sft: FitSettings
-    reward_model: FitSettings
+    reward_model: RewardModelSettings
     stages: StagesSettings
     raw: dict[str, Any]

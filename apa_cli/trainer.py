@@ -25,10 +25,12 @@ from apa_cli.evaluation import Evaluator
 from apa_cli.models.forward import TrainingModel, compute_precision, response_logprobs
 from apa_cli.models.loading import save_model
 from apa_cli.models.lora import WithoutAdapter, save_adapter
+from apa_cli.models.prompting import PromptFormat
 from apa_cli.randomness import Stream, generator
 from apa_cli.report.curves import draw_curves
 from apa_cli.rewards.base import Score
-from apa_cli.rollout.collect import collect, tokenized
+from apa_cli.rollout.collect import collect
+from apa_cli.rollout.sampler import LENGTH
 from apa_cli.rollout.statistics import rollout_statistics
 from apa_cli.run_directory import RunDirectory
 from apa_cli.settings import Config
@@ -47,7 +49,8 @@ class Progress:
     iteration: int = 0
     samples: int = 0
     algorithm: State = field(default_factory=dict)
-    sft_scores: list[float] = field(default_factory=list)
+    sft_scores: dict[str, list[float]] = field(default_factory=dict)
+    """The SFT model's scores on the held-out prompts by reward, see `Evaluator.evaluate`."""
     best_iteration: int | None = None
     best_reward: float | None = None
 
@@ -61,6 +64,7 @@ class Trainer:
     console: Console
     tracker: Tracker
     tokenizer: PreTrainedTokenizerBase
+    format: PromptFormat
     end_tokens: frozenset[int]
     examples: list[Example]
     score: Score
@@ -107,7 +111,9 @@ class Trainer:
             rollout = rollout.with_(scores=torch.tensor(scores.values, dtype=torch.float32))
         with timed(seconds, "time/prepare_s"):
             rollout = self.completed(rollout)
-            batch, self.progress.algorithm = self.config.algo.prepare(rollout, self.progress.algorithm)
+            penalties = self.penalties(rollout)
+            charged = rollout if penalties is None else rollout.with_(scores=rollout.scores - penalties)
+            batch, self.progress.algorithm = self.config.algo.prepare(charged, self.progress.algorithm)
         with timed(seconds, "time/update_s"):
             updates = self.updater.update(batch, iteration)
             self.refresh_reference(iteration)
@@ -115,6 +121,7 @@ class Trainer:
         return {
             **rollout_statistics(rollout),
             **{f"reward/mean/{name}": sum(part) / len(part) for name, part in scores.parts.items()},
+            **({} if penalties is None else {"reward/penalty": float(penalties.mean())}),
             "prompt/truncated_rate": cut,
             **batch.metrics,
             **updates,
@@ -134,9 +141,7 @@ class Trainer:
         for place, row in enumerate(rows):
             example = self.examples[row]
             for number in range(run.samples_per_prompt):
-                prompt, was_cut = tokenized(
-                    self.tokenizer, example.prompt, example.columns, place, number, settings.max_prompt_tokens
-                )
+                prompt, was_cut = self.format.prompt(example, place, number, settings.max_prompt_tokens)
                 prompts.append(prompt)
                 cut += was_cut
         plan = self.config.algo.plan(iteration, generator(run.seed, Stream.plan, iteration))
@@ -146,6 +151,14 @@ class Trainer:
                 run.seed, Stream.rollout, iteration, plan,
             )  # fmt: skip
         return rollout, cut / len(prompts)
+
+    def penalties(self, rollout: Rollout) -> Tensor | None:
+        """[N] float32, what the algorithm's scores are less than the raw ones; None where no penalty is asked for."""
+        settings = self.config.penalty
+        if not settings.per_token and not settings.missing_eos:
+            return None
+        unfinished = torch.tensor([ending == LENGTH for ending in rollout.endings])
+        return settings.per_token * rollout.mask.sum(-1) + settings.missing_eos * unfinished
 
     @torch.no_grad()
     def completed(self, rollout: Rollout) -> Rollout:
@@ -187,8 +200,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Evaluates, records the sample table, and keeps the best score so far."""
         begun = time.perf_counter()
-        sft_scores = self.progress.sft_scores or None
-        metrics, rows, scores = self.evaluator.evaluate(self.model.policy, sft_scores)
+        metrics, rows, scores = self.evaluator.evaluate(self.model.policy, self.progress.sft_scores)
         self.progress.sft_scores = self.progress.sft_scores or scores
         where = {"iteration": self.progress.iteration, "samples": self.progress.samples}
         rows = [{**where, **row} for row in rows]

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from enum import Enum
 
 from apa_cli.randomness import Stream, permutation
 from apa_cli.types import Example
+
+
+class PromptForm(Enum):
+    """How a prompt becomes the text that the model reads.
+
+    auto: rows with `messages` by the tokenizer's chat template where it has one, else as plain text; hh: always as
+    plain text, dialogues in the form of HH; chat: always by the template, a plain prompt being one user message.
+    """
+
+    auto = "auto"
+    hh = "hh"
+    chat = "chat"
 
 
 class Dataset(ABC):
@@ -19,6 +32,11 @@ class Dataset(ABC):
         Rows that cannot be used are left out and counted by returning `types.Examples`; any list will do. Prompts
         that are in both splits are taken out of "train" by the caller.
         """
+
+    @property
+    def prompt_form(self) -> PromptForm:
+        """What the user chose, where the data set has the key `format`."""
+        return PromptForm.auto
 
     def describe(self, prompts: list[str], responses: list[str]) -> dict[str, float]:
         """Further numbers about replies to prompts of this data set, logged as eval/NAME; default: none."""

@@ -197,10 +197,10 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> fr
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **facts: Any) -> None:
     """A plain `transformers` folder; `facts` are added to its config.json.
 
-    What a LoRA adapter has learnt is merged into the weights; the adapter alone is written beside, in adapter/.
+    What a LoRA adapter has learnt is merged into the weights; the adapter alone is written to adapter/ in the folder.
     """
     if layers(model):
-        save_adapter(model, folder.parent / "adapter", base=model.config._name_or_path)
+        save_adapter(model, folder / "adapter", base=model.config._name_or_path)
         model.save_pretrained(folder, state_dict=merged_tensors(model))
     else:
         model.save_pretrained(folder)

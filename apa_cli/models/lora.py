@@ -6,6 +6,7 @@ policy's, and one per critic of kind `adapter`. With none active the model is wh
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -26,13 +27,13 @@ POLICY = "policy"
 """Name of the policy's adapter."""
 
 
-def lora_config(settings: LoraSettings, task: str | None = None) -> LoraConfig:
+def lora_config(settings: LoraSettings) -> LoraConfig:
     from peft import LoraConfig
 
     targets: Any = settings.targets
     if targets == ["all-linear"]:
         targets = "all-linear"
-    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, task_type=task)
+    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
 
 
 def add_adapter(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> None:
@@ -152,19 +153,25 @@ def merged_tensors(model: nn.Module, name: str = POLICY) -> dict[str, Tensor]:
     return merged
 
 
-def save_adapter(model: nn.Module, folder: Path, base: str, name: str = POLICY, task: str = "CAUSAL_LM") -> None:
-    """Writes one adapter as the folder that `peft.PeftModel.from_pretrained` loads onto `base`."""
+def save_adapter(model: nn.Module, folder: Path, base: str, name: str = POLICY) -> None:
+    """Writes one adapter as the folder that `peft.PeftModel.from_pretrained` loads onto `base`.
+
+    What else is trained, the head of a reward model, goes with it as peft's `modules_to_save`.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config[name]
+    config = copy.deepcopy(model.peft_config[name])
+    heads = {n: p for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
     tensors = {
         f"base_model.model.{key.replace(f'.{name}.', '.')}": value.contiguous()
         for key, value in model.state_dict().items()
-        if ".lora_" in key and f".{name}." in key
+        if key in heads or (".lora_" in key and f".{name}." in key)
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.base_model_name_or_path, config.task_type, config.inference_mode = base, task, True
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
+    config.modules_to_save = sorted({key.rpartition(".")[0] for key in heads}) or None
     config.save_pretrained(folder)
 
 

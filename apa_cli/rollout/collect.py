@@ -13,20 +13,6 @@ from apa_cli.settings import SamplingSettings
 from apa_cli.types import Prompt, Rollout, RolloutPlan
 
 
-def tokenized(
-    tokenizer: PreTrainedTokenizerBase, text: str, columns: dict, place: int, number: int, longest: int
-) -> tuple[Prompt, bool]:
-    """A prompt with its tokens, the last `longest` of them, and whether it was cut.
-
-    The text of a cut prompt is the text of the tokens that are left: the reward sees what the policy saw.
-    """
-    ids = tokenizer(text)["input_ids"]
-    if len(ids) <= longest:
-        return Prompt(text, ids, place, number, columns), False
-    ids = ids[-longest:]
-    return Prompt(tokenizer.decode(ids, skip_special_tokens=True), ids, place, number, columns), True
-
-
 def response_text(
     tokenizer: PreTrainedTokenizerBase,
     prompt: list[int],

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from apa_cli import models, stages
 from apa_cli.settings import Config
+from apa_cli.stages.fitting import Workplace
 from apa_cli.stages.reward_model import run_reward
 from apa_cli.stages.sft import run_sft
 from apa_cli.types import Example
@@ -60,9 +61,14 @@ def sft_model(
 
     def build(folder: Path) -> dict[str, float]:
         say("building the SFT model (once; later runs take it from the cache)")
-        return run_sft(config.model, config.sft, train, held_out, config.stages.seed, device, folder, say, progress)
+        return run_sft(config, train, held_out, config.stages.seed, Workplace(device, folder, say, progress))
 
-    key = {"model": _plain(asdict(config.model)), "settings": _plain(asdict(config.sft))}
+    key = {
+        "model": _plain(asdict(config.model)),
+        "lora": asdict(config.lora),
+        "form": config.dataset.prompt_form.value,
+        "settings": _plain(asdict(config.sft)),
+    }
     return str(cached(config, "sft", key, [train, held_out], build, say))
 
 
@@ -75,24 +81,17 @@ def reward_model(
     progress: Progress,
 ) -> str:
     """The folder of the reward stage's model, on the trunk of `config.model.path`."""
-    start = config.model.path
 
     def build(folder: Path) -> dict[str, float]:
         say("training the reward model (once; later runs take it from the cache)")
-        return run_reward(
-            config.model,
-            start,
-            config.reward_model,
-            train,
-            held_out,
-            config.stages.seed,
-            device,
-            folder,
-            say,
-            progress,
-        )
+        return run_reward(config, train, held_out, config.stages.seed, Workplace(device, folder, say, progress))
 
-    key = {"model": identity(start), "dtype": config.model.dtype.value, "settings": _plain(asdict(config.reward_model))}
+    key = {
+        "model": identity(config.model.path),
+        "options": _plain(asdict(replace(config.model, path=None))),
+        "lora": asdict(config.lora),
+        "settings": _plain(asdict(config.reward_model)),
+    }
     return str(cached(config, "reward", key, [train, held_out], build, say))
 
 
@@ -128,11 +127,11 @@ def cached(
 
 
 def digest_of_data(*parts: list[Example]) -> str:
-    """A digest of every prompt and reply."""
+    """A digest of every prompt, as text and as messages, and reply."""
     digest = hashlib.sha256()
     for part in parts:
         for example in part:
-            digest.update(json.dumps([example.prompt, example.chosen, example.rejected]).encode())
+            digest.update(json.dumps([example.prompt, example.chosen, example.rejected, example.messages]).encode())
         digest.update(b"\0")
     return digest.hexdigest()
 

@@ -1,15 +1,19 @@
-"""The loop of a supervised stage: AdamW, warm-up and cosine decay, batches of similar length in a keyed order."""
+"""The loop of a supervised stage: AdamW, batches of similar length in a keyed order, the best weights kept."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from apa_cli import checkpoint as checkpoints
 from apa_cli.randomness import Stream, permutation
-from apa_cli.settings import FitSettings
+from apa_cli.settings import FitSettings, Schedule
+from apa_cli.types import UserError
 
 POOL = 16
 """Batches whose examples are sorted by length together."""
@@ -24,35 +28,94 @@ def batches(lengths: list[int], batch: int, seed: int, epoch: int) -> list[list[
     return [cut[i] for i in permutation(len(cut), seed, Stream.minibatch_order, epoch)]
 
 
+@dataclass(frozen=True)
+class Workplace:
+    """Where a stage computes and writes, and to whom it reports."""
+
+    device: torch.device
+    folder: Path
+    """Of the finished model."""
+    say: Callable[[str], None]
+    progress: Callable[[int, int, float], None]
+    """Called with (step, steps, loss) after each optimiser step."""
+    record: Callable[[dict[str, float]], None] = lambda row: None
+    """Takes the figures of each evaluation."""
+    checkpoints: Path | None = None
+    """Folder for checkpoints; None: none are kept."""
+    resume: Path | None = None
+    """The checkpoint to go on from."""
+
+
+def factor(settings: FitSettings, step: int, total: int) -> float:
+    """What the learning rate is multiplied by at optimiser step `step` (counted from 0) of `total`."""
+    warmup = max(1, round(total * settings.warmup_fraction))
+    done = max(0, step - warmup) / max(1, total - warmup)
+    decay = {
+        Schedule.constant: 1.0,
+        Schedule.linear: 1 - done,
+        Schedule.cosine: 0.5 * (1 + math.cos(math.pi * done)),
+    }[settings.schedule]
+    return min((step + 1) / warmup, decay)
+
+
 def fit(
     model: nn.Module,
     loss: Callable[[list[int]], Tensor],
+    measure: Callable[[], dict[str, float]],
     lengths: list[int],
     settings: FitSettings,
     seed: int,
-    progress: Callable[[int, int, float], None],
-) -> None:
-    """Minimises `loss(indices of a batch)`, a scalar; `progress(step, steps, loss)` is called after each step."""
-    total = settings.epochs * math.ceil(len(lengths) / settings.batch)
-    warmup = max(1, round(total * settings.warmup_fraction))
+    place: Workplace,
+) -> dict[str, float]:
+    """Minimises `loss(indices of a batch)`, a scalar, over the weights that require a gradient.
+
+    `measure()` gives held-out figures, the lower its "eval/loss" the better: every `eval_every` steps and at the
+    end. The model is left with the weights that measured best, and their figures are returned.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
+        trained, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(
-            (step + 1) / warmup,
-            0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total - warmup))),
-        ),
-    )
-    step = 0
-    for epoch in range(settings.epochs):
-        for rows in batches(lengths, settings.batch, seed, epoch):
+    steps = math.ceil(len(lengths) / settings.batch)
+    total, step = settings.epochs * steps, 0
+    best: dict[str, float] = {}
+    best_tensors: dict[str, Tensor] = {}
+    if place.resume is not None:
+        tensors, state = checkpoints.load(place.resume)
+        checkpoints.load_module(model, tensors["model"], trained_only=True)
+        checkpoints.load_optimizer(optimizer, tensors["optimizer"])
+        step, best, best_tensors = state["step"], state["best"], tensors.get("best", {})
+    while step < total:
+        epoch, first = divmod(step, steps)
+        for rows in batches(lengths, settings.batch, seed, epoch)[first:]:
+            optimizer.param_groups[0]["lr"] = settings.lr * factor(settings, step, total)
             value = loss(rows)
             value.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+            norm = float(nn.utils.clip_grad_norm_(trained, settings.max_grad_norm))
+            if not math.isfinite(norm):
+                raise UserError(f"step {step + 1}: the gradient norm is {norm}; lower the learning rate")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            schedule.step()
             step += 1
-            progress(step, total, float(value.detach()))
+            train_loss = float(value.detach())
+            place.progress(step, total, train_loss)
+            if step == total or (settings.eval_every and step % settings.eval_every == 0):
+                figures = {"iteration": step, "loss": train_loss, **measure()}
+                place.record(figures)
+                if settings.eval_every:
+                    shown = ", ".join(f"{name} {figures[name]:.4g}" for name in figures if name.startswith("eval/"))
+                    place.say(f"step {step}/{total}: {shown}")
+                if not best or figures["eval/loss"] < best["eval/loss"]:
+                    best = figures
+                    best_tensors = {n: t.clone() for n, t in checkpoints.module_tensors(model, True).items()}
+            if place.checkpoints and settings.checkpoint_every and step % settings.checkpoint_every == 0:
+                groups = {
+                    "model": checkpoints.module_tensors(model, trained_only=True),
+                    "optimizer": checkpoints.optimizer_tensors(optimizer),
+                    **({"best": best_tensors} if best_tensors else {}),
+                }
+                path = checkpoints.save(place.checkpoints, step, groups, {"step": step, "best": best})
+                checkpoints.prune(place.checkpoints, 1, None)
+                place.say(f"checkpoint: {path}")
+    checkpoints.load_module(model, best_tensors, trained_only=True)
+    return best

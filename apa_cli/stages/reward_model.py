@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from apa_cli.models.forward import compute_precision
+from apa_cli.models.forward import compute_precision, recomputing
 from apa_cli.models.loading import load_tokenizer, save_model
 from apa_cli.models.reward_model import build_reward_model, padded, score_texts, text_tokens
 from apa_cli.randomness import Stream, torch_seed
-from apa_cli.settings import FitSettings, ModelSettings
-from apa_cli.stages.fitting import fit
+from apa_cli.settings import Config
+from apa_cli.stages.fitting import Workplace, fit
+from apa_cli.stages.sft import trainable
 from apa_cli.types import Example, UserError
 
 CALIBRATION_BINS = 10
@@ -50,22 +49,29 @@ def preference_report(chosen: list[float], rejected: list[float], lengths: list[
     }
 
 
-def run_reward(
-    model_settings: ModelSettings,
-    policy_path: str,
-    settings: FitSettings,
-    train: list[Example],
-    held_out: list[Example],
-    seed: int,
-    device: torch.device,
-    folder: Path,
-    say: Callable[[str], None],
-    progress: Callable[[int, int, float], None],
-) -> dict[str, float]:
-    """Trains a one-output classifier on the trunk of the model in `policy_path` and writes it to `folder`.
+def subset_accuracies(examples: list[Example], chosen: list[float], rejected: list[float]) -> dict[str, float]:
+    """accuracy/NAME and accuracy_ci/NAME for each value of the column `subset`, where the data set has one."""
+    report = {}
+    for name in sorted({str(e.columns["subset"]) for e in examples if "subset" in e.columns}):
+        rows = [i for i, e in enumerate(examples) if str(e.columns.get("subset")) == name]
+        part = preference_report([chosen[i] for i in rows], [rejected[i] for i in rows], [0] * 2 * len(rows))
+        report |= {f"accuracy/{name}": part["accuracy"], f"accuracy_ci/{name}": part["accuracy_ci"]}
+    return report
 
-    Its config.json holds score_mean and score_std, of all replies of the training pairs.
+
+def pair_loss(chosen: Tensor, rejected: Tensor, center_coef: float) -> Tensor:
+    """Bradley-Terry loss [B] of scores [B] and [B]: −log σ(R⁺ − R⁻) + center_coef · (R⁺ + R⁻)² (2312.09244, eq. 2)."""
+    return center_coef * (chosen + rejected).square() - logsigmoid(chosen - rejected)
+
+
+def run_reward(
+    config: Config, train: list[Example], held_out: list[Example], seed: int, place: Workplace
+) -> dict[str, float]:
+    """Trains a one-output classifier on the trunk of the model in `model.path` and writes it to `place.folder`.
+
+    Its config.json holds score_mean and score_std, of both replies of the first `scored_pairs` training pairs.
     """
+    settings = config.reward_model
     train, held_out = (
         [e for e in part if e.chosen is not None and e.rejected is not None] for part in (train, held_out)
     )
@@ -74,9 +80,14 @@ def run_reward(
         raise UserError(
             "reward_model: the data set has no pairs of chosen and rejected replies; give reward.path a model instead"
         )
-    tokenizer = load_tokenizer(model_settings, policy_path)
+    tokenizer = load_tokenizer(config.model, config.model.path)
     tokenizer.padding_side = "right"
-    model = build_reward_model(policy_path, tokenizer, torch_seed(seed, Stream.initialization, 1)).to(device)
+    model = build_reward_model(
+        config.model, tokenizer, torch_seed(seed, Stream.initialization, 1), config.lora.rank > 0
+    )
+    trainable(model, config, torch_seed(seed, Stream.initialization, 2))
+    model.score.float().requires_grad_(True)
+    model.to(place.device)
     pairs = [
         tuple(text_tokens(tokenizer, e.prompt, reply, settings.max_tokens) for reply in (e.chosen, e.rejected))
         for e in train
@@ -84,29 +95,38 @@ def run_reward(
 
     def loss(indices: list[int]) -> Tensor:
         rows = [pairs[i][side] for side in (0, 1) for i in indices]
-        with compute_precision(device, model_settings.dtype):
-            scores = model(**padded(rows, tokenizer.pad_token_id, device)).logits[:, 0].float()
-        return -logsigmoid(scores[: len(indices)] - scores[len(indices) :]).mean()
-
-    fit(model, loss, [max(map(len, pair)) for pair in pairs], settings, seed, progress)
+        with compute_precision(place.device, config.model.dtype), recomputing(model):
+            scores = model(**padded(rows, tokenizer.pad_token_id, place.device)).logits[:, 0].float()
+        return pair_loss(scores[: len(indices)], scores[len(indices) :], settings.center_coef).mean()
 
     def scores(examples: list[Example]) -> tuple[list[float], list[float]]:
-        texts = [
-            (e.prompt, reply) for side in ("chosen", "rejected") for e in examples for reply in (getattr(e, side),)
-        ]
-        values = score_texts(model, tokenizer, texts, settings.batch, settings.max_tokens)
+        texts = [(e.prompt, getattr(e, side)) for side in ("chosen", "rejected") for e in examples]
+        with compute_precision(place.device, config.model.dtype):
+            values = score_texts(model, tokenizer, texts, 2 * settings.batch, settings.max_tokens)
         return values[: len(examples)], values[len(examples) :]
 
-    chosen, rejected = scores(held_out)
     lengths = [len(getattr(e, side)) for side in ("chosen", "rejected") for e in held_out]
-    report = preference_report(chosen, rejected, lengths)
-    seen = np.concatenate(scores(train))
+
+    def measure() -> dict[str, float]:
+        chosen, rejected = scores(held_out)
+        losses = pair_loss(torch.tensor(chosen), torch.tensor(rejected), 0.0)
+        report = preference_report(chosen, rejected, lengths) | subset_accuracies(held_out, chosen, rejected)
+        return {"eval/loss": float(losses.mean())} | {f"eval/{name}": value for name, value in report.items()}
+
+    best = fit(model, loss, measure, [max(map(len, pair)) for pair in pairs], settings, seed, place)
+    report = {name.removeprefix("eval/"): value for name, value in best.items() if name.startswith("eval/")}
+    seen = np.concatenate(scores(train[: settings.scored_pairs]))
     facts = {"score_mean": float(seen.mean()), "score_std": float(seen.std())}
-    say(
-        f"reward model on {len(train)} pairs: accuracy {report['accuracy']:.3f} ± {report['accuracy_ci']:.3f}, margin "
-        f"{report['margin']:.2f}, calibration error {report['calibration_error']:.3f}, correlation with length "
+    subsets = "".join(
+        f", {name.removeprefix('accuracy/')} {value:.3f} ± {report[name.replace('accuracy', 'accuracy_ci')]:.3f}"
+        for name, value in report.items()
+        if name.startswith("accuracy/")
+    )
+    place.say(
+        f"reward model on {len(train)} pairs: accuracy {report['accuracy']:.3f} ± {report['accuracy_ci']:.3f}"
+        f"{subsets}, margin {report['margin']:.2f}, calibration error {report['calibration_error']:.3f}, correlation with length "
         f"{report['length_correlation']:.2f} on {len(held_out)} held-out pairs; scores "
         f"{facts['score_mean']:.2f} ± {facts['score_std']:.2f}"
     )
-    save_model(model, tokenizer, folder, **facts)
-    return {**report, **facts, "pairs": len(train), "held_out_pairs": len(held_out)}
+    save_model(model, tokenizer, place.folder, **facts)
+    return {**report, **facts, "pairs": len(train), "held_out_pairs": len(held_out), "step": best["iteration"]}

@@ -10,19 +10,25 @@ import torch
 from torch import device as torch_device
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from apa_cli.config import build as build_config
+from apa_cli.config import compose
+from apa_cli.datasets.base import PromptForm
 from apa_cli.datasets.embedded import EmbeddedDataset
+from apa_cli.models.prompting import PromptFormat
 from apa_cli.models.reward_model import text_tokens
-from apa_cli.settings import DType, FitSettings, ModelSettings, Quantization
 from apa_cli.stages import cache
+from apa_cli.stages.fitting import Workplace
 from apa_cli.stages.reward_model import preference_report, run_reward
-from apa_cli.stages.sft import perplexity, run_sft, target_tokens
+from apa_cli.stages.sft import perplexity, run_sft
 from apa_cli.types import Example, UserError
 
 CPU = torch_device("cpu")
-FIT = FitSettings(
-    epochs=2, batch=8, lr=5e-3, weight_decay=0.0, warmup_fraction=0.1, max_grad_norm=1.0, max_tokens=100,
-    held_out=20,
-)  # fmt: skip
+WORDS = [
+    "sft.epochs=2", "sft.batch=8", "sft.lr=5e-3", "sft.weight_decay=0", "sft.warmup_fraction=0.1", "sft.max_tokens=100",
+    "sft.held_out=20", "reward_model.epochs=2", "reward_model.batch=8", "reward_model.lr=5e-3",
+    "reward_model.weight_decay=0", "reward_model.warmup_fraction=0.1", "reward_model.max_tokens=100",
+    "reward_model.held_out=20",
+]  # fmt: skip
 ROWS = EmbeddedDataset(80, 20, 0, [])
 
 
@@ -30,8 +36,17 @@ def silent(*_) -> None:
     """Says nothing."""
 
 
-def from_folder(folder) -> ModelSettings:
-    return ModelSettings(str(folder), DType.float32, "sdpa", False, None, None, None, False, Quantization.none, {})
+def from_folder(folder, *words):
+    """A configuration whose stages start from the model in `folder`."""
+    return build_config(compose([*WORDS, "model=local", f"model.path={folder}", *words]))
+
+
+def at(folder, **more) -> Workplace:
+    return Workplace(CPU, folder, silent, silent, **more)
+
+
+def target_tokens(tokenizer, prompt, reply, longest):
+    return PromptFormat(tokenizer, PromptForm.hh).target(Example(prompt, reply, None, {}), longest)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +109,7 @@ def test_sft_lowers_perplexity_and_is_repeatable(tiny, tmp_path):
     results = []
     for name in ("first", "second"):
         torch.manual_seed(random.randrange(1000))
-        results.append(run_sft(from_folder(tiny), FIT, train, test, 0, CPU, tmp_path / name, silent, silent))
+        results.append(run_sft(from_folder(tiny), train, test, 0, at(tmp_path / name)))
     first, second = results
     assert first["perplexity_after"] < 0.5 * first["perplexity_before"]
     assert first == second and first["replies"] == 80
@@ -102,18 +117,16 @@ def test_sft_lowers_perplexity_and_is_repeatable(tiny, tmp_path):
     assert weights[0] == weights[1]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
-    rows = [target_tokens(tokenizer, e.prompt, e.chosen, FIT.max_tokens) for e in test]
+    rows = [target_tokens(tokenizer, e.prompt, e.chosen, 100) for e in test]
     assert perplexity(model, rows, tokenizer.pad_token_id, 8) == pytest.approx(first["perplexity_after"], rel=1e-4)
 
 
 def test_sft_builds_a_model_where_there_is_none(tmp_path):
-    architecture = {
-        "model_type": "gpt_neox", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "intermediate_size": 16, "max_position_embeddings": 128,
-    }  # fmt: skip
-    settings = ModelSettings(None, DType.float32, "sdpa", False, None, 320, None, False, Quantization.none, architecture)
+    words = ["hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=16"]
+    words = [f"model.architecture.{word}" for word in words] + ["model.tokenizer_vocabulary=320", "sft.epochs=1"]
+    config = build_config(compose([*WORDS, *words]))
     train, test = ROWS.load("train"), ROWS.load("test")
-    run_sft(settings, replace(FIT, epochs=1), train, test, 0, CPU, tmp_path / "model", silent, silent)
+    run_sft(config, train, test, 0, at(tmp_path / "model"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert model.config.vocab_size == len(tokenizer) == 320
@@ -125,9 +138,9 @@ def test_prompts_alone_are_not_enough_for_a_stage(stage, tiny, tmp_path):
     rows = [Example("a prompt", None, None, {})]
     with pytest.raises(UserError, match=f"^{stage}: the data set has no") as error:
         if stage == "sft":
-            run_sft(from_folder(tiny), FIT, rows, rows, 0, CPU, tmp_path / "x", silent, silent)
+            run_sft(from_folder(tiny), rows, rows, 0, at(tmp_path / "x"))
         else:
-            run_reward(from_folder(tiny), str(tiny), FIT, rows, rows, 0, CPU, tmp_path / "x", silent, silent)
+            run_reward(from_folder(tiny), rows, rows, 0, at(tmp_path / "x"))
     assert "\n" not in str(error.value)
 
 
@@ -172,7 +185,7 @@ def test_the_reward_stage_learns_and_stores_its_scores_moments(tiny, tmp_path):
     train = [Example(f"Is {i} more than zero?", " Yes, it is.", " No, it is not.", {}) for i in range(1, 65)]
     test = [Example(f"Is {i} more than zero?", " Yes, it is.", " No, it is not.", {}) for i in range(70, 80)]
     folder = tmp_path / "model"
-    report = run_reward(from_folder(tiny), str(tiny), FIT, train, test, 0, CPU, folder, silent, silent)
+    report = run_reward(from_folder(tiny), train, test, 0, at(folder))
     assert report["accuracy"] == 1.0 and report["margin"] > 0.5
     assert (report["pairs"], report["held_out_pairs"]) == (64, 10)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
