@@ -2,7 +2,8 @@
 
 import pytest
 
-from apa_cli.datasets.base import positions
+from apa_cli.datasets.base import PromptForm, positions
+from apa_cli.datasets.prompts import PromptFile
 
 
 @pytest.mark.parametrize("size", [1, 7, 10])
@@ -25,3 +26,7 @@ def test_any_stretch_is_a_slice_of_the_whole(start, count):
 def test_a_stretch_longer_than_the_data_goes_round():
     rows = positions(0, 25, 10, seed=1)
     assert len(rows) == 25 and sorted(rows[:10]) == sorted(rows[10:20]) == list(range(10))
+
+
+def test_prompts_are_formatted_as_suits_the_model_unless_the_data_set_says_otherwise():
+    assert PromptFile("x", 2, "", "", []).prompt_form is PromptForm.auto
