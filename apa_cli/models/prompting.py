@@ -95,12 +95,20 @@ class PromptFormat:
 
 
 def turns(example: Example) -> Messages:
-    """A row's messages; a plain prompt in HH's form has some too, any other is one user message."""
-    if example.messages is not None:
-        return example.messages
-    parsed = parse_dialogue(example.prompt)
-    asked = any(message["role"] == "user" for message in parsed)
-    return parsed if asked else [{"role": "user", "content": example.prompt}]
+    """A row's messages, turns of one role in a row as one, because templates refuse them.
+
+    A plain prompt in HH's form has messages too; any other is one user message.
+    """
+    messages = example.messages if example.messages is not None else parse_dialogue(example.prompt)
+    if not any(message["role"] == "user" for message in messages):
+        return [{"role": "user", "content": example.prompt}]
+    merged: Messages = []
+    for message in messages:
+        if merged and merged[-1]["role"] == message["role"]:
+            merged[-1] = {**message, "content": f"{merged[-1]['content']}\n\n{message['content']}"}
+        else:
+            merged.append(message)
+    return merged
 
 
 def chat_text(messages: Messages) -> str:
