@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import math
 import os
 import re
 import sys
 import typing
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from enum import Enum
 from importlib import import_module
@@ -31,7 +32,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from apa_cli.help import print_help
-from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, RunSettings
+from apa_cli.rewards.base import Part
+from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, PartSettings, RewardSpecs, RunSettings
 from apa_cli.types import ConfigError, Range, UserError
 
 LAMBDA = "lambda"
@@ -79,8 +81,11 @@ OmegaConf.register_new_resolver("directory_name", directory_name, replace=True)
 # --- the checks ---------------------------------------------------------------------------------------------
 
 
-def build(cfg: DictConfig) -> Config:
-    """The typed sections of a composed configuration. ConfigError, one line, for anything wrong with it."""
+def build(cfg: DictConfig, extra_dir: str | None = None) -> Config:
+    """The typed sections of a configuration, composed with the user's own folder `extra_dir`, if there is one.
+
+    ConfigError, one line, for anything wrong with it.
+    """
     check_lambda(cfg)
     known = {f.name for f in fields(RunSettings)} | set(SECTIONS) | set(TARGET_SECTIONS) | {LAMBDA}
     for key in cfg:
@@ -93,7 +98,7 @@ def build(cfg: DictConfig) -> Config:
             raise ConfigError(f"{name}: a section is needed here, with keys of its own")
         values = {str(key): _value(cfg[name], key, f"{name}.{key}") for key in cfg[name]}
         kind = SECTIONS.get(name) or _target(values.pop("_target_", None), name)
-        sections[name] = _typed(kind, values, name, cfg)
+        sections[name] = _typed(kind, values, name, cfg, extra_dir)
     config = Config(**sections, raw=typing.cast(dict, OmegaConf.to_container(cfg, resolve=True)))
     check_arithmetic(config)
     return config
@@ -155,7 +160,7 @@ def _target(path: Any, section: str) -> type:
     return found
 
 
-def _typed(kind: type, values: dict[str, Any], section: str, cfg: DictConfig) -> Any:
+def _typed(kind: type, values: dict[str, Any], section: str, cfg: DictConfig, extra_dir: str | None = None) -> Any:
     """An instance of the dataclass `kind`; ConfigError naming the key for an unknown, missing or wrong value."""
     hints = typing.get_type_hints(kind, include_extras=True)
     named = {f.name for f in fields(kind)}
@@ -175,7 +180,69 @@ def _typed(kind: type, values: dict[str, Any], section: str, cfg: DictConfig) ->
         except OmegaConfBaseException as error:
             raise ConfigError(f"{name}: {value!r} is not {_described(hint)}") from error
         _check_range(name, schema[key], hint)
-    return OmegaConf.to_object(schema)
+    typed = OmegaConf.to_object(schema)
+    for key, hint in hints.items():
+        if RewardSpecs in getattr(hint, "__metadata__", ()):
+            typed = replace(typed, **{key: _parts(values[key], f"{prefix}{key}", cfg, extra_dir)})
+    return typed
+
+
+def _parts(specs: list[Any], where: str, cfg: DictConfig, extra_dir: str | None) -> list[Part]:
+    """The typed rewards of a list of specs, as `RewardSpecs` describes them."""
+    own_keys = [f.name for f in fields(PartSettings)]
+    settings, rewards = [], []
+    for number, spec in enumerate(specs):
+        place = f"{where}[{number}]"
+        if not isinstance(spec, dict | str):
+            raise ConfigError(f"{place}: the name of a reward or {{use: NAME, …}} is needed, got {spec!r}")
+        given = {"name": None, "weight": 1.0, **(spec if isinstance(spec, dict) else {"use": spec})}
+        settings.append(_typed(PartSettings, {key: given.pop(key) for key in own_keys if key in given}, place, cfg))
+        rewards.append(_reward(settings[-1].use, given, place, cfg, extra_dir))
+    return [
+        Part(name, part.weight, reward)
+        for name, part, reward in zip(_part_names(settings, where), settings, rewards, strict=True)
+    ]
+
+
+def _part_names(parts: list[PartSettings], where: str) -> list[str]:
+    """Each part's own name, or that of its reward, with a number where that is taken."""
+    names = [part.name for part in parts if part.name]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{where}: two of these rewards have one name: {', '.join(names)}")
+    found = []
+    for part in parts:
+        free = (f"{part.use}_{number}" if number > 1 else part.use for number in itertools.count(1))
+        found.append(part.name or next(name for name in free if name not in names))
+        names.append(found[-1])
+    return found
+
+
+def _reward(name: str, given: dict[str, Any], place: str, cfg: DictConfig, extra_dir: str | None) -> Any:
+    """The typed reward of conf/reward/NAME.yaml, or of the user's own folder, with these of its keys changed."""
+    options = _groups(extra_dir)["reward"]
+    if name not in options:
+        raise ConfigError(f"{place}: {_no_option(name, options)}")
+    composed = compose([], extra_dir, f"reward/{name}")
+    node = OmegaConf.select(composed, ".".join(["reward", *name.split("/")[:-1]]))
+    known = {f"{place}.{key}" for key in [*(f.name for f in fields(PartSettings)), *_keys(node)]}
+    for key in _keys(OmegaConf.create(given)):
+        above = key.rpartition(".")[0]
+        if f"{place}.{key}" not in known and (not above or OmegaConf.select(node, above)):
+            raise ConfigError(unknown_key(f"{place}.{key}", OmegaConf.create(), sorted(known)))
+    whole = cfg.copy()  # so that the yaml may refer to other sections, as a reward section may
+    OmegaConf.set_struct(whole, False)
+    OmegaConf.set_struct(node, False)
+    whole["reward"] = OmegaConf.merge(node, given)
+    for key in whole["reward"]:
+        if OmegaConf.is_missing(whole["reward"], key):
+            raise ConfigError(f"{place}.{key}: a value is needed")
+    values = {str(key): _value(whole["reward"], key, f"{place}.{key}") for key in whole["reward"]}
+    return _typed(_target(values.pop("_target_", None), place), values, place, whole, extra_dir)
+
+
+def _no_option(name: str, options: set[str]) -> str:
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+    return f"no '{name}'; " + (f"did you mean '{close[0]}'?" if close else f"there are {', '.join(sorted(options))}")
 
 
 def _typed_by(cfg: DictConfig, section: str, key: str) -> str:
@@ -206,6 +273,8 @@ def _described(hint: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(member.name for member in kind)
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    if len(kinds) > 1 and kind is kinds[0]:
+        return " or ".join(words[each] for each in kinds) + optional
     return words.get(kind, f"a {typing.get_origin(kind).__name__}" if typing.get_origin(kind) else str(kind)) + optional
 
 
@@ -248,12 +317,15 @@ def compose(overrides: list[str], extra_dir: str | None = None, config_name: str
     extra = [] if extra_dir is None else [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"]
     if extra_dir is not None and not Path(extra_dir).is_dir():
         raise ConfigError(f"--config-dir: no folder {extra_dir}")
+    running = GlobalHydra.instance().hydra  # that of the job, where one is running
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
             return hydra.compose(config_name, overrides=[*overrides, *extra])
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explained(error, overrides, extra_dir, config_name)) from error
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def _explained(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str) -> str:
@@ -270,9 +342,7 @@ def _explained(error: Exception, overrides: list[str], extra_dir: str | None, co
             if not isinstance(chosen, str):
                 return f"{parsed.key_or_group}: {word} does not name one of {', '.join(sorted(options))}"
             if chosen not in options:
-                close = difflib.get_close_matches(chosen, options, n=1, cutoff=0.4)
-                hint = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(sorted(options))}"
-                return f"{parsed.key_or_group}: no '{chosen}'; {hint}"
+                return f"{parsed.key_or_group}: {_no_option(chosen, options)}"
             plain.append(word)
         elif parsed.is_add() and "." not in parsed.key_or_group and isinstance(parsed.value(), str):
             plain.append(word)
@@ -326,7 +396,7 @@ def command(name: str, task: Callable[[Config], None]) -> None:
             return
         if not (args.hydra_help or args.info or args.shell_completion):
             _check_words(args.overrides, args.multirun, args.config_dir)
-        _run_hydra(task)
+        _run_hydra(task, args.config_dir)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.status)
@@ -338,12 +408,12 @@ def _check_words(overrides: list[str], multirun: bool, extra_dir: str | None) ->
     except HydraException as error:
         raise ConfigError(_explained(error, overrides, extra_dir, "config")) from error
     for job in jobs:
-        build(compose(job, extra_dir))
+        build(compose(job, extra_dir), extra_dir)
 
 
-def _run_hydra(task: Callable[[Config], None]) -> None:
+def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
     def job(cfg: DictConfig) -> None:
-        task(build(cfg))
+        task(build(cfg, extra_dir))
 
     # Hydra then hands exceptions on to `command` instead of printing its own account of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"

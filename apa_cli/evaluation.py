@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,15 @@ from apa_cli.kl import exact_kl
 from apa_cli.models.forward import compute_precision, response_logits, sequences, widened
 from apa_cli.models.lora import WithoutAdapter
 from apa_cli.randomness import Stream
-from apa_cli.rewards.base import Score
+from apa_cli.rewards.base import CheckedScore
 from apa_cli.rollout.collect import collect
 from apa_cli.rollout.statistics import mean_interval, response_statistics
 from apa_cli.settings import DType, SamplingSettings
 from apa_cli.tensor_ops import masked_mean, token_entropy
 from apa_cli.types import Prompt, Rollout
+
+MAIN = ""
+"""The run's own reward, among those that an evaluation scores with; the further ones go by their names."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Evaluator:
     """The prompts' texts as the data set has them, before any was cut to fit."""
     tokenizer: PreTrainedTokenizerBase
     reference: PreTrainedModel | WithoutAdapter
-    score: Score
+    scores: Mapping[str, CheckedScore]
+    """The run's reward under `MAIN`, and after it further ones that only measure."""
     describe: Callable[[list[str], list[str]], dict[str, float]]
     sampling: SamplingSettings
     end_tokens: frozenset[int]
@@ -41,12 +45,14 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(
-        self, policy: PreTrainedModel, sft_scores: list[float] | None
-    ) -> tuple[dict[str, float], list[dict[str, Any]], list[float]]:
-        """Metrics under eval/, one row per prompt for the sample table, and the scores.
+        self, policy: PreTrainedModel, sft_scores: Mapping[str, list[float]]
+    ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
+        """Metrics under eval/, one row per prompt for the sample table, and the scores by reward.
 
         eval/win_rate_sft compares each score with `sft_scores`, those of the SFT model on the same prompts and
-        random numbers; a tie counts half. With None this is the evaluation of the SFT model itself.
+        random numbers; a tie counts half. Where there are none this is the evaluation of the SFT model itself. A
+        further reward's figures are eval/reward_mean/NAME and eval/win_rate_sft/NAME; the latter is left out where
+        the SFT model was not scored by it.
         """
         with compute_precision(policy.device, self.dtype):
             rollout = collect(
@@ -54,16 +60,17 @@ class Evaluator:
                 self.eval_seed, Stream.evaluation, iteration=0,
             )  # fmt: skip
             kl, entropy = self.exact(policy, rollout)
-        scores = self.score(rollout.prompts, rollout.responses, rollout.columns).values
-        values = torch.tensor(scores)
-        sft = torch.tensor(sft_scores if sft_scores is not None else scores)
+        texts = (rollout.prompts, rollout.responses, rollout.columns)
+        scores = {name: score(*texts).values for name, score in self.scores.items()}
+        sft_scores = sft_scores or scores
+        values, sft = torch.tensor(scores[MAIN]), torch.tensor(sft_scores[MAIN])
         statistics = response_statistics(rollout)
         per_response = kl.sum(-1)
         metrics = {
             "eval/reward_mean": float(values.mean()),
             "eval/reward_ci": mean_interval(values),
             "eval/reward_mean_sft": float(sft.mean()),
-            "eval/win_rate_sft": float(((values > sft) + 0.5 * (values == sft)).mean()),
+            "eval/win_rate_sft": win_rate(scores[MAIN], sft_scores[MAIN]),
             "eval/kl_exact": float(per_response.mean()),
             "eval/kl_exact_token": float(masked_mean(kl, rollout.mask)),
             "eval/entropy": float(masked_mean(entropy, rollout.mask)),
@@ -71,12 +78,16 @@ class Evaluator:
             "eval/length": statistics["response/length"],
             "eval/eos_rate": statistics["response/eos_rate"],
         }
+        for name in list(self.scores)[1:]:
+            metrics[f"eval/reward_mean/{name}"] = float(torch.tensor(scores[name]).mean())
+            if name in sft_scores:
+                metrics[f"eval/win_rate_sft/{name}"] = win_rate(scores[name], sft_scores[name])
         described = self.describe(self.sources, rollout.responses)
         metrics.update({f"eval/{name}": value for name, value in described.items()})
         rows = [
             {"prompt": prompt, "response": response, "score": score, "kl": float(nats), "ending": ending}
             for prompt, response, score, nats, ending in zip(
-                rollout.prompts, rollout.responses, scores, per_response, rollout.endings, strict=True
+                rollout.prompts, rollout.responses, scores[MAIN], per_response, rollout.endings, strict=True
             )
         ]
         return metrics, rows, scores
@@ -97,3 +108,9 @@ class Evaluator:
             kls.append(widened(exact_kl(logits, ref_logits), mask).cpu())
             entropies.append(widened(token_entropy(logits), mask).cpu())
         return torch.cat(kls), torch.cat(entropies)
+
+
+def win_rate(scores: list[float], others: list[float]) -> float:
+    """The share of `scores` higher than the others' at the same place; a tie counts half."""
+    mine, other = torch.tensor(scores), torch.tensor(others)
+    return float(((mine > other) + 0.5 * (mine == other)).mean())

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from apa_cli.models.loading import TORCH_DTYPES, load_config
-from apa_cli.settings import Config, CriticKind
+from apa_cli.models.loading import TORCH_DTYPES, load_config, parameter_count, train_top
+from apa_cli.models.lora import POLICY, add_adapter
+from apa_cli.rewards.base import Part
+from apa_cli.settings import Config, CriticKind, Quantization
 
 TRAINED_BYTES = 16
 """Bytes per trained parameter: weight, gradient and AdamW's two moments in float32."""
+FROZEN_BYTES = {Quantization.int8: 1, Quantization.int4: 0.5}
+"""Bytes per parameter of a quantized base."""
 
 
-def parameters(config: PretrainedConfig) -> tuple[int, int]:
-    """Parameters of the causal model of a configuration, and of its trunk alone; nothing is allocated."""
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model on the meta device: all, those of its trunk, and those that are trained."""
+
+    whole: int
+    trunk: int
+    trained: int
+    trained_trunk: int
+    """Trained parameters of a copy of the trunk as a critic has it: all of them, or an adapter's."""
+
+
+def sizes(config: Config, architecture: PretrainedConfig) -> Size:
+    """Counted without allocating anything."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return (sum(p.numel() for p in module.parameters()) for module in (model, model.base_model))
+        model = AutoModelForCausalLM.from_config(architecture)
+        whole, trunk = parameter_count(model), parameter_count(model.base_model)
+        if config.lora.rank:
+            add_adapter(model, config.lora, POLICY, 0)
+        elif config.model.trainable_layers is not None:
+            train_top(model, config.model.trainable_layers)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Size(whole, trunk, trained, trained if config.lora.rank else trunk)
 
 
 def run_plan(config: Config) -> list[str]:
@@ -45,37 +67,50 @@ def run_plan(config: Config) -> list[str]:
 def model_lines(config: Config, critics: tuple[str, ...]) -> list[str]:
     """One line per model that the run loads: parameters and bytes while training, activations not counted."""
     architecture = load_config(config.model, config.model.path)
-    whole, trunk = parameters(architecture)
-    dtype = TORCH_DTYPES[config.model.dtype]
+    size = sizes(config, architecture)
+    frozen_bytes = FROZEN_BYTES.get(config.model.quantization, TORCH_DTYPES[config.model.dtype].itemsize)
+    base_bytes = frozen_bytes if config.lora.rank else 4
     source = config.model.path or "built by the SFT stage"
-    lines = [
-        f"policy: {architecture.model_type}, {_count(whole)} parameters, {_bytes(whole * TRAINED_BYTES)} with "
-        f"optimizer ({source})"
-    ]
+
+    def words(whole: int, trained: int) -> str:
+        memory = _bytes(trained * TRAINED_BYTES + (whole - trained) * base_bytes)
+        return f"{_count(whole)} parameters, {_count(trained)} of them trained, {memory} with optimizer"
+
+    lines = [f"policy: {architecture.model_type}, {words(size.whole, size.trained)} ({source})"]
     for name in critics:
         if config.critic.kind is CriticKind.separate:
-            lines.append(
-                f"critic {name}: {_count(trunk)} parameters, {_bytes(trunk * TRAINED_BYTES)} with optimizer "
-                "(a network of its own)"
-            )
+            base = size.trunk + (size.trained_trunk if config.lora.rank else 0)
+            lines.append(f"critic {name}: {words(base, size.trained_trunk)} (a network of its own)")
+        elif config.critic.kind is CriticKind.adapter:
+            memory = _bytes(size.trained * TRAINED_BYTES)
+            lines.append(f"critic {name}: an adapter on the policy's base, {_count(size.trained)} parameters, {memory}")
         else:
             lines.append(f"critic {name}: a head on the policy's trunk")
-    frozen = whole * dtype.itemsize
-    lines.append(f"reference: {_count(whole)} parameters, {_bytes(frozen)} (frozen, {config.model.dtype.value})")
+    frozen = size.whole * TORCH_DTYPES[config.model.dtype].itemsize
+    whole = size.whole
+    if config.lora.rank:
+        lines.append("reference: the policy's base, its adapter switched off")
+    else:
+        lines.append(f"reference: {_count(whole)} parameters, {_bytes(frozen)} (frozen, {config.model.dtype.value})")
     if config.reference.refresh_every:
         lines.append(
             f"moving reference: {_count(whole)} parameters, {_bytes(frozen)} (refreshed every "
             f"{config.reference.refresh_every} iterations)"
         )
     lines.append(f"reward: {reward_words(config.reward)}")
+    lines += [f"reward in evaluation, {part.name}: {reward_words(part.reward)}" for part in config.evaluation.rewards]
     return lines
 
 
 def reward_words(reward: Any) -> str:
     """A reward in a few words."""
+    parts = [part for part in getattr(reward, "parts", ()) if isinstance(part, Part)]
+    if parts:
+        return " + ".join(f"{part.weight:g} × ({part.name}: {reward_words(part.reward)})" for part in parts)
     if reward.lacks_model:
         return "a model built by the reward stage"
-    return f"{type(reward).__name__} {getattr(reward, 'path', None) or getattr(reward, 'target', '')}".strip()
+    places = [getattr(reward, "path", None), getattr(reward, "target", None), *getattr(reward, "paths", ())]
+    return f"{type(reward).__name__} {', '.join(filter(None, places))}".strip()
 
 
 def passes(config: Config, steps: int) -> str:

@@ -99,7 +99,9 @@ def check_fit(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], file: s
     """UserError naming the tensors that are missing, that have no place, or whose shape is another."""
     missing, unexpected = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
     if missing or unexpected:
-        faults = [f"{what} {some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+        faults = [
+            f"{what} {some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+        ]
         raise UserError(f"reward.file: {file} does not fit reward.architecture: {'; '.join(faults)}")
     for name, shape in shapes.items():
         if tensors[name].shape != shape:

@@ -17,11 +17,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from apa_cli.models.loading import TORCH_DTYPES, loaded, source, with_pad
-from apa_cli.settings import DType
+from apa_cli.models.loading import TORCH_DTYPES, load_merged, loaded, source, with_pad
+from apa_cli.models.lora import adapter_base, is_adapter
+from apa_cli.settings import DType, ModelSettings
 from apa_cli.types import UserError
-
-ADAPTER = "adapter_config.json"
 
 
 def load_reward_model(path: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -29,43 +28,30 @@ def load_reward_model(path: str, device: str, dtype: str) -> tuple[PreTrainedMod
 
     A LoRA adapter is merged into its base model; where it has no tokenizer of its own, the base model's is taken.
     """
-    kind = TORCH_DTYPES[DType(dtype)]
-    words_path = path
-    if file_of(path, ADAPTER) is None:
-        model = loaded(AutoModelForSequenceClassification.from_pretrained, path, "reward.path", dtype=kind)
-    else:
-        model, base = merged_adapter(path, kind)
-        words_path = path if file_of(path, "tokenizer_config.json") else base
-    tokenizer = with_pad(loaded(AutoTokenizer.from_pretrained, words_path, "reward.path", padding_side="right"))
+    words, options = path, {"dtype": TORCH_DTYPES[DType(dtype)]}
+    source(path, "reward.path")
+    if is_adapter(path):
+        check_adapter(path)
+        options["num_labels"] = 1
+        words = path if file_of(path, "tokenizer_config.json") else adapter_base(path)
+    model = load_merged(AutoModelForSequenceClassification.from_pretrained, path, "reward.path", **options)
+    tokenizer = with_pad(loaded(AutoTokenizer.from_pretrained, words, "reward.path", padding_side="right"))
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by `transformers` where there is none
+        raise UserError(f"reward.path: {words} holds no tokenizer")
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
-def merged_adapter(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, str]:
-    """A one-output classifier with the LoRA adapter in `path` merged in, and its base model's folder or hub id."""
-    from peft import PeftModel
+def check_adapter(path: str) -> None:
+    """UserError for an adapter of another task, or without the score head, which would then be random."""
     from peft.utils import load_peft_weights
 
-    settings = json.loads(Path(file_of(path, ADAPTER)).read_text(encoding="utf-8"))
-    task, base = settings.get("task_type"), settings.get("base_model_name_or_path")
-    if task != "SEQ_CLS" or not base:
-        raise UserError(
-            f"reward.path: {path} is an adapter of task {task} on {base}; a reward model's is of task SEQ_CLS on a model"
-        )
-    model = loaded(
-        AutoModelForSequenceClassification.from_pretrained,
-        base,
-        f"reward.path: {path} is an adapter on {base}",
-        num_labels=1,
-        dtype=dtype,
-    )
-    where = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
-    try:
-        if not any("score." in name or "classifier." in name for name in load_peft_weights(where, device="cpu")):
-            raise UserError(f"reward.path: the adapter in {path} has no score head")
-        return PeftModel.from_pretrained(model, where).merge_and_unload(), base
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"reward.path: cannot load the adapter in {path}: {' '.join(str(error).split())}") from error
+    task = json.loads(Path(file_of(path, "adapter_config.json")).read_text(encoding="utf-8")).get("task_type")
+    if task != "SEQ_CLS":
+        raise UserError(f"reward.path: {path} is an adapter of task {task}; a reward model's is SEQ_CLS")
+    tensors = loaded(lambda where: load_peft_weights(where, device="cpu"), path, "reward.path")
+    if not any(".score." in name or ".classifier." in name for name in tensors):
+        raise UserError(f"reward.path: the adapter in {path} holds no score head; modules_to_save must name it")
 
 
 def file_of(path: str, name: str) -> str | None:
@@ -74,7 +60,7 @@ def file_of(path: str, name: str) -> str | None:
     if folder.is_dir():
         return str(folder / name) if (folder / name).is_file() else None
     try:
-        return cached_file(source(path, "reward.path"), name)
+        return cached_file(path, name)
     except OSError:
         return None
 
@@ -97,19 +83,32 @@ def score_mean(model: PreTrainedModel, path: str) -> float:
     return float(mean)
 
 
-def build_reward_model(policy_path: str, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A one-output classifier on the trunk of a causal model, in float32; its head starts at zero."""
-    config = loaded(AutoConfig.from_pretrained, policy_path, "model.path")
+def build_reward_model(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int, frozen_base: bool = False
+) -> PreTrainedModel:
+    """A one-output classifier on the trunk of the model in `model.path`; its head starts at zero.
+
+    In float32, or with `frozen_base` (for LoRA) in the compute dtype.
+    """
+    path = settings.path
+    config = loaded(
+        AutoConfig.from_pretrained,
+        adapter_base(path) if is_adapter(path) else path,
+        "model.path",
+        trust_remote_code=settings.trust_remote_code,
+    )
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = loaded(
+        model = load_merged(
             AutoModelForSequenceClassification.from_pretrained,
-            policy_path,
+            path,
             "model.path",
             config=config,
-            dtype=torch.float32,
+            dtype=TORCH_DTYPES[settings.dtype] if frozen_base else torch.float32,
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
         )
     torch.nn.init.zeros_(model.score.weight)
     return model.eval()

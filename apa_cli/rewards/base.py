@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from apa_cli.types import UserError
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -20,6 +22,9 @@ class Scores:
 
 Score = Callable[[list[str], list[str], list[dict[str, Any]]], "list[float] | Scores"]
 """(prompts, responses, the data set's other columns, one dict per prompt) → one score per response."""
+
+CheckedScore = Callable[[list[str], list[str], list[dict[str, Any]]], Scores]
+"""The same, with one finite number per response for certain."""
 
 
 class Reward(ABC):
@@ -39,7 +44,38 @@ class Reward(ABC):
         """Whatever is needed is loaded once; `device` and `dtype` ("float32", "bfloat16") are for models."""
 
 
-def checked(score: Score) -> Callable[[list[str], list[str], list[dict[str, Any]]], Scores]:
+@dataclass(frozen=True)
+class Part:
+    """A reward under a name, among several: in a sum, where its weight counts, or in an evaluation."""
+
+    name: str
+    weight: float
+    reward: Reward
+
+    def with_model(self, path: str) -> Part:
+        """The same part on the model in a folder, if it lacks one; else itself."""
+        return Part(self.name, self.weight, self.reward.with_model(path)) if self.reward.lacks_model else self
+
+    def load(self, device: str, dtype: str) -> CheckedScore:
+        """Its scores, unweighted; an error names the part."""
+        with self.named():
+            score = checked(self.reward.load(device, dtype))
+
+        def with_name(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
+            with self.named():
+                return score(prompts, responses, columns)
+
+        return with_name
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
+
+
+def checked(score: Score) -> CheckedScore:
     """The same reward, its result checked: one finite number per response, else UserError naming which."""
 
     def with_check(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import inspect
@@ -21,7 +22,7 @@ class FunctionReward(Reward):
 
     `prompts` and `responses` are lists of texts; each further column of the data set is a list as long. A
     function without **keywords gets those columns alone whose names it takes. It returns one finite number
-    per response.
+    per response; it may be async, or return one coroutine per response, which then run side by side.
     """
 
     target: str
@@ -36,7 +37,7 @@ class FunctionReward(Reward):
             wanted = {name for name in names if takes_all or name in parameters}
             table = {name: [row.get(name) for row in columns] for name in sorted(wanted)}
             try:
-                return function(prompts, responses, **table)
+                return settled(function(prompts, responses, **table))
             except UserError:
                 raise
             except Exception as error:
@@ -44,6 +45,21 @@ class FunctionReward(Reward):
                 raise UserError(f"reward: {self.target} raised {one_line(error)}{frame}") from error
 
         return score
+
+
+def settled(result: Any) -> Any:
+    """What a function returned; coroutines, one or a list of them, have run to their end."""
+
+    async def wait() -> Any:
+        value = await result if inspect.isawaitable(result) else result
+        return list(await asyncio.gather(*value)) if pending(value) else value
+
+    return asyncio.run(wait()) if inspect.isawaitable(result) or pending(result) else result
+
+
+def pending(value: Any) -> bool:
+    """Whether it is a list of coroutines."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(map(inspect.isawaitable, value))
 
 
 def imported(target: str) -> Callable[..., Any]:

@@ -6,18 +6,24 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from apa_cli.rewards.base import Reward, Score
-from apa_cli.types import AtLeastOne, NonNegative, UserError
+from apa_cli.settings import DType
+from apa_cli.types import AtLeastOne
 
 
 @dataclass(frozen=True)
 class ModelReward(Reward):
-    """The score is one output of a sequence-classification model on prompt + response.
+    """The score is `scale` · one output of a sequence-classification model on prompt + response.
 
-    A path of None stands for the model that the reward stage trains from the data set's pairs.
+    A path of None stands for the model that the reward stage trains from the data set's pairs; a LoRA adapter's
+    folder or hub id stands for its base model with the adapter merged in. `output` is a number or a label. With
+    `centered` the mean score that the model's config.json holds is subtracted before scaling.
     """
 
     path: str | None
-    output: Annotated[int, NonNegative]
+    output: int | str
+    scale: float
+    centered: bool
+    dtype: DType | None
     microbatch: Annotated[int, AtLeastOne]
     max_tokens: Annotated[int, AtLeastOne]
 
@@ -29,14 +35,15 @@ class ModelReward(Reward):
         return replace(self, path=path)
 
     def load(self, device: str, dtype: str) -> Score:
-        from apa_cli.models.reward_model import load_reward_model, score_texts
+        from apa_cli.models.reward_model import load_reward_model, output_number, score_mean, score_texts
 
-        model, tokenizer = load_reward_model(self.path, device, dtype)
-        if self.output >= model.config.num_labels:
-            raise UserError(f"reward.output: {self.path} has {model.config.num_labels} outputs, counted from 0")
+        model, tokenizer = load_reward_model(self.path, device, self.dtype.value if self.dtype else dtype)
+        output = output_number(model, self.output, self.path)
+        mean = score_mean(model, self.path) if self.centered else 0.0
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             pairs = list(zip(prompts, responses, strict=True))
-            return score_texts(model, tokenizer, pairs, self.microbatch, self.max_tokens, self.output)
+            values = score_texts(model, tokenizer, pairs, self.microbatch, self.max_tokens, output)
+            return [self.scale * (value - mean) for value in values]
 
         return score

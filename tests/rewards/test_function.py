@@ -9,6 +9,7 @@ from apa_cli.rewards.function import FunctionReward
 from apa_cli.types import UserError
 
 SOURCE = """\
+import asyncio
 import math
 seen = []
 
@@ -25,6 +26,27 @@ def with_all(prompts, responses, **columns):
 
 def with_default(prompts, responses, missing=7):
     return [missing] * len(responses)
+
+async def waiting(prompts, responses, topic):
+    await asyncio.sleep(0)
+    return [len(response) + len(word) for response, word in zip(responses, topic)]
+
+async def failing_later(prompts, responses):
+    await asyncio.sleep(0)
+    raise ValueError("no answer")
+
+def side_by_side(prompts, responses):
+    both = asyncio.Barrier(2)  # each waits here for the other: one after the other they would never end
+
+    async def one(response):
+        async with asyncio.timeout(20):
+            await both.wait()
+        return len(response)
+
+    return [one(response) for response in responses]
+
+async def waiting_for_each(prompts, responses):
+    return side_by_side(prompts, responses)
 
 def failing(prompts, responses):
     numbers = {}
@@ -150,6 +172,18 @@ def test_a_function_that_takes_something_else(file):
     with pytest.raises(UserError, match="TypeError") as error:
         call(f"{file}:f")
     assert "\n" not in str(error.value)
+
+
+def test_an_async_function_runs_to_its_end(file):
+    assert call(f"{file}:waiting") == [2 + 3, 1 + 5]
+    with pytest.raises(UserError, match="failing_later raised ValueError: no answer") as error:
+        call(f"{file}:failing_later")
+    assert "\n" not in str(error.value)
+
+
+def test_coroutines_one_per_response_run_side_by_side(file):
+    assert call(f"{file}:side_by_side") == [2, 1]
+    assert call(f"{file}:waiting_for_each") == [2, 1]
 
 
 def test_a_users_own_error_passes_unchanged(file):

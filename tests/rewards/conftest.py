@@ -1,0 +1,54 @@
+"""Reward models with random weights, small enough to be computed by hand in a test."""
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+PROMPTS = [
+    "Hi",
+    "How long does it take to bake bread?",
+    "I want to grow tomatoes. What should I buy?",
+    "Tea?",
+]
+RESPONSES = [" It takes about three hours to bake bread, and then it should rest.", " No.", "", " Yes, do!"]
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """(prompts, responses, columns) of several lengths."""
+    return PROMPTS, RESPONSES, [{}] * len(PROMPTS)
+
+
+@pytest.fixture(scope="session")
+def make_classifier(tiny, tmp_path_factory):
+    """make_classifier(seed, **configuration) → the folder of a GPT-NeoX classifier with the tiny model's tokenizer."""
+
+    def make(seed=0, **changes):
+        folder = tmp_path_factory.mktemp("classifier")
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(tiny, **{"num_labels": 2, **changes})
+        torch.nn.init.normal_(model.score.weight)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def classifier(make_classifier):
+    """Two outputs, `bad` and `good`."""
+    return make_classifier(id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
+
+
+@pytest.fixture(scope="session")
+def by_hand():
+    """by_hand(folder, text, output) → the classifier's output on the tokens of one text, without padding."""
+
+    def compute(path, text, output=0):
+        ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt")["input_ids"]
+        model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        with torch.no_grad():
+            return float(model(ids, attention_mask=torch.ones_like(ids)).logits[0, output])
+
+    return compute
