@@ -78,7 +78,9 @@ def tiny(tmp_path_factory) -> Path:
 
     rows = EmbeddedDataset(300, 1, 0, []).load("train")
     tokenizer = train_tokenizer([row.prompt + row.chosen for row in rows], 600)
-    settings = ModelSettings(None, DType.float32, "sdpa", False, None, 600, None, False, Quantization.none, TINY_ARCHITECTURE)
+    settings = ModelSettings(
+        None, DType.float32, "sdpa", False, None, 600, None, False, Quantization.none, TINY_ARCHITECTURE
+    )
     folder = tmp_path_factory.mktemp("models") / "tiny"
     model = build_policy(settings, tokenizer, seed=3)
     with torch.no_grad():

@@ -113,8 +113,11 @@ def test_another_seed_gives_others_and_is_evaluated_on_the_same_random_numbers(
         ["algo=ppo", "algo.controller=adaptive", "algo.kl_horizon=16"],
         ["algo=awr", "critic=head", "critic.head=mlp"],
         ["algo=apa", "reference.refresh_every=1"],
+        ["algo=apa", "lora=default", "critic=adapter", "model.gradient_checkpointing=true", "optimizer.lr=3e-3"],
+        ["algo=awr", "lora=default", "critic=separate", "reference.refresh_every=2", "optimizer.lr=3e-3"],
+        ["algo=awr", "model.trainable_layers=1"],
     ],
-    ids=["apa", "ppo-adaptive", "awr-head", "refreshed"],
+    ids=["apa", "ppo-adaptive", "awr-head", "refreshed", "lora", "lora-separate", "top-layer"],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one(words, run_train, comparable, tmp_path):
     words = [*words, "iterations=4", "eval_every=2", "checkpoint.keep_last=4"]

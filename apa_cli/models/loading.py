@@ -97,7 +97,8 @@ def load_merged(load: Any, path: str, key: str, **options: Any) -> PreTrainedMod
     from peft import PeftModel
 
     base = loaded(load, adapter_base(path), key, **options)
-    return loaded(lambda where: PeftModel.from_pretrained(base, where), path, key).merge_and_unload()
+    merged = loaded(lambda where: PeftModel.from_pretrained(base, where), path, key).merge_and_unload()
+    return merged.requires_grad_(True)  # peft froze it
 
 
 def quantization_config(settings: ModelSettings) -> Any:

@@ -61,6 +61,7 @@ def add_adapter(model: nn.Module, settings: LoraSettings, name: str, seed: int) 
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
             raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from error
+    model.eval()
     if active is not None:
         activate(model, active)
     for parameter_name, parameter in model.named_parameters():
@@ -74,7 +75,7 @@ def linear_names(model: nn.Module) -> set[str]:
     """Last names of the linear layers, without the output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {
-        name.rsplit(".", 1)[-1]
+        name.removesuffix(".base_layer").rsplit(".", 1)[-1]
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and ".lora_" not in name
     }

@@ -78,7 +78,8 @@ class PromptFormat:
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            raise UserError(f"dataset: the tokenizer's chat template refuses {messages!r:.200}: {error}") from error
+            why = " ".join(str(error).split())
+            raise UserError(f"dataset: the tokenizer's chat template refuses {str(messages)[:200]}: {why}") from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def shortened(self, messages: Messages, longest: int) -> Messages:

@@ -1,0 +1,273 @@
+"""Low-rank adapters: what they change, what they leave alone, and the folders they are kept in."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from apa_cli.assembly import training_model
+from apa_cli.models.forward import TrainingModel, response_logprobs
+from apa_cli.models.loading import load_policy, load_tokenizer, save_model, train_top
+from apa_cli.models.lora import POLICY, WithoutAdapter, active_adapter, adapter, add_adapter, merged_tensors
+from apa_cli.settings import LoraSettings
+from apa_cli.types import ConfigError, Tokens, UserError
+
+LORA = LoraSettings(rank=3, alpha=6.0, targets=None)
+IDS = torch.tensor([[5, 40, 31, 7, 99, 12]])
+TOKENS = Tokens(IDS[:, :3], torch.ones(1, 3, dtype=torch.bool), IDS[:, 3:], torch.ones(1, 3, dtype=torch.bool))
+
+
+def model_of(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def trained_names(model) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def stir(model) -> None:
+    """Gives every adapter's second factor, and every value head, weights other than zero."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if name.endswith("head.weight") and parameter.shape[0] == 1:  # a critic's
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def adapted(tiny):
+    """A tiny model with an adapter for the policy and one for a critic, both of them doing something."""
+    model = model_of(tiny)
+    add_adapter(model, LORA, POLICY, seed=0)
+    add_adapter(model, LORA, "critic_value", seed=1)
+    stir(model)
+    return model
+
+
+def test_a_new_adapter_changes_nothing_and_is_all_that_trains(tiny):
+    model = model_of(tiny)
+    before = model(IDS).logits
+    add_adapter(model, LORA, POLICY, seed=0)
+    assert torch.equal(model(IDS).logits, before)
+    names = trained_names(model)
+    # Two layers, one wrapped matrix each (peft's choice for GPT-NeoX is query_key_value), two factors each.
+    assert len(names) == 4 and all(".query_key_value.lora_" in name and ".policy." in name for name in names)
+
+
+def test_the_seed_makes_the_adapter(tiny):
+    def first_factor(seed):
+        model = model_of(tiny)
+        torch.manual_seed(int(torch.randint(1000, ())))
+        add_adapter(model, LORA, POLICY, seed)
+        return next(p for n, p in model.named_parameters() if ".lora_A." in n).clone()
+
+    assert torch.equal(first_factor(3), first_factor(3)) and not torch.equal(first_factor(3), first_factor(4))
+
+
+def test_adapters_are_float32_on_a_bfloat16_base(tiny):
+    model = model_of(tiny, torch.bfloat16)
+    add_adapter(model, LORA, POLICY, seed=0)
+    dtypes = {".lora_" in name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_switching_gives_each_its_own_function_and_keeps_what_is_trained(tiny, adapted):
+    base = model_of(tiny)(IDS).logits
+    names = trained_names(adapted)
+    assert len(names) == 8
+    policy = adapted(IDS).logits
+    assert active_adapter(adapted) == POLICY and not torch.allclose(policy, base)
+    with adapter(adapted, None):
+        assert active_adapter(adapted) is None and trained_names(adapted) == names
+        assert torch.equal(adapted(IDS).logits, base)
+        with adapter(adapted, "critic_value"):
+            critic = adapted(IDS).logits
+        assert torch.equal(adapted(IDS).logits, base)
+    assert not torch.allclose(critic, policy) and not torch.allclose(critic, base)
+    assert torch.equal(adapted(IDS).logits, policy) and trained_names(adapted) == names
+    assert torch.equal(WithoutAdapter(adapted)(input_ids=IDS).logits, base)
+
+
+def test_an_error_inside_switches_back(adapted):
+    with pytest.raises(RuntimeError), adapter(adapted, None):
+        raise RuntimeError
+    assert active_adapter(adapted) == POLICY
+
+
+def test_the_update_is_alpha_over_rank_times_the_product(tiny):
+    model = model_of(tiny)
+    add_adapter(model, LORA, POLICY, seed=0)
+    stir(model)
+    weight = model_of(tiny).gpt_neox.layers[0].attention.query_key_value.weight
+    layer = model.gpt_neox.layers[0].attention.query_key_value
+    expected = weight + 6.0 / 3 * layer.lora_B[POLICY].weight @ layer.lora_A[POLICY].weight
+    merged = merged_tensors(model)
+    torch.testing.assert_close(merged["gpt_neox.layers.0.attention.query_key_value.weight"], expected)
+    assert merged.keys() == model_of(tiny).state_dict().keys()
+
+
+def test_folders_of_the_merged_model_and_of_the_adapter_alone_give_the_same_numbers(tiny, adapted, tmp_path):
+    expected = adapted(IDS).logits
+    save_model(adapted, AutoTokenizer.from_pretrained(tiny), tmp_path / "model")
+    torch.testing.assert_close(model_of(tmp_path / "model")(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    loaded = PeftModel.from_pretrained(model_of(tiny), tmp_path / "model" / "adapter")
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    stored = json.loads((tmp_path / "model" / "adapter" / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == str(tiny) and stored["task_type"] == "CAUSAL_LM"
+
+
+def test_an_adapters_folder_loads_merged_with_its_bases_tokenizer(tiny, adapted, configured, tmp_path):
+    save_model(adapted, AutoTokenizer.from_pretrained(tiny), tmp_path / "model")
+    folder = str(tmp_path / "model" / "adapter")
+    settings = configured(f"model.path={folder}", "model.attention=eager").model
+    model = load_policy(settings, folder)
+    torch.testing.assert_close(model(IDS).logits, adapted(IDS).logits, rtol=1e-5, atol=1e-5)
+    assert len(trained_names(model)) == len(trained_names(model_of(tiny)))  # nothing of the adapter is left
+    assert load_tokenizer(settings, folder).get_vocab() == AutoTokenizer.from_pretrained(tiny).get_vocab()
+
+
+# --- in training --------------------------------------------------------------------------------------------
+
+
+def parts(configured, tiny, *words):
+    config = configured("lora=default", "lora.rank=3", "model.attention=eager", *words)
+    model, reference = training_model(config, load_policy(config.model, str(tiny), frozen_base=True))
+    return model, reference
+
+
+def gradients(model: TrainingModel, value: bool) -> set[str]:
+    """Names of the parameters that a loss on the values, or on the log-probs, reaches."""
+    stir(model)
+    model.zero_grad(set_to_none=True)
+    output = model(TOKENS)
+    (output.values["value"] if value else output.logprobs).sum().backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)}
+
+
+@pytest.mark.parametrize("kind", ["adapter", "separate", "head"])
+def test_each_loss_reaches_its_own_weights_alone(kind, configured, tiny):
+    model, _ = parts(configured, tiny, f"critic={kind}")
+    by_policy, by_value = gradients(model, value=False), gradients(model, value=True)
+    assert by_policy and all(".policy." in name for name in by_policy)
+    heads = {"critics.value.head.weight", "critics.value.head.bias"}
+    own = by_value - heads
+    assert heads <= by_value
+    if kind == "adapter":
+        assert own and all(".critic_value." in name for name in own)
+    elif kind == "separate":
+        assert own and all(name.startswith("critics.value.backbone.") and ".lora_" in name for name in own)
+    else:
+        assert own == by_policy  # the trunk is shared
+    names = dict(model.named_parameters())
+    assert {id(names[name]) for name in by_policy} <= {id(p) for p in model.policy_parameters()}
+    critic_group = {id(p) for p in model.critic_parameters()}
+    assert {id(names[name]) for name in (heads if kind == "head" else by_value)} == critic_group
+    assert not critic_group & {id(p) for p in model.policy_parameters()}
+
+
+def test_the_reference_is_the_base_whatever_the_adapters_learn(configured, tiny):
+    model, reference = parts(configured, tiny, "critic=adapter")
+    expected = response_logprobs(model_of(tiny), TOKENS, 1.0)
+    stir(model)
+    assert torch.equal(response_logprobs(reference, TOKENS, 1.0), expected)
+    assert not torch.allclose(response_logprobs(model.policy, TOKENS, 1.0), expected)
+
+
+@pytest.mark.parametrize("words", [["critic=adapter"], ["critic=separate"], ["critic=head"], ["lora.rank=0"]])
+def test_recomputed_activations_give_the_same_gradients(words, configured, tiny):
+    found = {}
+    for checkpointing in ("false", "true"):
+        model, _ = parts(configured, tiny, *words, f"model.gradient_checkpointing={checkpointing}")
+        calls = []
+        block = model.policy.gpt_neox.layers[0]
+        block.attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        stir(model)
+        output = model(TOKENS)
+        before = len(calls)
+        (output.logprobs.sum() + output.values["value"].sum()).backward()
+        found[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert len(calls) == (2 * before if checkpointing == "true" else before)
+        with torch.no_grad():
+            model(TOKENS)
+        assert not any(module.training for module in model.policy.modules())
+    assert found["true"].keys() == found["false"].keys()
+    for name, gradient in found["false"].items():
+        torch.testing.assert_close(found["true"][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["critic=adapter"], "critic.kind: adapter needs lora"),
+        (["lora=default", "model.trainable_layers=1"], "model.trainable_layers: with lora"),
+        (["model.quantization=int8"], "model.quantization: only a frozen base"),
+        (["model.quantization=int4", "lora=default"], "model.quantization: the critic shares the base"),
+        (["model.trainable_layers=3"], "model.trainable_layers: 3 is more than the model's 2 blocks"),
+        (["lora=default", "lora.targets=[nothing]"], "lora.targets: .*nothing"),
+    ],
+)
+def test_what_cannot_be_trained_together_is_one_line(words, said, run_train):
+    with pytest.raises(UserError, match=f"^{said}") as error:
+        run_train(*words)
+    assert "\n" not in str(error.value)
+
+
+def test_a_lora_run_reports_the_kl_of_the_folder_that_it_leaves(run_train, records, tiny):
+    directory = run_train(
+        "lora=default", "lora.rank=3", "critic=adapter", "optimizer.lr=5e-3", "model.gradient_checkpointing=true",
+        "lora.targets=[all-linear]",
+    )  # fmt: skip
+    rows = records(directory / "metrics.jsonl")
+    assert abs(rows[0]["eval/kl_exact"]) < 1e-6 < rows[-1]["eval/kl_exact"]
+    # An evaluation of the folder, as a model of its own, against the base gives the same replies and the same KL.
+    again = run_train(f"model.path={directory / 'model'}", "iterations=0", name="again")
+    replies = [row["response"] for row in records(directory / "samples.jsonl") if row["iteration"] == 3]
+    assert [row["response"] for row in records(again / "samples.jsonl")] == replies
+    assert (directory / "critic" / "value_adapter" / "adapter_model.safetensors").is_file()
+    sizes = {file.name: file.stat().st_size for file in (directory / "checkpoints/iteration_000003").iterdir()}
+    assert sizes["policy.safetensors"] < (tiny / "model.safetensors").stat().st_size / 2  # the base is not in it
+
+
+# --- trainable top layers -----------------------------------------------------------------------------------
+
+
+def test_only_the_top_is_trained(tiny):
+    model = model_of(tiny)
+    train_top(model, 1)
+    names = trained_names(model)
+    assert all(
+        name.startswith(("gpt_neox.layers.1.", "gpt_neox.final_layer_norm.", "lm_head.", "embed_out."))
+        for name in names
+    )
+    everything = [n for n, _ in model.named_parameters()]
+    assert {n for n in everything if n.startswith(("gpt_neox.layers.1.", "gpt_neox.final_layer_norm."))} <= set(names)
+    assert any("lm_head" in name or "embed_out" in name for name in names)  # GPT-NeoX's output matrix is its own
+    train_top(model, 0)
+    assert not any("layers." in name for name in trained_names(model))
+
+
+def test_a_tied_output_matrix_is_frozen_with_the_embeddings():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    train_top(model, 2)
+    assert {name.split(".")[2] for name in trained_names(model) if "layers" in name} == {"1", "2"}
+    assert [name for name in trained_names(model) if "layers" not in name] == ["model.norm.weight"]
+    with pytest.raises(ConfigError):
+        train_top(model, 4)
+
+
+def test_frozen_layers_stay_as_they_were(run_train, tiny):
+    directory = run_train("model.trainable_layers=1", "optimizer.lr=1e-2")
+    before, after = (model_of(folder).state_dict() for folder in (tiny, directory / "model"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and not any(".layers.0." in name or "embed_in" in name for name in changed)
+    assert any(".layers.1." in name for name in changed)
