@@ -222,8 +222,7 @@ def _reward(name: str, given: dict[str, Any], place: str, cfg: DictConfig, extra
     options = _groups(extra_dir)["reward"]
     if name not in options:
         raise ConfigError(f"{place}: {_no_option(name, options)}")
-    composed = compose([], extra_dir, f"reward/{name}")
-    node = OmegaConf.select(composed, ".".join(["reward", *name.split("/")[:-1]]))
+    node = compose([f"+reward={name}"], extra_dir, None).reward
     known = {f"{place}.{key}" for key in [*(f.name for f in fields(PartSettings)), *_keys(node)]}
     for key in _keys(OmegaConf.create(given)):
         above = key.rpartition(".")[0]
@@ -312,8 +311,11 @@ def _first_line(error: BaseException) -> str:
 # --- composing ----------------------------------------------------------------------------------------------
 
 
-def compose(overrides: list[str], extra_dir: str | None = None, config_name: str = "config") -> DictConfig:
-    """conf/ with these overrides, unchecked. ConfigError in one line for words that cannot be composed."""
+def compose(overrides: list[str], extra_dir: str | None = None, config_name: str | None = "config") -> DictConfig:
+    """conf/ with these overrides, unchecked. ConfigError in one line for words that cannot be composed.
+
+    Without a `config_name` what the overrides add is all there is.
+    """
     extra = [] if extra_dir is None else [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"]
     if extra_dir is not None and not Path(extra_dir).is_dir():
         raise ConfigError(f"--config-dir: no folder {extra_dir}")
@@ -328,7 +330,7 @@ def compose(overrides: list[str], extra_dir: str | None = None, config_name: str
         GlobalHydra.instance().hydra = running
 
 
-def _explained(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str) -> str:
+def _explained(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
     """What is wrong with these words, in one line: a group's option, a key, or whatever Hydra says first."""
     groups = _groups(extra_dir)
     plain = []

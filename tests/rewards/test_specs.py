@@ -1,0 +1,163 @@
+"""Rewards given as specs, in a sum and for evaluation: what they become, and what a wrong one is answered with."""
+
+import subprocess
+import sys
+
+import pytest
+
+from apa_cli.config import build, compose
+from apa_cli.rewards.ensemble import EnsembleReward
+from apa_cli.rewards.function import FunctionReward
+from apa_cli.rewards.model import ModelReward
+from apa_cli.rewards.sum import SumReward
+from apa_cli.types import ConfigError
+
+HEAVY = "sorted({'torch', 'transformers', 'peft'} & set(sys.modules))"
+
+
+def built(*words, extra_dir=None):
+    return build(compose(list(words), extra_dir), extra_dir)
+
+
+def parts(specs, **options):
+    return built("reward=sum", f"reward.parts={specs}", **options).reward.parts
+
+
+def test_a_name_is_a_yaml_and_a_mapping_changes_its_keys():
+    first, second, third = parts("[{use: model, path: D, output: toxic, weight: -1}, vader, {use: vader, weight: 0.3}]")
+    assert first.reward == ModelReward("D", "toxic", 1.0, False, None, 64, 512)
+    assert second.reward == third.reward == FunctionReward("apa_cli.rewards.vader:compound")
+    assert [part.weight for part in (first, second, third)] == [-1.0, 1.0, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("specs", "names"),
+    [
+        ("[vader, model, vader, vader]", ["vader", "model", "vader_2", "vader_3"]),
+        ("[vader, {use: model, name: vader}]", ["vader_2", "vader"]),
+        ("[{use: vader, name: mood}, vader]", ["mood", "vader"]),
+    ],
+)
+def test_names_are_the_yamls_made_unique(specs, names):
+    assert [part.name for part in parts(specs)] == names
+
+
+def test_a_sum_may_hold_sums():
+    (part,) = parts("[{use: sum, name: all, parts: [vader, {use: ensemble, paths: [a, b], reduce: lower}]}]")
+    assert isinstance(part.reward, SumReward) and part.name == "all"
+    vader, ensemble = part.reward.parts
+    assert vader.name == "vader" and isinstance(ensemble.reward, EnsembleReward)
+    assert (ensemble.reward.paths, ensemble.reward.reduce.value) == (["a", "b"], "lower")
+
+
+def test_evaluation_takes_the_same_specs_and_keeps_them_raw_in_the_record():
+    specs = "[vader, {use: model, name: toxicity, path: D, output: 1}]"
+    config = built("reward=sum", f"reward.parts={specs}", "evaluation.rewards=${reward.parts}")
+    assert config.evaluation.rewards == config.reward.parts
+    assert config.raw["evaluation"]["rewards"] == config.raw["reward"]["parts"] == [
+        "vader", {"use": "model", "name": "toxicity", "path": "D", "output": 1}
+    ]  # fmt: skip
+    assert built().evaluation.rewards == []
+
+
+def test_values_may_refer_to_other_sections():
+    (part,) = parts("[{use: model, path: '${model.path}'}]")
+    assert part.reward.path is None
+    config = built("model=local", "model.path=M", "reward=sum", "reward.parts=[{use: model, path: '${model.path}'}]")
+    assert config.reward.parts[0].reward.path == "M"
+
+
+WRONG = {
+    "[vadr]": "reward.parts[0]: no 'vadr'; did you mean 'vader'?",
+    "[vader, {use: modle}]": "reward.parts[1]: no 'modle'; did you mean 'model'?",
+    "[{use: model, pth: 3}]": "unknown key 'reward.parts[0].pth'; did you mean 'reward.parts[0].path'?",
+    "[{use: vader, wieght: 3}]": "unknown key 'reward.parts[0].wieght'; did you mean 'reward.parts[0].weight'?",
+    "[{use: gptj_rm, architecture: {n_emb: 3}}]": "unknown key 'reward.parts[0].architecture.n_emb'; did you mean "
+    "'reward.parts[0].architecture.n_embd'?",
+    "[{use: gptj_rm, architecture: 3}]": "reward.parts[0].architecture: 3 is not a dict",
+    "[{use: sum, parts: [vader, {use: vadr}]}]": "reward.parts[0].parts[1]: no 'vadr'; did you mean 'vader'?",
+    "[{use: sum, parts: []}]": "reward=sum: parts needs at least one reward",
+    "[{use: model, microbatch: x}]": "reward.parts[0].microbatch: 'x' is not a whole number",
+    "[{use: model, microbatch: 0}]": "reward.parts[0].microbatch: 0 must be at least 1",
+    "[{use: model, output: 1.5}]": "reward.parts[0].output: 1.5 is not a whole number or a text",
+    "[{use: model, dtype: fp16}]": "reward.parts[0].dtype: 'fp16' is not one of float32, bfloat16",
+    "[{use: vader, weight: much}]": "reward.parts[0].weight: 'much' is not a number",
+    "[{use: vader, weight: nan}]": "reward.parts[0].weight: nan is not a finite number",
+    "[{use: function}]": "reward.parts[0].target: a value is needed",
+    "[{path: x}]": "reward.parts[0].use: a value is needed",
+    "[3]": "reward.parts[0]: the name of a reward or {use: NAME, …} is needed, got 3",
+    "[{use: vader, name: a}, {use: model, name: a}]": "reward.parts: two of these rewards have one name: a, a",
+    "[]": "reward=sum: parts needs at least one reward",
+    "vader": "reward.parts: 'vader' is not a list",
+}
+
+
+@pytest.mark.parametrize("specs", WRONG)
+def test_a_wrong_spec_is_one_line_that_names_its_place(specs):
+    with pytest.raises(ConfigError) as error:
+        parts(specs)
+    assert str(error.value) == WRONG[specs]
+
+
+def test_a_wrong_spec_for_evaluation_names_its_place_there():
+    with pytest.raises(ConfigError, match=r"^evaluation\.rewards\[1\]: no 'modl'; did you mean 'model'\?$"):
+        built("evaluation.rewards=[vader,modl]")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("penalty.per_token=-0.1", "penalty.per_token: -0.1 must be at least 0"),
+        ("penalty.missing_eos=x", "penalty.missing_eos: 'x' is not a number"),
+        ("penalty.missing_oes=1", "unknown key 'penalty.missing_oes'; did you mean 'penalty.missing_eos'?"),
+    ],
+)
+def test_wrong_penalties(word, message):
+    with pytest.raises(ConfigError) as error:
+        built(word)
+    assert str(error.value) == message
+
+
+@pytest.fixture
+def own_dir(tmp_path):
+    """A user's folder with a reward of their own, built on conf/reward/model.yaml."""
+    folder = tmp_path / "mine"
+    (folder / "reward").mkdir(parents=True)
+    (folder / "reward" / "kind.yaml").write_text("defaults: [model, _self_]\npath: outputs/kindness\noutput: kind\n")
+    return folder
+
+
+def test_specs_find_the_users_own_yamls(own_dir):
+    kind, vader = parts("[kind, vader]", extra_dir=str(own_dir))
+    assert kind.reward == ModelReward("outputs/kindness", "kind", 1.0, False, None, 64, 512)
+    assert vader.reward == FunctionReward("apa_cli.rewards.vader:compound")
+    with pytest.raises(ConfigError, match="no 'kind'"):
+        parts("[kind]")
+
+
+def apa_train(*words, cwd, after="pass"):
+    """The command in a process of its own, and then, whatever it did, the statement `after`."""
+    start = "import sys\nfrom apa_cli.train import main\nsys.argv[0] = 'apa-train'\n"
+    code = f"{start}try:\n    main()\nfinally:\n    {after}"
+    return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_command_checks_specs_before_anything_heavy_is_imported(own_dir, tmp_path):
+    words = ["--config-dir", str(own_dir), "--cfg", "job", "reward=sum"]
+    after = f"print({HEAVY}, file=sys.stderr)"
+    good = apa_train(*words, "reward.parts=[kind, {use: vader, weight: 0.3}]", cwd=tmp_path, after=after)
+    assert good.returncode == 0 and good.stderr == "[]\n" and "- kind" in good.stdout
+    bad = apa_train(*words, "reward.parts=[kidn]", cwd=tmp_path, after=after)
+    line, loaded, _ = bad.stderr.split("\n")
+    assert bad.returncode == 2 and bad.stdout == "" and loaded == "[]"
+    assert line == "apa-train: reward.parts[0]: no 'kidn'; did you mean 'kind'?"
+
+
+def test_every_job_of_a_sweep_finds_the_users_own_yamls(own_dir, tmp_path):
+    done = apa_train(
+        "--config-dir", str(own_dir), "-m", "seed=0,1", "plan=true", "reward=sum",
+        "reward.parts=[{use: kind, weight: 2}]", "evaluation.rewards=[vader]", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("reward: 2 × (kind: ModelReward outputs/kindness)") == 2
+    assert done.stdout.count("reward in evaluation, vader: FunctionReward apa_cli.rewards.vader:compound") == 2
