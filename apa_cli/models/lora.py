@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,6 +182,12 @@ def is_adapter(path: str) -> bool:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    return hub_holds_adapter(path)
+
+
+@cache
+def hub_holds_adapter(path: str) -> bool:
+    """The same for a hub id, asked once. What cannot be reached is no adapter; loading it will say what is wrong."""
     from transformers.utils import cached_file
 
     try:

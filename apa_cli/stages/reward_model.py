@@ -124,8 +124,8 @@ def run_reward(
     )
     place.say(
         f"reward model on {len(train)} pairs: accuracy {report['accuracy']:.3f} ± {report['accuracy_ci']:.3f}"
-        f"{subsets}, margin {report['margin']:.2f}, calibration error {report['calibration_error']:.3f}, correlation with length "
-        f"{report['length_correlation']:.2f} on {len(held_out)} held-out pairs; scores "
+        f"{subsets}, margin {report['margin']:.2f}, calibration error {report['calibration_error']:.3f}, "
+        f"correlation with length {report['length_correlation']:.2f} on {len(held_out)} held-out pairs; scores "
         f"{facts['score_mean']:.2f} ± {facts['score_std']:.2f}"
     )
     save_model(model, tokenizer, place.folder, **facts)
