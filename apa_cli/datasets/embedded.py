@@ -169,7 +169,7 @@ SHAPES = ((1, 1, 0.40), (1, 2, 0.33), (1, 3, 0.12), (2, 1, 0.10), (2, 2, 0.05))
 
 # How often a drawn reply has each fault, and what each feature weighs in its quality.
 P_OFF_TOPIC, P_SENTENCE_OFF_TOPIC, P_INCOMPLETE, P_EXTRA, P_REPEAT = 0.45, 0.6, 0.5, 0.2, 0.4
-P_GARBLED = 0.35  # of rejected replies
+P_GARBLED = 0.4  # of rejected replies
 P_OPENING = P_CLOSING = 0.25
 WEIGHTS = {"relevance": 0.75, "completeness": 0.75, "courtesy": 1.0, "repetition": -1.0, "extra": -0.3}
 UNPARSED = -1.0  # the quality of what is no reply of the grammar: below that of every reply
@@ -195,6 +195,7 @@ def _sentences(activity: str, part: str) -> tuple[str, ...]:
 
 
 SENTENCES = {(activity, part): _sentences(activity, part) for activity in TOPICS for part in PARTS}
+_PHRASES = [phrase for topic in TOPICS.values() for phrase in (topic.time, *topic.needs, *topic.steps, *topic.tips)]
 _KNOWN = {text: Sentence(text, part, topic) for (topic, part), texts in SENTENCES.items() for text in texts}
 _KNOWN |= {text: Sentence(text, "opening", "") for text in OPENINGS}
 _KNOWN |= {text: Sentence(text, "closing", "") for text in CLOSINGS}
@@ -353,8 +354,8 @@ def _reply(topic: str, asked: list[str], rng: np.random.Generator) -> str:
 
 
 def _garbled(reply: str, rng: np.random.Generator) -> str:
-    """The reply with one slip that the grammar does not allow: words lost, said twice, of another sentence, or a
-    courtesy in the wrong place; or nothing but courtesies."""
+    """The reply with one slip that the grammar does not allow: words lost, said twice or of another sentence, a
+    phrase that stands there already or belongs to another topic, a courtesy in the wrong place, or nothing else."""
     words, garbled = reply.split(), reply
     while parse_reply(garbled) is not None:
         start = int(rng.integers(len(words)))
@@ -363,7 +364,10 @@ def _garbled(reply: str, rng: np.random.Generator) -> str:
         strange = _pick(rng, SENTENCES[_pick(rng, list(SENTENCES))]).split()
         courtesy = _pick(rng, OPENINGS + CLOSINGS).split()
         between = _pick(rng, ends)
+        said = [phrase for phrase in _PHRASES if phrase in reply]
         slips = (
+            reply.replace(_pick(rng, said), _pick(rng, said), 1).split(),
+            reply.replace(_pick(rng, said), _pick(rng, _PHRASES), 1).split(),
             words[:start] + words[stop:],
             words[:start] + words[start:stop] * 2 + words[stop:],
             words[:start] + strange[len(strange) // 2 :] + words[stop:],

@@ -150,11 +150,11 @@ def test_every_prompt_and_reply_reads_back(train, test):
                 assert " " + " ".join(sentence.text for sentence in sentences) == reply
 
 
-def test_every_chosen_reply_parses_and_about_a_third_of_the_rejected_are_garbled(train, test):
+def test_every_chosen_reply_parses_and_about_two_fifths_of_the_rejected_are_garbled(train, test):
     rows = train + test
     assert all(parse_reply(row.chosen) for row in rows)
     garbled = sum(parse_reply(row.rejected) is None for row in rows) / len(rows)
-    assert 0.32 < garbled < 0.39
+    assert 0.37 < garbled < 0.44
 
 
 def test_a_reply_reads_as_its_sentences():
@@ -288,7 +288,7 @@ def test_any_reply_is_worth_more_than_none():
 
 def test_labels_are_mostly_right_but_not_always(train):
     right = [quality(row.prompt, row.chosen) > quality(row.prompt, row.rejected) for row in train]
-    assert 0.93 <= sum(right) / len(right) <= 0.97
+    assert 0.93 <= sum(right) / len(right) <= 0.98
 
 
 def test_close_pairs_are_mislabelled_more_often_than_clear_ones(train):
