@@ -9,6 +9,9 @@ COMMANDS = {
     "apa-train": "trains a language model by online RLHF: sample replies, score them, estimate advantages, update",
     "apa-sft": "supervised fine-tuning on the chosen replies of a data set; writes a plain model folder",
     "apa-reward": "trains a reward model on pairs of chosen and rejected replies; writes a plain model folder",
+    "apa-eval": "evaluates a policy on held-out prompts against the SFT model it comes from; writes eval.json",
+    "apa-export": "writes a run's policy as a plain model folder with a model card, and checks it",
+    "apa-chat": "talks with a run's policy, or another model, in the terminal",
 }
 
 EXAMPLES = {
@@ -26,6 +29,20 @@ EXAMPLES = {
         "apa-reward",
         "apa-reward model=local model.path=FOLDER reward_model.lr=1e-4 name=my_reward",
     ],
+    "apa-eval": [
+        "apa-eval run=outputs/NAME                      with the settings of the run",
+        "apa-eval run=outputs/NAME evaluation.prompts=256 evaluation.rewards=[vader] evaluate.best_of=[4,16,64]",
+        "apa-eval model.path=FOLDER evaluate.reference=FOLDER reward=vader dataset=story_openings",
+    ],
+    "apa-export": [
+        "apa-export run=outputs/NAME                    to outputs/NAME/export",
+        "apa-export run=outputs/NAME/checkpoints/iteration_000020 export.folder=FOLDER export.dtype=bfloat16",
+    ],
+    "apa-chat": [
+        "apa-chat run=outputs/NAME                      /reset begins anew, /quit ends",
+        "apa-chat run=outputs/NAME sampling.temperature=0.7 sampling.max_new_tokens=200 chat.score=true",
+        "apa-chat model.path=FOLDER_OR_HUB_ID",
+    ],
 }
 
 FLAGS = """\
@@ -36,17 +53,20 @@ FLAGS = """\
 
 
 def described_keys(yaml: str) -> list[tuple[str, str, str]]:
-    """(key, value, comment above it) for each key of a yaml file that has a comment directly above it."""
+    """(dotted key, value, comment above it) for each key of a yaml file that has a comment directly above it."""
     rows, comment = [], []
+    above: list[tuple[int, str]] = []
     for line in yaml.splitlines():
         stripped = line.strip()
         if stripped.startswith("#"):
             comment.append(stripped.lstrip("# "))
-        elif (found := re.match(r"(\w+):\s*(.*)$", stripped)) and comment:
-            rows.append((found[1], found[2], " ".join(comment)))
-            comment = []
-        else:
-            comment = []
+            continue
+        if found := re.match(r"( *)(\w+):\s*(.*)$", line):
+            above = [(indent, name) for indent, name in above if indent < len(found[1])]
+            above.append((len(found[1]), found[2]))
+            if comment:
+                rows.append((".".join(name for _, name in above), found[3], " ".join(comment)))
+        comment = []
     return rows
 
 
@@ -67,12 +87,11 @@ def print_help(command: str, conf: Path) -> None:
         file = conf / group / f"{default}.yaml"
         if file.is_file():
             print(f"\n {group}={default}")
-            _print_keys(f"{group}.", file.read_text())
+            text = file.read_text()
+            _print_keys("" if "# @package _global_" in text else f"{group}.", text)
 
 
 def _print_keys(prefix: str, yaml: str) -> None:
     for key, value, comment in described_keys(yaml):
-        if key in ("defaults", "_target_"):
-            continue
-        name = key if key == "lambda" or not value else f"{prefix}{key}"
-        print(f"  {name + '=' + value:38s} {comment}")
+        if key not in ("defaults", "_target_"):
+            print(f"  {f'{prefix}{key}={value}':38s} {comment}")
