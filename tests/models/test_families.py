@@ -15,7 +15,12 @@ from transformers import (
     LlamaConfig,
 )
 
+from apa_cli.config import build, compose
 from apa_cli.models.loading import end_tokens
+from apa_cli.rewards.model import ModelReward
+from apa_cli.stages.fitting import Workplace
+from apa_cli.stages.reward_model import run_reward
+from apa_cli.types import Example
 
 FAMILIES = {
     "llama": (
@@ -71,8 +76,8 @@ def family(shared, tmp_path_factory):
 def one_iteration(run_train, records):
     """one_iteration(folder, *words) → the metrics' lines and the run's directory, checked to be finite."""
 
-    def run(folder, *words):
-        directory = run_train(f"model.path={folder}", "iterations=1", "checkpoint_every=0", *words)
+    def run(folder, *words, name="run"):
+        directory = run_train(f"model.path={folder}", "iterations=1", "checkpoint_every=0", *words, name=name)
         rows = records(directory / "metrics.jsonl")
         assert all(math.isfinite(value) for row in rows for value in row.values())
         assert abs(rows[0]["eval/kl_exact"]) < 1e-6
@@ -96,6 +101,50 @@ def test_every_family_trains(name, family, one_iteration):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_a_trunk_for_a_value_head(name, family, one_iteration):
     one_iteration(family(name), "critic=head", "critic.head=mlp", "algo=ppo")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_with_lora_on_policy_and_critic(name, family, one_iteration):
+    _, directory = one_iteration(family(name), "lora=default", "lora.rank=2", "critic=adapter", "optimizer.lr=1e-3")
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (family(name), directory / "model"))
+    old, new = before.state_dict(), after.state_dict()
+    assert old.keys() == new.keys()
+    changed = {key for key in old if not torch.equal(old[key], new[key])}
+    # peft's own choice of layers: the attention's queries and values, in every block.
+    wanted = {"llama": ("q_proj", "v_proj"), "gptj": ("q_proj", "v_proj"), "gpt_neox": ("query_key_value",)}[name]
+    assert len(changed) == 2 * len(wanted) and all(key.split(".")[-2] in wanted for key in changed)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_makes_a_reward_model(name, family, tmp_path):
+    """Of its own tokenizer, which another family's policy is then scored by."""
+    words = ["reward_model.batch=4", "reward_model.lr=1e-2", "reward_model.max_tokens=40", "reward_model.held_out=8"]
+    config = build(compose(["model=local", f"model.path={family(name)}", *words, "reward_model.epochs=4"]))
+    rows = [Example(f"Is {i} a number?", " Yes, it is.", " No.", {}) for i in range(24)]
+    place = Workplace(torch.device("cpu"), tmp_path / "model", lambda text: None, lambda *progress: None)
+    report = run_reward(config, rows[:16], rows[16:], 0, place)
+    assert report["accuracy"] == 1.0
+    score = ModelReward(str(tmp_path / "model"), 0, 1.0, False, None, 4, 40).load("cpu", "float32")
+    good, bad = score(["Is 3 a number?"] * 2, [" Yes, it is.", " No."], [{}, {}])
+    assert good > bad
+
+
+@pytest.mark.parametrize("form", ["sharded", "bin"])
+def test_folders_as_the_hub_lays_them_out(form, family, one_iteration, tmp_path):
+    """Weights in several safetensors files with an index, or in one `.bin`."""
+    source, folder = family("gpt_neox"), tmp_path / form
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    if form == "sharded":
+        model.save_pretrained(folder, max_shard_size="1MB")
+        assert (folder / "model.safetensors.index.json").is_file() and len(list(folder.glob("*.safetensors"))) > 1
+    else:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    tokenizer.save_pretrained(folder)
+    rows, _ = one_iteration(folder)
+    again, _ = one_iteration(source, name="again")
+    assert rows[0]["eval/reward_mean"] == again[0]["eval/reward_mean"]
 
 
 def test_positions_are_counted_without_the_padding(tiny, one_iteration, tmp_path):
