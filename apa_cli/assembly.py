@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.plan import run_plan
 from apa_cli.randomness import Stream, torch_seed
-from apa_cli.rewards.base import checked
+from apa_cli.rewards.base import CheckedScore, checked
 from apa_cli.run_directory import RunDirectory
 from apa_cli.settings import Config, CriticInit, CriticKind, Device, LaunchSettings, Quantization
 from apa_cli.stages.cache import resolved, reward_model
@@ -86,10 +87,7 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
     train, held_out = load_examples(config, console.say)
     as_given, directory = config, RunDirectory(path)
     config = resolved(config, train, held_out, device, console.say, stage_progress(console, "stage"))
-    further = config.evaluation.rewards
-    if any(part.reward.lacks_model for part in further):
-        built = reward_model(config, train, held_out, device, console.say, stage_progress(console, "stage"))
-        further = [part.with_model(built) for part in further]
+    config = with_further_rewards(config, train, held_out, device, console)
     for line in run_plan(config):
         console.say(line)
     if config.sampling.top_k or config.sampling.top_p < 1:
@@ -105,29 +103,13 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
     policy.to(device)
     model, reference = training_model(config, policy)
     model.to(device)
-    models_in = (str(device), config.model.dtype.value)
-    score = checked(config.reward.load(*models_in))
+    score = load_reward(config, device)
     ends = end_tokens(policy, tokenizer)
     updater = Updater(
         config.algo, model, build_optimizer(model, config.optimizer), config.run, config.optimizer,
         config.model.dtype, device,
     )  # fmt: skip
-    longest = config.sampling.max_prompt_tokens
-    fixed = held_out[: config.evaluation.prompts]
-    prompts = [form.prompt(example, place, 0, longest)[0] for place, example in enumerate(fixed)]
-    evaluator = Evaluator(
-        prompts=prompts,
-        sources=[example.prompt for example in fixed],
-        tokenizer=tokenizer,
-        reference=reference,
-        scores={MAIN: score, **{part.name: part.load(*models_in) for part in further}},
-        describe=config.dataset.describe,
-        sampling=config.sampling,
-        end_tokens=ends,
-        eval_seed=config.run.eval_seed,
-        microbatch=config.run.microbatch,
-        dtype=config.model.dtype,
-    )
+    evaluator = build_evaluator(config, held_out, form, reference, ends, score, device)
     wandb_id, loaded_state = None, None
     if resume is not None:
         loaded_state = checkpoints.load(resume)
@@ -165,6 +147,50 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
     if loaded_state is not None:
         trainer.load_checkpoint(*loaded_state)
     return trainer
+
+
+def with_further_rewards(
+    config: Config, train: list[Example], held_out: list[Example], device: torch.device, console: Console
+) -> Config:
+    """The configuration with the reward stage's model in those of `evaluation.rewards` that lack one."""
+    parts = config.evaluation.rewards
+    if not any(part.reward.lacks_model for part in parts):
+        return config
+    built = reward_model(config, train, held_out, device, console.say, stage_progress(console, "stage"))
+    rewards = [part.with_model(built) for part in parts]
+    return replace(config, evaluation=replace(config.evaluation, rewards=rewards))
+
+
+def load_reward(config: Config, device: torch.device) -> CheckedScore:
+    """The reward that the run trains on."""
+    return checked(config.reward.load(str(device), config.model.dtype.value))
+
+
+def build_evaluator(
+    config: Config,
+    held_out: list[Example],
+    form: PromptFormat,
+    reference: PreTrainedModel | WithoutAdapter,
+    ends: frozenset[int],
+    score: CheckedScore,
+    device: torch.device,
+) -> Evaluator:
+    """The evaluation on the first `evaluation.prompts` held-out prompts."""
+    fixed, longest = held_out[: config.evaluation.prompts], config.sampling.max_prompt_tokens
+    further = {part.name: part.load(str(device), config.model.dtype.value) for part in config.evaluation.rewards}
+    return Evaluator(
+        prompts=[form.prompt(example, place, 0, longest)[0] for place, example in enumerate(fixed)],
+        sources=[example.prompt for example in fixed],
+        tokenizer=form.tokenizer,
+        reference=reference,
+        scores={MAIN: score, **further},
+        describe=config.dataset.describe,
+        sampling=config.sampling,
+        end_tokens=ends,
+        eval_seed=config.run.eval_seed,
+        microbatch=config.run.microbatch,
+        dtype=config.model.dtype,
+    )
 
 
 def training_model(config: Config, policy: PreTrainedModel) -> tuple[TrainingModel, PreTrainedModel | WithoutAdapter]:

@@ -33,10 +33,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apa_cli.help import print_help
 from apa_cli.rewards.base import Part
+from apa_cli.run_directory import located_run, recorded_config
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, PartSettings, RewardSpecs, RunSettings
 from apa_cli.types import ConfigError, Range, UserError
 
 LAMBDA = "lambda"
+RUN = "run"
 VERSION_BASE = "1.3"
 LONGEST_NAME = 200
 """Bytes in the name of a job's folder; longer ones keep their end and get a digest."""
@@ -130,6 +132,8 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"samples_per_prompt: the algorithm with these keys needs at least {least}, got {run.samples_per_prompt}"
         )
+    if not all(n >= 1 for n in config.evaluate.best_of):
+        raise ConfigError(f"evaluate.best_of: whole numbers of at least 1 are needed, got {config.evaluate.best_of}")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: two numbers from 0 to below 1 are needed, got {config.optimizer.betas}")
 
@@ -383,34 +387,116 @@ def expand(overrides: list[str]) -> list[list[str]]:
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
+# --- the settings of a run ----------------------------------------------------------------------------------
+
+
+def compose_run(words: list[str], extra_dir: str | None = None) -> DictConfig:
+    """The settings of the run that a word run=… names, the other words on top of them.
+
+    What the run does not know yet is as in conf/. `lambda` is not there: the key of the algorithm that it set is.
+    """
+    try:
+        overrides = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise ConfigError(_explained(error, words, extra_dir, "config")) from error
+    groups = _groups(extra_dir)
+    for override in overrides:
+        if override.is_delete() or override.is_sweep_override():
+            raise ConfigError(f"{override.key_or_group}: one value is needed; several need -m, a list needs brackets")
+    name = next(str(override.value()) for override in overrides if override.key_or_group == RUN)
+    recorded = recorded_config(located_run(name)[0])
+    defaults = typing.cast(dict, OmegaConf.to_container(compose([], extra_dir), resolve=False))
+    cfg = OmegaConf.create(_completed(recorded, defaults))
+    cfg.pop(LAMBDA, None)
+    if recorded.get("sampling", {}).get("stop_strings") == recorded.get("dataset", {}).get("stop_strings"):
+        cfg.sampling.stop_strings = defaults["sampling"]["stop_strings"]  # those of another data set, if one is given
+    for override in sorted(overrides, key=lambda override: override.key_or_group not in groups):
+        key = override.key_or_group
+        if key in groups and key in cfg:
+            section = compose([override.input_line], extra_dir)[key]
+            cfg[key] = OmegaConf.to_container(section, resolve=False)
+        elif override.is_add() or key in _keys(cfg):
+            OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
+        else:
+            raise ConfigError(unknown_key(key, cfg, [group for group in groups if group in cfg]))
+    return cfg
+
+
+def _completed(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`given` with the keys that it lacks taken from `defaults`, also in sections that are of one type."""
+    whole = {**defaults, **given}
+    for key, value in given.items():
+        other = defaults.get(key)
+        if isinstance(value, dict) and isinstance(other, dict) and value.get("_target_") == other.get("_target_"):
+            whole[key] = _completed(value, other) if key != "architecture" else value
+    return whole
+
+
+def _quoted(word: str) -> str:
+    """run=FOLDER in quotation marks: the folder of a job of a sweep has signs in its name that mean something here."""
+    key, _, folder = word.partition("=")
+    if key != RUN or not Path(folder).expanduser().is_dir():
+        return word
+    escaped = folder.replace("'", "\\'")
+    return f"{RUN}='{escaped}'"
+
+
+def check_subject(config: Config, takes: tuple[str, ...]) -> None:
+    """Only the commands that look at a model take run=, and they need one of what they take."""
+    if not takes and config.run.run is not None:
+        raise ConfigError("run: this command takes none; apa-train continues a run with resume=")
+    given = {"run": config.run.run, "model.path": config.model.path}
+    if takes and all(given[key] is None for key in takes):
+        raise ConfigError(f"run: a model is needed, give {' or '.join(f'{key}=…' for key in takes)}")
+
+
 # --- commands -----------------------------------------------------------------------------------------------
 
 
-def command(name: str, task: Callable[[Config], None]) -> None:
+def command(name: str, task: Callable[[Config], None], takes: tuple[str, ...] = ()) -> None:
     """Runs one of the Hydra commands: checks all words, hands `task` a checked Config for each job.
 
     A UserError ends in one line on stderr and its exit status; --help, --cfg, --config-dir and -m are Hydra's.
+    `takes` are the keys by which a command that looks at a model is told which, "run" and perhaps "model.path". Jobs
+    with run= are composed here, and Hydra makes no directory for them.
     """
     try:
         args = get_args_parser().parse_args()
         if args.help:
             print_help(name, config_dir())
             return
+        jobs = []
         if not (args.hydra_help or args.info or args.shell_completion):
-            _check_words(args.overrides, args.multirun, args.config_dir)
-        _run_hydra(task, args.config_dir)
+            jobs = _checked_jobs(args.overrides, args.multirun, args.config_dir, takes)
+        if not any(config.run.run for _, config in jobs):
+            _run_hydra(task, args.config_dir)
+            return
+        for cfg, config in jobs:
+            if args.cfg:
+                print(OmegaConf.to_yaml(cfg), end="")
+            else:
+                task(config)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.status)
 
 
-def _check_words(overrides: list[str], multirun: bool, extra_dir: str | None) -> None:
+def _checked_jobs(
+    overrides: list[str], multirun: bool, extra_dir: str | None, takes: tuple[str, ...]
+) -> list[tuple[DictConfig, Config]]:
+    overrides = [_quoted(word) for word in overrides]
     try:
         jobs = expand(overrides) if multirun else [overrides]
     except HydraException as error:
         raise ConfigError(_explained(error, overrides, extra_dir, "config")) from error
+    checked = []
     for job in jobs:
-        build(compose(job, extra_dir), extra_dir)
+        of_run = RUN in takes and any(word.startswith(f"{RUN}=") for word in job)
+        cfg = compose_run(job, extra_dir) if of_run else compose(job, extra_dir)
+        config = build(cfg, extra_dir)
+        check_subject(config, takes)
+        checked.append((cfg, config))
+    return checked
 
 
 def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:

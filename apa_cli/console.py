@@ -81,7 +81,8 @@ class Console:
         """Replies to the same prompts at different times, prompt by prompt.
 
         `rows` are those of samples.jsonl (iteration, prompt, response, score, kl, ending), of any
-        iterations: for example the first evaluation's and the last's. Long texts are cut.
+        iterations: for example the first evaluation's and the last's. A row may have a `label` of its own
+        instead of an iteration. Long texts are cut.
         """
         width = shutil.get_terminal_size((LOG_WIDTH, 24)).columns if self._live else LOG_WIDTH
         self.say("\n" + "\n".join([title, *replies_text(rows, min(width, 120))]))
@@ -210,13 +211,14 @@ def duration(seconds: float) -> str:
 
 def replies_text(rows: list[dict], width: int) -> list[str]:
     """The lines of `Console.samples`: each prompt once, then its replies, earliest first."""
-    iterations = sorted({row["iteration"] for row in rows})
+    iterations = sorted({row["iteration"] for row in rows if "iteration" in row})
     lines = []
     for prompt in dict.fromkeys(row["prompt"] for row in rows):
         lines += ["", *_labelled("prompt", _last_lines(prompt, 4), width)]
-        replies = sorted((row for row in rows if row["prompt"] == prompt), key=lambda row: row["iteration"])
+        replies = sorted((row for row in rows if row["prompt"] == prompt), key=lambda row: row.get("iteration", 0))
         for row in replies:
-            lines += _labelled(_when(row["iteration"], iterations), _first_lines(row["response"], 12), width)
+            label = row["label"] if "label" in row else _when(row["iteration"], iterations)
+            lines += _labelled(label, _first_lines(row["response"], 12), width)
             lines.append(" " * 16 + _outcome(row))
     return lines
 
@@ -229,7 +231,7 @@ def _when(iteration: int, iterations: list[int]) -> str:
 
 
 def _outcome(row: dict) -> str:
-    parts = [f"iteration {row['iteration']}"]
+    parts = [f"iteration {row['iteration']}"] if "iteration" in row else []
     if row.get("score") is not None:
         parts.append(f"score {row['score']:.3f}")
     if row.get("kl") is not None:

@@ -26,6 +26,19 @@ MAIN = ""
 
 
 @dataclass(frozen=True)
+class Replies:
+    """One model's replies to the held-out prompts."""
+
+    rollout: Rollout
+    scores: dict[str, list[float]]
+    """By each reward, as `Evaluator.scores` names them."""
+    kl: Tensor
+    """[N, T] float32, exact KL to the reference at each position, 0 outside the mask."""
+    entropy: Tensor
+    """[N, T] float32, of the whole distribution at each position, 0 outside the mask."""
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Samples the same prompts with the same random numbers each time, so that curves and runs pair."""
 
@@ -43,7 +56,6 @@ class Evaluator:
     microbatch: int
     dtype: DType
 
-    @torch.no_grad()
     def evaluate(
         self, policy: PreTrainedModel, sft_scores: Mapping[str, list[float]]
     ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
@@ -54,6 +66,19 @@ class Evaluator:
         further reward's figures are eval/reward_mean/NAME and eval/win_rate_sft/NAME; the latter is left out where
         the SFT model was not scored by it.
         """
+        replies = self.replies(policy)
+        rollout, scores = replies.rollout, replies.scores
+        rows = [
+            {"prompt": prompt, "response": response, "score": score, "kl": float(nats), "ending": ending}
+            for prompt, response, score, nats, ending in zip(
+                rollout.prompts, rollout.responses, scores[MAIN], replies.kl.sum(-1), rollout.endings, strict=True
+            )
+        ]
+        return self.metrics(replies, sft_scores or scores), rows, scores
+
+    @torch.no_grad()
+    def replies(self, policy: PreTrainedModel) -> Replies:
+        """A model's replies to the prompts, scored by every reward and measured against the reference."""
         with compute_precision(policy.device, self.dtype):
             rollout = collect(
                 {"policy": policy}, self.tokenizer, self.prompts, self.sampling, self.end_tokens,
@@ -61,19 +86,21 @@ class Evaluator:
             )  # fmt: skip
             kl, entropy = self.exact(policy, rollout)
         texts = (rollout.prompts, rollout.responses, rollout.columns)
-        scores = {name: score(*texts).values for name, score in self.scores.items()}
-        sft_scores = sft_scores or scores
+        return Replies(rollout, {name: score(*texts).values for name, score in self.scores.items()}, kl, entropy)
+
+    def metrics(self, replies: Replies, sft_scores: Mapping[str, list[float]]) -> dict[str, float]:
+        """What training logs of replies, see `evaluate`."""
+        rollout, scores, kl = replies.rollout, replies.scores, replies.kl
         values, sft = torch.tensor(scores[MAIN]), torch.tensor(sft_scores[MAIN])
         statistics = response_statistics(rollout)
-        per_response = kl.sum(-1)
         metrics = {
             "eval/reward_mean": float(values.mean()),
             "eval/reward_ci": mean_interval(values),
             "eval/reward_mean_sft": float(sft.mean()),
             "eval/win_rate_sft": win_rate(scores[MAIN], sft_scores[MAIN]),
-            "eval/kl_exact": float(per_response.mean()),
+            "eval/kl_exact": float(kl.sum(-1).mean()),
             "eval/kl_exact_token": float(masked_mean(kl, rollout.mask)),
-            "eval/entropy": float(masked_mean(entropy, rollout.mask)),
+            "eval/entropy": float(masked_mean(replies.entropy, rollout.mask)),
             "eval/distinct_2": statistics["response/distinct_2"],
             "eval/length": statistics["response/length"],
             "eval/eos_rate": statistics["response/eos_rate"],
@@ -83,14 +110,7 @@ class Evaluator:
             if name in sft_scores:
                 metrics[f"eval/win_rate_sft/{name}"] = win_rate(scores[name], sft_scores[name])
         described = self.describe(self.sources, rollout.responses)
-        metrics.update({f"eval/{name}": value for name, value in described.items()})
-        rows = [
-            {"prompt": prompt, "response": response, "score": score, "kl": float(nats), "ending": ending}
-            for prompt, response, score, nats, ending in zip(
-                rollout.prompts, rollout.responses, scores[MAIN], per_response, rollout.endings, strict=True
-            )
-        ]
-        return metrics, rows, scores
+        return metrics | {f"eval/{name}": value for name, value in described.items()}
 
     def exact(self, policy: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """KL(π_θ ‖ π_init) and the entropy of π_θ at each response position, over the whole vocabulary, [N, T]."""
@@ -110,7 +130,12 @@ class Evaluator:
         return torch.cat(kls), torch.cat(entropies)
 
 
+def wins(scores: list[float], others: list[float]) -> Tensor:
+    """[N], 1 where the score is higher than the other's at the same place, ½ at a tie, 0 where it is lower."""
+    mine, other = torch.tensor(scores), torch.tensor(others)
+    return (mine > other) + 0.5 * (mine == other)
+
+
 def win_rate(scores: list[float], others: list[float]) -> float:
     """The share of `scores` higher than the others' at the same place; a tie counts half."""
-    mine, other = torch.tensor(scores), torch.tensor(others)
-    return float(((mine > other) + 0.5 * (mine == other)).mean())
+    return float(wins(scores, others).mean())

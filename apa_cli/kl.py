@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from apa_cli.tensor_ops import masked_mean
@@ -32,6 +33,11 @@ def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     logprobs = logits.float().log_softmax(dim=-1)
     ref_logprobs = ref_logits.float().log_softmax(dim=-1)
     return (logprobs.exp() * (logprobs - ref_logprobs)).sum(dim=-1)
+
+
+def best_of_n_bound(n: int) -> float:
+    """log n − (n − 1)/n nats: best-of-n is at most so far from the model that it draws from (2401.01879)."""
+    return math.log(n) - (n - 1) / n
 
 
 def adapted_coefficient(kl_coef: float, kl: float, target: float, n: int, horizon: int) -> float:

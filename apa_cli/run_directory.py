@@ -16,7 +16,7 @@ from apa_cli.types import ConfigError, UserError
 
 MAY_DIFFER = (
     "name", "resume", "plan", "iterations", "eval_every", "checkpoint_every",
-    "tracking", "evaluation", "checkpoint", "launch",
+    "tracking", "evaluation", "checkpoint", "launch", "run", "evaluate", "export", "chat",
 )  # fmt: skip
 """Top-level keys in which a resumed run may differ from the one it continues."""
 
@@ -78,6 +78,34 @@ class RunDirectory:
 
     def write_environment(self, **facts: Any) -> None:
         (self.path / "environment.json").write_text(json.dumps({**environment(), **facts}, indent=2) + "\n")
+
+
+def located_run(name: str) -> tuple[Path, Path | None]:
+    """The directory of the run that run=NAME names, and the checkpoint if NAME is one. ConfigError for any other."""
+    path = Path(name).expanduser()
+    is_checkpoint = path.parent.name == "checkpoints" and (path / "state.json").is_file()
+    directory = path.parent.parent if is_checkpoint else path
+    for file in ("config.yaml", "environment.json", "metrics.jsonl"):
+        if not (directory / file).is_file():
+            raise ConfigError(f"run: {path} is no run of apa-train and no checkpoint of one (there is no {file})")
+    return directory, path if is_checkpoint else None
+
+
+def recorded_config(directory: Path) -> dict[str, Any]:
+    """A run's configuration with the models that its stages made filled in. ConfigError if it cannot be read."""
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        made = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
+        model, reward = config["model"], config["reward"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ConfigError(f"run: config.yaml or environment.json of {directory} cannot be read") from error
+    if "policy" not in made:
+        model = directory / "model"
+        raise ConfigError(f"run: {directory} is no run of apa-train; give model.path={model} instead of it")
+    model["path"] = model["path"] or made["policy"]
+    if "path" in reward:
+        reward["path"] = reward["path"] or made["reward"]
+    return config
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -95,6 +95,7 @@ class RunSettings:
     checkpoint_every: Annotated[int, NonNegative]
     resume: str | None
     plan: bool
+    run: str | None
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,26 @@ class RewardModelSettings(FitSettings):
 
 
 @dataclass(frozen=True)
+class EvaluateSettings:
+    reference: str | None
+    best_of: list[int]
+    best_of_prompts: Annotated[int, AtLeastOne]
+    shown: Annotated[int, NonNegative]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    folder: str | None
+    dtype: DType | None
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    dialogue: bool | None
+    score: bool
+
+
+@dataclass(frozen=True)
 class StagesSettings:
     seed: Annotated[int, NonNegative]
     cache_dir: str
@@ -240,6 +261,9 @@ SECTIONS: dict[str, type] = {
     "sft": FitSettings,
     "reward_model": RewardModelSettings,
     "stages": StagesSettings,
+    "evaluate": EvaluateSettings,
+    "export": ExportSettings,
+    "chat": ChatSettings,
 }
 """The sections whose type is fixed."""
 
@@ -269,4 +293,7 @@ class Config:
     sft: FitSettings
     reward_model: RewardModelSettings
     stages: StagesSettings
+    evaluate: EvaluateSettings
+    export: ExportSettings
+    chat: ChatSettings
     raw: dict[str, Any]

@@ -46,6 +46,9 @@ class Tracker:
     def log_samples(self, rows: list[dict]) -> None:
         """Record the replies to the fixed evaluation prompts; the keys of a row are SAMPLE_KEYS."""
 
+    def summarize(self, figures: dict[str, float]) -> None:
+        """Record figures of the whole run, which belong to no iteration."""
+
     def finish(self, failed: bool = False) -> None:
         """Write what is left and close; `failed` marks the run as failed. Later calls do nothing."""
 
@@ -83,6 +86,9 @@ class WandbTracker(_CarefulTracker):
 
     def log(self, metrics: dict[str, float]) -> None:
         self._attempt(lambda: self._run.log(dict(metrics)))
+
+    def summarize(self, figures: dict[str, float]) -> None:
+        self._attempt(lambda: self._run.summary.update(dict(figures)))
 
     def log_samples(self, rows: list[dict]) -> None:
         if rows:

@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "apa_cli"
 
 LEVELS = [
-    ["train", "sft", "reward", "compare"],
+    ["train", "sft", "reward", "evaluate", "export", "chat", "compare"],
     ["config", "help"],
     [
         "runs", "assembly", "trainer", "update", "evaluation", "checkpoint", "run_directory", "plan",
-        "tracking", "console", "report", "stages",
+        "tracking", "console", "report", "stages", "trained", "assessment", "publication", "model_card",
+        "conversation",
     ],
     ["rollout", "algorithms"],
     ["models", "datasets", "rewards"],

@@ -60,6 +60,7 @@ for number in range(begin, begin + 2):
     tracker.log({"samples": 64 * number, "iteration": number, "reward/mean": 0.5 * number})
     row = {"iteration": number, "samples": 64 * number, "prompt": "p", "response": f"r{number}", "score": 0.5}
     tracker.log_samples([row | {"kl": 1.0, "ending": "eos"}])
+tracker.summarize({"evaluate/gain": 0.25})
 tracker.finish(failed=True)
 tracker.finish()
 (run_dir / "id").write_text(tracker.wandb_id)
@@ -130,6 +131,11 @@ def test_without_a_key_wandb_records_offline_and_a_resumed_run_continues(bare):
     figures = [(row["samples"], row["iteration"], row["reward/mean"]) for row in rows if "reward/mean" in row]
     assert figures == [(64, 1, 0.5), (128, 2, 1.0)]
     assert [row[3] for row in last_table(bare, rows)] == ["r1", "r2"]
+    summaries = [record.summary.update for record in records if record.WhichOneof("record_type") == "summary"]
+    assert [(item.key, item.value_json) for update in summaries for item in update if "gain" in item.key] == [
+        ("evaluate/gain", "0.25")
+    ]
+    assert not any("evaluate/gain" in row for row in rows)  # it is no point of a curve
     assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [1]
 
     earlier = [sample(number, f"old r{number}") for number in (1, 2)]  # iteration 2 will be repeated

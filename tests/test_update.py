@@ -70,6 +70,7 @@ RUN = RunSettings(
     checkpoint_every=0,
     resume=None,
     plan=False,
+    run=None,
 )
 OPTIMIZER = OptimizerSettings(
     lr=1e-3,

@@ -1,0 +1,17 @@
+"""apa-chat: a dialogue with a run's policy, or another model, in the terminal."""
+
+from __future__ import annotations
+
+from apa_cli.config import command, run_directory
+from apa_cli.settings import Config
+
+
+def chat(config: Config) -> None:
+    """Writes nothing."""
+    from apa_cli.conversation import start_chat
+
+    start_chat(config, None if config.run.run else run_directory())
+
+
+def main() -> None:
+    command("apa-chat", chat, takes=("run", "model.path"))
