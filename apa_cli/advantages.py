@@ -61,10 +61,11 @@ def group_mean(token_rewards: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
     The leave-one-out baseline of 2402.14740. Without a KL penalty in the token rewards the total is the
     score. token_rewards [N, T], groups [N] int64, mask [N, T] → [N, T]. ValueError if a prompt has one response.
     """
-    totals = token_rewards.where(mask, token_rewards.new_zeros(())).sum(-1)
+    # In float64, so that replies of equal score get exactly nothing.
+    totals = token_rewards.where(mask, token_rewards.new_zeros(())).double().sum(-1)
     same = (groups.unsqueeze(0) == groups.unsqueeze(1)).to(totals.dtype)
     others = same.sum(-1) - 1
     if bool((others < 1).any()):
         raise ValueError("group_mean needs at least two responses to every prompt")
     baseline = (same @ totals - totals) / others
-    return (totals - baseline).unsqueeze(-1) * mask
+    return (totals - baseline).to(token_rewards.dtype).unsqueeze(-1) * mask

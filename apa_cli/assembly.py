@@ -245,8 +245,10 @@ def critic_start(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
     if config.critic.kind is not CriticKind.separate or path is None:
         raise ConfigError("critic.init: reward needs critic.kind=separate and a reward that is a model")
     model = load_merged(AutoModel.from_pretrained, path, "reward.path", dtype=torch.float32)
-    if model.config.vocab_size != policy.config.vocab_size or model.config.model_type != policy.config.model_type:
-        raise ConfigError("critic.init: the reward model is of another architecture or vocabulary than the policy")
+    for name in ("model_type", "vocab_size", "hidden_size"):
+        found, wanted = getattr(model.config, name), getattr(policy.config, name)
+        if found != wanted:
+            raise ConfigError(f"critic.init: the reward model's {name} is {found}, the policy's {wanted}")
     return model.eval()
 
 

@@ -24,8 +24,8 @@ def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
 
 def token_k3(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
     """mean_m (exp(−k1) − 1 + k1), in nats per token (`kl/token_k3`): never negative. [B, T] each → scalar."""
-    difference = k1(logprobs, ref_logprobs)
-    return masked_mean((-difference).exp() - 1 + difference, mask)
+    difference = k1(logprobs, ref_logprobs).double()  # in float32 small values would be rounding, of either sign
+    return masked_mean((-difference).expm1() + difference, mask).to(logprobs.dtype)
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:

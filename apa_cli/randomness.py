@@ -23,6 +23,7 @@ class Stream(IntEnum):
     minibatch_order = 6
     initialization = 7
     plan = 8
+    roll_in_cut = 9
 
 
 def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:

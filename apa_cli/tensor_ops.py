@@ -26,9 +26,13 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x − mean) / std over the true tokens; 0 outside the mask. x [B, T] → [B, T].
 
-    The deviation is floored at 1e-8, so a constant `x` gives zeros.
+    Computed in float64, the deviation at least 1e-8 and 1e-6 of the largest true |x|: a constant `x`, and one that
+    is constant but for rounding, gives zeros.
     """
-    centred = (x - masked_mean(x, mask)) / masked_variance(x, mask).sqrt().clamp(min=1e-8)
+    wide = x.double()
+    largest = float(wide.where(mask, wide.new_zeros(())).abs().max()) if x.numel() else 0.0
+    deviation = masked_variance(wide, mask).sqrt().clamp(min=max(1e-8, 1e-6 * largest))
+    centred = ((wide - masked_mean(wide, mask)) / deviation).to(x.dtype)
     return centred.where(mask, x.new_zeros(()))
 
 

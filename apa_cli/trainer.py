@@ -34,6 +34,7 @@ from apa_cli.rollout.sampler import LENGTH
 from apa_cli.rollout.statistics import rollout_statistics
 from apa_cli.run_directory import RunDirectory
 from apa_cli.settings import Config
+from apa_cli.tensor_ops import masked_mean
 from apa_cli.tracking import Tracker
 from apa_cli.types import Example, Prompt, Rollout, State, Tokens
 from apa_cli.update import Updater, microbatch_rows
@@ -111,6 +112,7 @@ class Trainer:
             rollout = rollout.with_(scores=torch.tensor(scores.values, dtype=torch.float32))
         with timed(seconds, "time/prepare_s"):
             rollout = self.completed(rollout)
+            gap = sampler_gap(rollout)
             penalties = self.penalties(rollout)
             charged = rollout if penalties is None else rollout.with_(scores=rollout.scores - penalties)
             batch, self.progress.algorithm = self.config.algo.prepare(charged, self.progress.algorithm)
@@ -125,6 +127,7 @@ class Trainer:
             "prompt/truncated_rate": cut,
             **batch.metrics,
             **updates,
+            **gap,
             **seconds,
             "throughput/samples_per_s": len(rollout.endings) / total,
             "throughput/tokens_per_s": tokens / total,
@@ -200,6 +203,10 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Evaluates, records the sample table, and keeps the best score so far."""
         begun = time.perf_counter()
+        if any(len(scores) != len(self.evaluator.prompts) for scores in self.progress.sft_scores.values()):
+            # Resumed with other held-out prompts: what was measured on the old ones compares with nothing.
+            self.progress.sft_scores = self.evaluator.replies(self.reference).scores
+            self.progress.best_reward = None
         metrics, rows, scores = self.evaluator.evaluate(self.model.policy, self.progress.sft_scores)
         self.progress.sft_scores = self.progress.sft_scores or scores
         where = {"iteration": self.progress.iteration, "samples": self.progress.samples}
@@ -288,6 +295,14 @@ class Trainer:
             f"everything is in {path}: model/ (the trained policy), curves.png, metrics.jsonl, samples.jsonl, "
             "checkpoints/"
         )
+
+
+def sampler_gap(rollout: Rollout) -> dict[str, float]:
+    """policy/sampler_gap, where the training forward's log-probs of the whole rollout are there anyway."""
+    if rollout.old_logprobs is None:
+        return {}
+    gap = (rollout.sampler_logprobs - rollout.old_logprobs).abs()
+    return {"policy/sampler_gap": float(masked_mean(gap, rollout.mask))}
 
 
 @contextmanager

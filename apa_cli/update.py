@@ -123,7 +123,7 @@ class Updater:
         """Gradients of the whole minibatch: each term is summed over microbatches and divided by its mask's count.
 
         Before the first step of an iteration the trained policy is the one that sampled, so the difference
-        of their log-probs is rounding: policy/sampler_gap.
+        of their log-probs is rounding: policy/sampler_gap, where the trainer has not measured it already.
         """
         counts = {name: max(int(mask.sum()), 1) for name, mask in minibatch.masks.items()}
         totals: dict[str, float] = {}
@@ -146,10 +146,12 @@ class Updater:
                 else:
                     part = float(masked_sum(metric.values, mask)) / counts[metric.mask]
                     totals[name] = totals.get(name, 0.0) + part
-            difference = (output.logprobs.detach() - micro.sampler_logprobs).masked_fill(~micro.mask, 0.0)
-            metrics.largest("policy/ratio_max", float(difference.max().exp()))
+            old = micro.sampler_logprobs if micro.old_logprobs is None else micro.old_logprobs
+            difference = (output.logprobs.detach() - old)[micro.mask]
+            if difference.numel():
+                metrics.largest("policy/ratio_max", float(difference.max().exp()))
             gap += float(difference.abs().sum())
-        if first:
+        if first and minibatch.old_logprobs is None:
             metrics.add("policy/sampler_gap", gap / max(int(minibatch.mask.sum()), 1))
         for name, value in totals.items():
             metrics.add(name, value)

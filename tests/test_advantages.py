@@ -147,3 +147,11 @@ def test_group_mean_refuses_a_prompt_with_a_single_response():
     mask = lengths_mask([1, 1, 1], 1)
     with pytest.raises(ValueError, match="two responses"):
         group_mean(torch.ones(3, 1), torch.tensor([0, 0, 1]), mask)
+
+
+def test_replies_of_equal_score_get_exactly_nothing():
+    # Five replies each to twelve prompts: unanimous, but over different prompts different; (5 · 0.1 − 0.1) / 4 ≠ 0.1.
+    scores = torch.tensor([0.1, 0.7, 1 / 3] * 4).repeat_interleave(5)
+    mask = torch.ones(60, 3, dtype=torch.bool)
+    advantages = group_mean(end_scores(scores, mask), torch.arange(12).repeat_interleave(5), mask)
+    assert advantages.abs().max() < 1e-15

@@ -45,6 +45,13 @@ def test_k3_is_never_negative_and_zero_only_where_the_policies_agree():
     assert k3[30] == 0  # the middle of the grid is k1 = 0
 
 
+def test_k3_of_small_differences_is_half_their_square():
+    # exp(−d) − 1 + d = d²/2 − d³/6 + …; the rounding of float32 alone would be 6e-8
+    for difference in (1e-3, 1e-4, -1e-4, 1e-5):
+        found = token_k3(torch.tensor([[difference]]), torch.zeros(1, 1), torch.tensor([[True]]))
+        assert float(found) == pytest.approx(difference**2 / 2 - difference**3 / 6, rel=1e-4)
+
+
 def test_exact_kl_by_hand():
     # p = (½, ¼, ¼), q = (¼, ¼, ½): ½ ln 2 + ¼ ln 1 + ¼ ln ½ = ¼ ln 2; from q to p the same; from p to p 0
     p, q = torch.tensor([2.0, 1.0, 1.0]).log(), torch.tensor([1.0, 1.0, 2.0]).log()

@@ -16,6 +16,7 @@ SHARED = ROOT.parent / "shared"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
 FILES = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, flags=re.S)
+PROMPTS = re.search(r"```json\n(.*?)```", README, flags=re.S)[1]
 HUB_MODEL = "nickypro/tinyllama-15M"
 
 SMALL = {
@@ -39,7 +40,7 @@ def sized(line: str) -> list[str]:
     words = [word.replace(HUB_MODEL, str(SHARED / "models" / "stories15m")) for word in shlex.split(line)]
     if words[0] not in ("apa-train", "apa-sft", "apa-reward") or any(flag in words for flag in FLAGS):
         return words
-    sizes = dict(SMALL_DATA)
+    sizes = {} if "dataset=jsonl" in words else dict(SMALL_DATA)
     if words[0] == "apa-train":
         given = [word.split("=")[0] for word in words]
         longer = 2 if "resume" in given else 1
@@ -67,6 +68,7 @@ def test_every_apa_command_runs_in_order(tmp_path):
         pytest.skip("the stories15m model is not on this machine")
     for name, text in FILES:
         (tmp_path / name).write_text(text)
+    (tmp_path / "my_prompts.jsonl").write_text(PROMPTS)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -124,3 +124,11 @@ def test_entropy_is_the_expected_negative_log_probability():
     logits = torch.randn(2, 3, 5)
     every = torch.stack([token_logprobs(logits, torch.full((2, 3), token)) for token in range(5)], dim=-1)
     close(token_entropy(logits), -(logits.softmax(-1) * every).sum(-1), rtol=2e-6)
+
+
+@pytest.mark.parametrize("value", [0.7, 0.1, -1e4, 0.0])
+def test_whitening_a_constant_gives_zeros_whatever_its_rounding(value):
+    x = torch.full((64, 32), value)
+    assert whiten(x, torch.ones_like(x, dtype=torch.bool)).abs().max() < 1e-6
+    noisy = x * (1 + 1e-7 * torch.randn(64, 32))
+    assert whiten(noisy, torch.ones_like(x, dtype=torch.bool)).abs().max() < 1

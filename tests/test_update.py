@@ -310,14 +310,14 @@ def test_microbatches_are_the_rows_by_length_shortest_first():
 
 
 def test_sampler_gap_is_rounding_when_the_sampler_is_the_policy():
-    metrics = gradients(ALGORITHMS["apa"], make_batch(tiny_model()))[1]
+    metrics = gradients(ALGORITHMS["apa"], make_batch(tiny_model()).with_(old_logprobs=None))[1]
     assert metrics["policy/sampler_gap"] < 1e-6
     assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("microbatch", [8, 1])
 def test_sampler_gap_is_the_mean_difference_and_ratio_max_the_largest_ratio_of_all_tokens(microbatch):
-    batch = make_batch(tiny_model())
+    batch = make_batch(tiny_model()).with_(old_logprobs=None)
     # 29 true tokens: log π_θ − log π_sampler is 0.5 on one of them, −0.25 on another
     sampler = batch.sampler_logprobs.clone()
     sampler[1, 2] -= 0.5
@@ -330,9 +330,19 @@ def test_sampler_gap_is_the_mean_difference_and_ratio_max_the_largest_ratio_of_a
 def test_sampler_gap_is_measured_before_the_first_step_only():
     model = tiny_model()
     run = updater(ALGORITHMS["apa"], model, settings=replace(OPTIMIZER, lr=0.1), minibatch=4, epochs=2)
-    metrics = run.update(make_batch(model), 1)
+    metrics = run.update(make_batch(model).with_(old_logprobs=None), 1)
     assert metrics["policy/sampler_gap"] < 1e-6
     assert metrics["policy/ratio_max"] > 1.1
+
+
+@pytest.mark.parametrize("microbatch", [8, 1])
+def test_ratio_max_is_of_true_tokens_and_against_the_log_probs_that_the_loss_divides_by(microbatch):
+    batch = make_batch(tiny_model())
+    # every ratio is e^−0.7, below the 1 that padding would give; the sampler's own log-probs are not looked at
+    batch = batch.with_(old_logprobs=batch.old_logprobs + 0.7, sampler_logprobs=batch.sampler_logprobs - 3)
+    metrics = gradients(ALGORITHMS["ppo"], batch, microbatch)[1]
+    assert metrics["policy/ratio_max"] == pytest.approx(math.exp(-0.7), rel=1e-5)
+    assert "policy/sampler_gap" not in metrics  # the trainer has it of the whole rollout
 
 
 def test_clip_fraction_is_over_all_true_tokens():

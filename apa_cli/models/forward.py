@@ -148,8 +148,14 @@ class TrainingModel(nn.Module):
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Lets the model recompute activations in the backward pass, where `recomputing` asks for it.
 
-    The pass is repeated under the adapter that was active the first time.
+    The pass is repeated under the adapter that was active the first time. Some blocks apply dropout themselves,
+    whatever mode their layers are in; it is set to 0.
     """
+    for block in model.modules():
+        if hasattr(block, "gradient_checkpointing"):
+            for name, value in vars(block).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(block, name, 0.0)
 
     def contexts() -> tuple[Any, Any]:
         return nullcontext(), adapter(model, active_adapter(model)) if layers(model) else nullcontext()

@@ -135,6 +135,10 @@ class WithoutAdapter:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
 
 @torch.no_grad()
 def merged_tensors(model: nn.Module, name: str = POLICY) -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def collect(
         draws = uniforms(seed, Stream.roll_in, iteration, places, settings.max_new_tokens)
         rolled = sample(models[plan.roll_in], tokenizer, prompt_tokens, draws, settings, end_tokens)
         for i, (place, number) in enumerate(places):
-            rng = generator(seed, Stream.plan, iteration, place, number)
+            rng = generator(seed, Stream.roll_in_cut, iteration, place, number)
             kept, tokens = rng.random() < plan.rollin_probability, rolled.tokens[i]
             if kept and len(tokens) >= 2:
                 cut = int(rng.integers(1, len(tokens)))

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from apa_cli.assembly import training_model
-from apa_cli.models.forward import TrainingModel, response_logprobs
+from apa_cli.models.forward import TrainingModel, checkpoint_activations, response_logprobs
 from apa_cli.models.loading import load_policy, load_tokenizer, save_model, train_top
 from apa_cli.models.lora import POLICY, WithoutAdapter, active_adapter, adapter, add_adapter, merged_tensors
 from apa_cli.settings import LoraSettings
@@ -197,6 +197,21 @@ def test_recomputed_activations_give_the_same_gradients(words, configured, tiny)
     assert found["true"].keys() == found["false"].keys()
     for name, gradient in found["false"].items():
         torch.testing.assert_close(found["true"][name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_blocks_that_apply_dropout_themselves_do_not_when_activations_are_recomputed():
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16,
+        max_position_embeddings=32, dropout=0.5,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    expected = response_logprobs(model, TOKENS, 1.0)
+    checkpoint_activations(model)
+    found = TrainingModel(model, {}, 1.0)(TOKENS).logprobs
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
