@@ -38,6 +38,8 @@ def commands() -> list[str]:
 def sized(line: str) -> list[str]:
     """The command's words with only sizes changed, and the hub model replaced by a local copy of it."""
     words = [word.replace(HUB_MODEL, str(SHARED / "models" / "stories15m")) for word in shlex.split(line)]
+    if words[0] == "apa-eval":
+        return [*words, "evaluation.prompts=4", "evaluate.best_of=[2]", "evaluate.best_of_prompts=2"]
     if words[0] not in ("apa-train", "apa-sft", "apa-reward") or any(flag in words for flag in FLAGS):
         return words
     sizes = {} if "dataset=jsonl" in words else dict(SMALL_DATA)
@@ -52,7 +54,9 @@ def sized(line: str) -> list[str]:
 
 def test_the_readme_has_commands_and_none_is_unknown():
     names = {shlex.split(line)[0] for line in commands()}
-    assert names == {"make", "pip", "apa-train", "apa-sft", "apa-reward", "apa-compare"}
+    assert names == {
+        "make", "pip", "apa-train", "apa-sft", "apa-reward", "apa-compare", "apa-eval", "apa-export", "apa-chat",
+    }  # fmt: skip
 
 
 def test_sizes_are_all_that_is_overridden():
@@ -79,7 +83,15 @@ def test_every_apa_command_runs_in_order(tmp_path):
     for line in commands():
         if not line.startswith("apa-"):
             continue
-        done = subprocess.run(sized(line), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            sized(line),
+            cwd=tmp_path,
+            env=environment,
+            input="hello\n/quit\n",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     runs = yaml.safe_load((tmp_path / "outputs" / "long" / "config.yaml").read_text())
     assert runs["name"] == "long"
