@@ -18,7 +18,7 @@ install: $(VENV)/installed ## create .venv and install apa-cli with everything i
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==$(TORCH)
-	$(BIN)/pip install --quiet -e '.[test,tensorboard,vader]' torch==$(TORCH)
+	$(BIN)/pip install --quiet -e '.[test,tensorboard,vader,quantization]' torch==$(TORCH)
 	touch $@
 
 train: install ## run the main job: APA on the embedded default (4 minutes the first time, then about one)

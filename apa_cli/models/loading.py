@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,12 @@ def load_policy(settings: ModelSettings, path: str, frozen_base: bool = False) -
     }
     if settings.quantization is not Quantization.none:
         options["quantization_config"] = quantization_config(settings)
-    return load_merged(AutoModelForCausalLM.from_pretrained, path, "model.path", **options).eval()
+    model = load_merged(AutoModelForCausalLM.from_pretrained, path, "model.path", **options).eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights for a CPU, in evaluation mode, into a form without gradients
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_merged(load: Any, path: str, key: str, **options: Any) -> PreTrainedModel:
@@ -202,13 +208,25 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     if layers(model):
         save_adapter(model, folder / "adapter", base=model.config._name_or_path)
-        model.save_pretrained(folder, state_dict=merged_tensors(model))
+        plain(model).save_pretrained(folder, state_dict=merged_tensors(model))
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if facts:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **facts}, indent=2) + "\n")
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or of a quantized one an empty model of the same kind that is not."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return model
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        empty = type(model)(config)
+    empty.generation_config = model.generation_config
+    return empty
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -142,16 +142,25 @@ class WithoutAdapter:
 
 @torch.no_grad()
 def merged_tensors(model: nn.Module, name: str = POLICY) -> dict[str, Tensor]:
-    """The model's tensors under the names they have without adapters, adapter `name` added to them."""
-    deltas = {}
-    for module_name, module in model.named_modules():
-        if hasattr(module, "lora_A") and name in module.lora_A:
-            deltas[module_name] = module.get_delta_weight(name)
+    """The model's tensors under the names they have without adapters, adapter `name` added to them.
+
+    Quantized weights are given as the numbers that they stand for.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    deltas = {
+        module_name: module.get_delta_weight(name)
+        for module_name, module in model.named_modules()
+        if hasattr(module, "lora_A") and name in module.lora_A
+    }
+    own = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
     merged = {}
     for key, value in model.state_dict().items():
-        if ".lora_" in key:
+        if ".lora_" in key or key not in own:  # what quantization keeps beside its weights is no tensor of the model
             continue
         module_name, _, last = key.rpartition(".")
+        if last == "weight" and not value.is_floating_point():
+            value = dequantize_module_weight(model.get_submodule(module_name))
         owner = module_name.removesuffix(".base_layer")
         if last == "weight" and owner in deltas:
             value = (value.float() + deltas[owner].float()).to(value.dtype)

@@ -5,13 +5,21 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from apa_cli.assembly import training_model
 from apa_cli.models.forward import TrainingModel, checkpoint_activations, response_logprobs
 from apa_cli.models.loading import load_policy, load_tokenizer, save_model, train_top
 from apa_cli.models.lora import POLICY, WithoutAdapter, active_adapter, adapter, add_adapter, merged_tensors
 from apa_cli.settings import LoraSettings
+from apa_cli.trained import load_trained
 from apa_cli.types import ConfigError, Tokens, UserError
 
 LORA = LoraSettings(rank=3, alpha=6.0, targets=None)
@@ -247,6 +255,34 @@ def test_a_lora_run_reports_the_kl_of_the_folder_that_it_leaves(run_train, recor
     assert sizes["policy.safetensors"] < (tiny / "model.safetensors").stat().st_size / 2  # the base is not in it
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_quantized_base_trains_and_the_folder_it_leaves_is_plain_and_the_same_function(
+    bits, tiny, configured, run_train, records, tmp_path
+):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    words = [f"model.path={tmp_path / 'base'}", "model.attention=eager"]
+    lora = ["lora=default", "lora.rank=3", "critic=adapter", f"model.quantization={bits}", "optimizer.lr=1e-2"]
+    directory = run_train(*words, *lora)
+    rows = records(directory / "metrics.jsonl")
+    assert abs(rows[0]["eval/kl_exact"]) < 1e-6 < rows[-1]["eval/kl_exact"]
+    assert "quantization_config" not in json.loads((directory / "model" / "config.json").read_text())
+    # The folder alone, in float32, against the policy that was trained: quantized activations are the difference.
+    checkpoint = directory / "checkpoints" / "iteration_000003"
+    quantized = load_trained(configured(*words, *lora, f"run={checkpoint}"), torch.device("cpu"))
+    expected, found = quantized(IDS).logits.float(), model_of(directory / "model")(IDS).logits
+    base = model_of(tmp_path / "base")(IDS).logits
+    assert (found - expected).abs().max() < 0.2 * (found - base).abs().max()
+
+
 # --- trainable top layers -----------------------------------------------------------------------------------
 
 
@@ -266,8 +302,6 @@ def test_only_the_top_is_trained(tiny):
 
 
 def test_a_tied_output_matrix_is_frozen_with_the_embeddings():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     config = LlamaConfig(
         vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=2, tie_word_embeddings=True,
