@@ -345,6 +345,19 @@ def test_ratio_max_is_of_true_tokens_and_against_the_log_probs_that_the_loss_div
     assert "policy/sampler_gap" not in metrics  # the trainer has it of the whole rollout
 
 
+@pytest.mark.parametrize("algorithm", ["apa", "ppo"])
+@pytest.mark.parametrize("microbatch", [8, 1])
+def test_ratio_max_is_the_largest_ratio_and_not_the_largest_difference(algorithm, microbatch):
+    batch = make_batch(tiny_model())
+    old = batch.old_logprobs.clone()
+    # ratios e^0.3 and e^−0.9: in size the second difference is the larger
+    old[1, 2] -= 0.3
+    old[7, 5] += 0.9
+    changed = {"ppo": {"old_logprobs": old}, "apa": {"old_logprobs": None, "sampler_logprobs": old}}[algorithm]
+    metrics = gradients(ALGORITHMS[algorithm], batch.with_(**changed), microbatch)[1]
+    assert metrics["policy/ratio_max"] == pytest.approx(math.exp(0.3), rel=1e-5)
+
+
 def test_clip_fraction_is_over_all_true_tokens():
     batch = make_batch(tiny_model())
     old = batch.old_logprobs.clone()
