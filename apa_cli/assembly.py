@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from apa_cli import checkpoint as checkpoints
 from apa_cli.console import Console
@@ -244,11 +244,23 @@ def critic_start(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
     path = getattr(config.reward, "path", None)
     if config.critic.kind is not CriticKind.separate or path is None:
         raise ConfigError("critic.init: reward needs critic.kind=separate and a reward that is a model")
-    model = load_merged(AutoModel.from_pretrained, path, "reward.path", dtype=torch.float32)
+    # With its head, whatever its size, because the names in an adapter are those of the whole model.
+    whole = load_merged(
+        AutoModelForSequenceClassification.from_pretrained,
+        path,
+        "reward.path",
+        dtype=torch.float32,
+        num_labels=1,
+        ignore_mismatched_sizes=True,
+    )
+    model = whole.base_model
     for name in ("model_type", "vocab_size", "hidden_size"):
         found, wanted = getattr(model.config, name), getattr(policy.config, name)
         if found != wanted:
             raise ConfigError(f"critic.init: the reward model's {name} is {found}, the policy's {wanted}")
+    own = load_tokenizer(replace(config.model, tokenizer=None), path)
+    if own.get_vocab() != load_tokenizer(config.model, config.model.path).get_vocab():
+        raise ConfigError("critic.init: the reward model's tokenizer is not the policy's")
     return model.eval()
 
 

@@ -63,7 +63,7 @@ def collect(
                 prefixes[i], prefix_logprobs[i] = tokens[:cut], rolled.logprobs[i][:cut]
     draws = uniforms(seed, stream, iteration, places, settings.max_new_tokens)
     starts = [tokens + prefix for tokens, prefix in zip(prompt_tokens, prefixes, strict=True)]
-    drawn = sample(models[plan.roll_out], tokenizer, starts, draws, settings, end_tokens)
+    drawn = sample(models[plan.roll_out], tokenizer, starts, draws, settings, end_tokens, prefixes)
     return assembled(tokenizer, prompts, prefixes, prefix_logprobs, drawn, settings)
 
 

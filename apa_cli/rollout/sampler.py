@@ -72,16 +72,21 @@ def sample(
     uniforms: np.ndarray,
     settings: SamplingSettings,
     end_tokens: frozenset[int],
+    prefixes: list[list[int]] | None = None,
 ) -> Sampled:
     """One response to each prompt (token ids), from uniforms [N, T]: response i's draws use row i, in order.
 
-    Prompts are sorted by length and drawn `settings.microbatch` at a time; the result does not depend on it.
+    `prefixes` are the tokens at the end of each prompt that belong to the response already; a stop string may begin
+    in them. Prompts are sorted by length and drawn `settings.microbatch` at a time; the result does not depend on it.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: dict[int, tuple[list[int], list[float], str]] = {}
     for start in range(0, len(order), settings.microbatch):
         chunk = order[start : start + settings.microbatch]
-        drawn = _sample_chunk(model, tokenizer, [prompts[i] for i in chunk], uniforms[chunk], settings, end_tokens)
+        begun = [prefixes[i] if prefixes else [] for i in chunk]
+        drawn = _sample_chunk(
+            model, tokenizer, [prompts[i] for i in chunk], begun, uniforms[chunk], settings, end_tokens
+        )
         results.update(zip(chunk, drawn, strict=True))
     rows = [results[i] for i in range(len(prompts))]
     return Sampled([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
@@ -91,6 +96,7 @@ def _sample_chunk(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    begun: list[list[int]],
     uniforms: np.ndarray,
     settings: SamplingSettings,
     end_tokens: frozenset[int],
@@ -124,7 +130,7 @@ def _sample_chunk(
         for i, token_id in enumerate(token.tolist()):
             if i in running:
                 grown[i].append(token_id)
-                if ended[i] or stops.completed(grown[i]):
+                if ended[i] or stops.completed(begun[i] + grown[i]):
                     endings[i] = EOS if ended[i] else STOP
                     running.discard(i)
         if not running:

@@ -221,7 +221,6 @@ def test_a_sequence_of_one_token_has_no_prefix(both, words, prompts, limit):
     assert torch.equal(rollout.response_ids, without.response_ids) is (limit == 1)
 
 
-@pytest.mark.xfail(strict=True, reason="a stop string is looked for in the completion alone")
 def test_a_stop_string_that_begins_in_the_prefix_ends_the_response(both, words):
     """With `e f` a stop string: 4, the last token of a prefix, and 5, the first one that completes it."""
     prompts = [Prompt("", [1 + place % 9], place, 0, {}) for place in range(200)]
