@@ -63,6 +63,9 @@ def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Exam
         )
     if not train or not held_out:
         raise UserError(f"dataset: {len(train)} rows to train on and {len(held_out)} held out; both are needed")
+    columns = sorted({name for example in train for name in example.columns})
+    further = f"; further columns: {', '.join(columns)}" if columns else ""
+    say(f"dataset: {len(train)} rows to train on, {len(held_out)} held out{further}")
     return train, held_out
 
 

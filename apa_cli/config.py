@@ -287,7 +287,9 @@ def unknown_key(key: str, cfg: DictConfig, near: list[str] | None = None) -> str
         return f"{LAMBDA}: the algorithm of this run has none"
     keys = [k for k in [*(near or []), *_keys(cfg)] if k != key]
     same_end = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    close = same_end or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    same_section = [k for k in keys if "." in key and k.rpartition(".")[0] == key.rpartition(".")[0]]
+    within = difflib.get_close_matches(key, same_section, n=1, cutoff=0.85)
+    close = within or same_end or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not close:
         ends = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
         found = difflib.get_close_matches(key.rsplit(".", 1)[-1], ends, n=1, cutoff=0.6)
@@ -463,7 +465,7 @@ def command(name: str, task: Callable[[Config], None], takes: tuple[str, ...] = 
     try:
         args = get_args_parser().parse_args()
         if args.help:
-            print_help(name, config_dir())
+            print_help(name, config_dir(), args.overrides)
             return
         jobs = []
         if not (args.hydra_help or args.info or args.shell_completion):
@@ -500,12 +502,21 @@ def _checked_jobs(
 
 
 def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
-    def job(cfg: DictConfig) -> None:
-        task(build(cfg, extra_dir))
+    failed: list[UserError] = []
 
-    # Hydra then hands exceptions on to `command` instead of printing its own account of them.
+    def job(cfg: DictConfig) -> None:
+        if failed:  # of a sweep the jobs after one that failed are not begun
+            return
+        try:
+            task(build(cfg, extra_dir))
+        except UserError as error:  # Hydra would print all the job's words over its one line
+            failed.append(error)
+
+    # Hydra then hands other exceptions on instead of printing its own account of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     hydra.main(config_path=str(config_dir()), config_name="config", version_base=VERSION_BASE)(job)()
+    if failed:
+        raise failed[0]
 
 
 def run_directory() -> Path:

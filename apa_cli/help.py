@@ -22,7 +22,7 @@ EXAMPLES = {
         "apa-train -m algo=apa lambda=0.03,0.1,0.3,1    a sweep: one run for each value",
         "apa-train model=local model.path=FOLDER reward=function reward.target=my_file.py:my_function",
         "apa-train plan=true                            say what would run, and stop",
-        "apa-train resume=outputs/NAME                  continue a run",
+        "apa-train resume=outputs/NAME                  continue a run; give the words it was started with too",
     ],
     "apa-sft": ["apa-sft sft.epochs=3", "apa-sft model=local model.path=FOLDER name=my_sft"],
     "apa-reward": [
@@ -70,18 +70,22 @@ def described_keys(yaml: str) -> list[tuple[str, str, str]]:
     return rows
 
 
-def print_help(command: str, conf: Path) -> None:
-    """Usage, examples, groups with their options, and every key with its comment and default."""
+def print_help(command: str, conf: Path, words: list[str]) -> None:
+    """Usage, examples, groups with their options, and every key of those chosen with its comment and value.
+
+    `words` such as dataset=jsonl choose.
+    """
     print(f"{command} {COMMANDS[command]}.\n\nUsage: {command} [group=option | key=value] … [flags]\n\nExamples:")
     print("\n".join(f"  {line}" for line in EXAMPLES[command]))
-    print(f"\nFlags:\n{FLAGS}\n\nGroups (conf/GROUP/OPTION.yaml; the default has a star):")
+    print(f"\nFlags:\n{FLAGS}\n\nGroups (conf/GROUP/OPTION.yaml; the one whose keys follow has a star):")
     main = (conf / "config.yaml").read_text()
     chosen = dict(re.findall(r"^  - (\w+): (\w+)$", main, flags=re.M))
+    chosen |= {key: value for key, _, value in (word.partition("=") for word in words) if key in chosen}
     for group, default in chosen.items():
         options = sorted(str(f.relative_to(conf / group).with_suffix("")) for f in (conf / group).rglob("*.yaml"))
         marked = [f"{option}*" if option == default else option for option in options]
         print(f"  {group + '=':15s}{', '.join(marked)}")
-    print("\nKeys (key=value; those of a group as group.key=value):")
+    print(f"\nKeys (key=value; for those of another option: {command} --help dataset=jsonl):")
     _print_keys("", main.split("\nhydra:")[0])
     for group, default in chosen.items():
         file = conf / group / f"{default}.yaml"

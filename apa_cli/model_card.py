@@ -151,7 +151,9 @@ def held_out_result(run: Run, iteration: int) -> str:
         for key, words in {**RESULTS, **further}.items()
         if key in after
     ]
-    when = f"After iteration {after['iteration']}, on {run.config['evaluation']['prompts']} held-out prompts"
+    with (run.directory / "samples.jsonl").open(encoding="utf-8") as lines:
+        prompts = sum(json.loads(line)["iteration"] == after["iteration"] for line in lines)
+    when = f"After iteration {after['iteration']}, on {prompts} held-out prompts"
     interval = after.get("eval/reward_ci")
     ends = "." if interval is None else f"; the score's 95 % interval is ± {interval:.3g}."
     return f"{when}{ends}\n\n" + table(("", "SFT model", "this model"), rows)

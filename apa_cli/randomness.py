@@ -24,6 +24,7 @@ class Stream(IntEnum):
     initialization = 7
     plan = 8
     roll_in_cut = 9
+    held_out = 10
 
 
 def generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:

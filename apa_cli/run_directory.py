@@ -69,8 +69,10 @@ class RunDirectory:
     def release(self) -> None:
         """Gives the directory's name back after a run that failed before it recorded anything."""
         if not self.metrics.exists():
-            for name in ("config.yaml", "environment.json"):
+            for name in ("config.yaml", "environment.json", "run.log"):
                 (self.path / name).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def record(self, file: Path, rows: list[dict[str, Any]]) -> None:
         with file.open("a") as handle:

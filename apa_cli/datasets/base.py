@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from enum import Enum
 
-from apa_cli.randomness import Stream, permutation
+from apa_cli.randomness import Stream, generator, permutation
 from apa_cli.types import Example
 
 
@@ -41,6 +41,15 @@ class Dataset(ABC):
     def describe(self, prompts: list[str], responses: list[str]) -> dict[str, float]:
         """Further numbers about replies to prompts of this data set, logged as eval/NAME; default: none."""
         return {}
+
+
+def is_held_out(number: int, every: int) -> bool:
+    """Whether the `number`-th of a file's distinct prompts (counted from 1) is held out: one in each `every`.
+
+    Which one is drawn by key, so that what comes in turns in a file does not end up on one side.
+    """
+    stretch, place = divmod(number - 1, every)
+    return place == int(generator(0, Stream.held_out, stretch).integers(every))
 
 
 def positions(start: int, count: int, size: int, seed: int) -> list[int]:

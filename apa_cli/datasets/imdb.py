@@ -19,7 +19,7 @@ class IMDB(Dataset):
     """The first `prompt_words` words of a review are the prompt, the rest is the chosen continuation.
 
     The rows of the hub are sorted by label, so each split gets an order keyed by `data_seed`. Where there is no test
-    split, every `held_out_every`-th distinct review is held out of the train split.
+    split, one distinct review in each `held_out_every` is held out of the train split.
     """
 
     path: str

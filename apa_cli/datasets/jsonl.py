@@ -24,7 +24,7 @@ class JSONLines(Dataset):
     replies; a last message of the assistant's is the chosen reply. Further fields are columns for reward functions.
 
     Plain texts are kept as they are. A dialogue's prompt is its text in HH's form, and its replies get a space in
-    front. Without a file of held-out rows, every `held_out_every`-th distinct prompt is held out with all its rows.
+    front. Without a file of held-out rows, one distinct prompt in each `held_out_every` is held out with all its rows.
     """
 
     path: str

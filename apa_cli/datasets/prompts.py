@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from apa_cli.datasets.base import Dataset
+from apa_cli.datasets.base import Dataset, is_held_out
 from apa_cli.types import Example, Range, UserError
 
 
 @dataclass(frozen=True)
 class PromptFile(Dataset):
-    """Every `held_out_every`-th distinct line is held out, the others are trained on; blank lines are skipped."""
+    """One distinct line in each `held_out_every` is held out, the others are trained on; blank lines are skipped."""
 
     path: str
     held_out_every: Annotated[int, Range(2)]
@@ -35,5 +35,5 @@ class PromptFile(Dataset):
         return [
             Example(f"{self.prefix}{text}{self.suffix}", None, None, {})
             for number, text in enumerate(texts, start=1)
-            if (number % self.held_out_every == 0) == held_out
+            if is_held_out(number, self.held_out_every) == held_out
         ]

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from apa_cli.datasets.base import is_held_out
 from apa_cli.types import Example, Examples, UserError
 
 Row = dict[str, Any]
@@ -116,11 +117,11 @@ def text(row: Row, column: str) -> str:
 
 
 def share(rows: Iterable[Item], key: Callable[[Item], Hashable], every: int, held_out: bool) -> Iterator[Item]:
-    """The rows whose key is the `every`-th, 2·`every`-th, … distinct one where `held_out`, else all others."""
+    """The rows whose key is held out (see `is_held_out`) where `held_out`, else all others."""
     numbers: dict[Hashable, int] = {}
     for row in rows:
         number = numbers.setdefault(key(row), len(numbers) + 1)
-        if (number % every == 0) == held_out:
+        if is_held_out(number, every) == held_out:
             yield row
 
 

@@ -47,7 +47,7 @@ class StackExchange(Dataset):
     """Pairs of answers, stored as such (lvwerra/stack-exchange-paired) or made of each question's answers
     (HuggingFaceH4/stack-exchange-preferences). The prompt's form is StackLLaMA's.
 
-    Of the train split, which is the only one read, every `held_out_every`-th distinct question is held out with all
+    Of the train split, which is the only one read, one distinct question in each `held_out_every` is held out with all
     its pairs. The first rows of each kind are taken as they are stored; then they are put into an order keyed by
     `data_seed`, in which one pair of every question comes before a second of any.
     """

@@ -13,7 +13,7 @@ LAMBDA_MEANING = {"apa": "temperature and pull", "awr": "step size", "ppo": "pri
 """What λ is, per algorithm. The same number means different things: never line algorithms up by it."""
 
 NOT_RESULTS = (
-    "name", "seed", "resume", "plan", "hydra", "launch", "tracking", "checkpoint", "checkpoint_every",
+    "name", "seed", "resume", "plan", "hydra", "launch", "tracking", "checkpoint", "checkpoint_every", "eval_every",
     "microbatch", "stages.cache_dir", "evaluation.shown", "run", "evaluate", "export", "chat",
 )  # fmt: skip
 """Keys of a configuration that do not change a run's numbers, or that runs of one group may differ in."""

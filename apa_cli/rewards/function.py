@@ -30,10 +30,15 @@ class FunctionReward(Reward):
     def load(self, device: str, dtype: str) -> Score:
         function = imported(self.target)
         parameters = inspect.signature(function).parameters
+        optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        required = [name for name, p in list(parameters.items())[2:] if p.default is p.empty and p.kind not in optional]
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             names = {name for row in columns for name in row}
+            if lacking := [name for name in required if name not in names]:
+                has = f"has {', '.join(sorted(names))}" if names else "has no further ones"
+                raise UserError(f"reward: {self.target} takes {', '.join(lacking)}; the data set {has}")
             wanted = {name for name in names if takes_all or name in parameters}
             table = {name: [row.get(name) for row in columns] for name in sorted(wanted)}
             try:

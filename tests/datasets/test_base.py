@@ -2,7 +2,7 @@
 
 import pytest
 
-from apa_cli.datasets.base import PromptForm, positions
+from apa_cli.datasets.base import PromptForm, is_held_out, positions
 from apa_cli.datasets.prompts import PromptFile
 
 
@@ -30,3 +30,12 @@ def test_a_stretch_longer_than_the_data_goes_round():
 
 def test_prompts_are_formatted_as_suits_the_model_unless_the_data_set_says_otherwise():
     assert PromptFile("x", 2, "", "", []).prompt_form is PromptForm.auto
+
+
+@pytest.mark.parametrize("every", [2, 4, 10])
+def test_one_prompt_of_each_stretch_is_held_out_at_a_place_that_changes(every):
+    places = [[is_held_out(stretch * every + i + 1, every) for i in range(every)] for stretch in range(400)]
+    assert all(sum(stretch) == 1 for stretch in places)
+    counts = [sum(stretch[i] for stretch in places) for i in range(every)]
+    # binomial with mean 400 / every: within four deviations
+    assert all(abs(count - 400 / every) < 4 * (400 / every) ** 0.5 for count in counts)

@@ -52,12 +52,12 @@ def test_the_test_split_is_used_where_there_is_one(write, tmp_path):
     assert sorted(numbers(data.load("train"))) == [1, 2] and sorted(numbers(data.load("test"))) == [3, 4, 5]
 
 
-def test_else_every_third_distinct_review_is_held_out(write, tmp_path):
+def test_else_one_in_three_distinct_reviews_is_held_out(write, tmp_path):
     write("train.jsonl", [review(number) for number in (1, 2, 1, 3, 4, 3, 5, 6, 7)])
-    # distinct: 1 2 3 4 5 6 7; the third and the sixth are 3 and 6
+    # distinct: 1 2 3 | 4 5 6 | 7; of each whole stretch one is held out, by key: the second, and the sixth
     data = dataset(tmp_path, held_out_every=3)
-    assert sorted(numbers(data.load("test"))) == [3, 3, 6]
-    assert sorted(numbers(data.load("train"))) == [1, 1, 2, 4, 5, 7]
+    assert sorted(numbers(data.load("test"))) == [2, 6]
+    assert sorted(numbers(data.load("train"))) == [1, 1, 3, 3, 4, 5, 7]
 
 
 def test_rows_sorted_by_label_are_mixed_and_a_first_part_is_of_the_same_order(write, tmp_path):

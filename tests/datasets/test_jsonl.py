@@ -116,11 +116,11 @@ def test_long_values_are_cut_in_messages(write, refused):
     assert len(refused(lambda: dataset(file).load("train"))) < len(str(file)) + 150
 
 
-def test_every_third_distinct_prompt_is_held_out_with_all_its_rows(write):
+def test_one_in_three_distinct_prompts_is_held_out_with_all_its_rows(write):
     data = dataset(write("mine.jsonl.gz", [*rows(*"abacdced"), "", {"prompt": "f"}]), held_out_every=3)
-    # distinct: a b c d e f; the third and the sixth are c and f
-    assert prompts(data, "test") == ["c", "c", "f"]
-    assert prompts(data, "train") == ["a", "b", "a", "d", "e", "d"]
+    # distinct: a b c | d e f; of each stretch one is held out, by key: the second, and the sixth
+    assert prompts(data, "test") == ["b", "f"]
+    assert prompts(data, "train") == ["a", "a", "c", "d", "c", "e", "d"]
 
 
 def test_a_folder_with_both_files_or_one(write, tmp_path):

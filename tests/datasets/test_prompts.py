@@ -2,6 +2,7 @@
 
 import pytest
 
+from apa_cli.datasets.base import is_held_out
 from apa_cli.datasets.prompts import PromptFile
 from apa_cli.types import UserError
 
@@ -15,11 +16,11 @@ def texts(data, split):
     return [example.prompt for example in data.load(split)]
 
 
-def test_every_third_distinct_line_is_held_out_and_blank_ones_are_skipped(tmp_path):
+def test_one_in_three_distinct_lines_is_held_out_and_blank_ones_are_skipped(tmp_path):
     data = dataset(tmp_path, "a\n\nb\n  \nc\na\nd\nb\ne\nf\ng\n")
-    # distinct: a b c d e f g; the 3rd and 6th are held out
-    assert texts(data, "test") == ["c", "f"]
-    assert texts(data, "train") == ["a", "b", "d", "e", "g"]
+    # distinct: a b c | d e f | g; of each whole stretch one is held out, by key: the second, and the sixth
+    assert texts(data, "test") == ["b", "f"]
+    assert texts(data, "train") == ["a", "c", "d", "e", "g"]
 
 
 def test_prompts_only_with_words_around_them(tmp_path):
@@ -59,4 +60,5 @@ def test_a_run_trains_on_them(tmp_path, run_train, records):
         "iterations=1", "checkpoint_every=0", "~dataset.train_prompts", "~dataset.test_prompts",
     )  # fmt: skip
     prompts = [row["prompt"] for row in records(run / "samples.jsonl") if row["iteration"] == 0]
-    assert prompts == [f"How long does tea number {i} take? Answer:" for i in (4, 9, 14, 19)]
+    held_out = [i for i in range(20) if is_held_out(i + 1, 5)]
+    assert prompts == [f"How long does tea number {i} take? Answer:" for i in held_out] and len(held_out) == 4
