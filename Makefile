@@ -24,8 +24,8 @@ $(VENV)/installed: pyproject.toml
 train: install ## run the main job: APA on the embedded default (4 minutes the first time, then about one)
 	$(BIN)/apa-train $(ARGS)
 
-test: install ## the quick tests
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: install ## the quick tests, one process per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)

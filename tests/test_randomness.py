@@ -22,6 +22,8 @@ def test_streams_keep_their_numbers():
         "minibatch_order": 6,
         "initialization": 7,
         "plan": 8,
+        "roll_in_cut": 9,
+        "held_out": 10,
     }
 
 

@@ -111,7 +111,7 @@ def test_other_words_are_refused_with_their_old_and_new_values(copied, resume):
     with pytest.raises(ConfigError) as error:
         resume("seed=5", "optimizer.lr=0.5")
     message = str(error.value)
-    assert "seed: 0 → 5" in message and "optimizer.lr: 1e-05 → 0.5" in message
+    assert "seed: 0 → 5" in message and "optimizer.lr: 0.0003 → 0.5" in message
     assert "\n" not in message and error.value.status == 2
     assert (copied / "metrics.jsonl").read_text() == before
 
