@@ -14,18 +14,21 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from apa_cli import checkpoint as checkpoints
 from apa_cli.console import Console
 from apa_cli.evaluation import MAIN, Evaluator
+from apa_cli.memory import Halving
 from apa_cli.models.critic import Critic, build_critic
 from apa_cli.models.forward import TrainingModel, checkpoint_activations
 from apa_cli.models.loading import TORCH_DTYPES, end_tokens, load_merged, load_policy, load_tokenizer, train_top
 from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
 from apa_cli.models.prompting import PromptFormat
+from apa_cli.models.sharding import replicated, sharded, sharded_reference, trunks
 from apa_cli.plan import run_plan
+from apa_cli.processes import ALONE, World, use_gpu
 from apa_cli.randomness import Stream, torch_seed
 from apa_cli.rewards.base import CheckedScore, checked
 from apa_cli.run_directory import RunDirectory
-from apa_cli.settings import Config, CriticInit, CriticKind, Device, LaunchSettings, Quantization
+from apa_cli.settings import Config, CriticInit, CriticKind, LaunchSettings, Quantization, Strategy
 from apa_cli.stages.cache import resolved, reward_model
-from apa_cli.tracking import make_tracker
+from apa_cli.tracking import Tracker, make_tracker
 from apa_cli.trainer import Trainer, frozen_copy
 from apa_cli.types import ConfigError, Example, UserError
 from apa_cli.update import Updater, build_optimizer
@@ -34,14 +37,11 @@ ADAPTER_NUMBER = 1000
 """What keys the first weights of the policy's adapter; critics count from 0."""
 
 
-def launch(settings: LaunchSettings) -> torch.device:
+def launch(settings: LaunchSettings, world: World = ALONE) -> torch.device:
     """The device to compute on, CPU threads set."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if settings.device is Device.cuda and not torch.cuda.is_available():
-        raise UserError("launch.device: cuda was asked for, and PyTorch sees no GPU")
-    use_gpu = settings.device is Device.cuda or (settings.device is Device.auto and torch.cuda.is_available())
-    return torch.device("cuda" if use_gpu else "cpu")
+    return torch.device("cuda", world.local_rank) if use_gpu(settings) else torch.device("cpu")
 
 
 def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Example], list[Example]]:
@@ -84,14 +84,18 @@ def stage_progress(console: Console, name: str) -> Callable[[int, int, float], N
     return progress
 
 
-def build_trainer(config: Config, path: Path, group: str | None, resume: Path | None, console: Console) -> Trainer:
+def build_trainer(
+    config: Config, path: Path, group: str | None, resume: Path | None, console: Console, world: World = ALONE
+) -> Trainer:
     """Everything that `Trainer` needs, in `path`; with `resume`, as that checkpoint left it."""
-    device = launch(config.launch)
+    device = launch(config.launch, world)
+    sharding = world.size > 1 and config.launch.strategy is Strategy.fsdp
     train, held_out = load_examples(config, console.say)
     as_given, directory = config, RunDirectory(path)
-    config = resolved(config, train, held_out, device, console.say, stage_progress(console, "stage"))
-    config = with_further_rewards(config, train, held_out, device, console)
-    for line in run_plan(config):
+    with world.main_first():
+        config = resolved(config, train, held_out, device, console.say, stage_progress(console, "stage"))
+        config = with_further_rewards(config, train, held_out, device, console)
+    for line in run_plan(config, world.size):
         console.say(line)
     if config.sampling.top_k or config.sampling.top_p < 1:
         console.warn(
@@ -108,28 +112,41 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
     model.to(device)
     score = load_reward(config, device)
     ends = end_tokens(policy, tokenizer)
+    refreshed = config.reference.refresh_every > 0
+    moving = frozen_copy(policy, TORCH_DTYPES[config.model.dtype]) if refreshed else None
+    sampler, trained = policy, model
+    if sharding:
+        sampler = frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
+        reference = WithoutAdapter(sampler) if config.lora.rank else sharded_reference(reference, config.launch.frozen)
+        trained = sharded(model, trunks(model))
+    elif world.size > 1:
+        trained = replicated(model, device)
+    microbatch, sampling_batch = halvings(config, console, sharding)
     updater = Updater(
-        config.algo, model, build_optimizer(model, config.optimizer), config.run, config.optimizer,
-        config.model.dtype, device,
+        config.algo, trained, build_optimizer(model, config.optimizer), config.run, config.optimizer,
+        config.model.dtype, device, microbatch, world,
     )  # fmt: skip
-    evaluator = build_evaluator(config, held_out, form, reference, ends, score, device)
+    evaluator = build_evaluator(
+        config, held_out, form, reference, ends, score, device, microbatch, sampling_batch, world
+    )
     wandb_id, loaded_state = None, None
     if resume is not None:
         loaded_state = checkpoints.load(resume)
         wandb_id = loaded_state[1]["wandb_id"]
-    tracking = config.tracking
-    tracker = make_tracker(
-        tracking.kind.value, tracking.project, tracking.mode.value, path, path.name, tracking.group or group,
-        as_given.raw, wandb_id, console.say,
-    )  # fmt: skip
-    directory.write_environment(
-        device=str(device),
-        gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
-        threads=torch.get_num_threads(),
-        policy=config.model.path,
-        reward=getattr(config.reward, "path", None),
-    )
-    refreshed = config.reference.refresh_every > 0
+    tracking, tracker = config.tracking, Tracker()
+    if world.is_main:
+        tracker = make_tracker(
+            tracking.kind.value, tracking.project, tracking.mode.value, path, path.name, tracking.group or group,
+            as_given.raw, wandb_id, console.say,
+        )  # fmt: skip
+        directory.write_environment(
+            device=str(device),
+            gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
+            processes=world.size,
+            threads=torch.get_num_threads(),
+            policy=config.model.path,
+            reward=getattr(config.reward, "path", None),
+        )
     trainer = Trainer(
         config=config,
         directory=directory,
@@ -145,11 +162,26 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
         updater=updater,
         evaluator=evaluator,
         device=device,
-        moving_reference=frozen_copy(policy, TORCH_DTYPES[config.model.dtype]) if refreshed else None,
+        sampler=sampler,
+        sampling_batch=sampling_batch,
+        world=world,
+        moving_reference=moving,
     )
     if loaded_state is not None:
         trainer.load_checkpoint(*loaded_state)
     return trainer
+
+
+def halvings(config: Config, console: Console, fixed: bool) -> tuple[Halving, Halving]:
+    """`microbatch` and `sampling.microbatch`, which are halved where memory runs out.
+
+    With weights spread over the processes the former is not: the others wait amid a pass for the one that failed.
+    """
+    size = config.run.microbatch
+    return (
+        Halving("microbatch", size, size if fixed else 1, console.warn),
+        Halving("sampling.microbatch", config.sampling.microbatch, 1, console.warn),
+    )
 
 
 def with_further_rewards(
@@ -177,6 +209,9 @@ def build_evaluator(
     ends: frozenset[int],
     score: CheckedScore,
     device: torch.device,
+    microbatch: Halving,
+    sampling_batch: Halving,
+    world: World = ALONE,
 ) -> Evaluator:
     """The evaluation on the first `evaluation.prompts` held-out prompts."""
     fixed, longest = held_out[: config.evaluation.prompts], config.sampling.max_prompt_tokens
@@ -191,8 +226,10 @@ def build_evaluator(
         sampling=config.sampling,
         end_tokens=ends,
         eval_seed=config.run.eval_seed,
-        microbatch=config.run.microbatch,
+        sampling_batch=sampling_batch,
+        microbatch=microbatch,
         dtype=config.model.dtype,
+        world=world,
     )
 
 

@@ -16,6 +16,7 @@ from apa_cli import checkpoint as checkpoints
 from apa_cli.assembly import (
     build_evaluator,
     check_lengths,
+    halvings,
     launch,
     load_examples,
     load_reward,
@@ -92,6 +93,7 @@ def evaluated(config: Config, console: Console) -> dict[str, Any]:
     evaluator = build_evaluator(
         config, held_out, PromptFormat(tokenizer, config.dataset.prompt_form), reference,
         end_tokens(policy, tokenizer), load_reward(config, device), device,
+        *halvings(config, console, fixed=False),
     )  # fmt: skip
     console.say(f"{len(evaluator.prompts)} held-out prompts, eval_seed {config.run.eval_seed}")
     mine = evaluator.replies(policy)

@@ -14,52 +14,62 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from apa_cli.models.sharding import placed_like, storage, whole
 from apa_cli.types import UserError
 
 NAME = "iteration_{:06d}"
 PATTERN = re.compile(r"iteration_(\d{6})$")
 
 
-def module_tensors(module: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; of tensors that share memory only the first name.
+def own_tensors(module: nn.Module, trained_only: bool) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, sharded ones as they are; of tied ones only the first name.
 
     With `trained_only` without the parameters that are frozen: they are as they were loaded.
     """
-    frozen = {p.data_ptr() for p in module.parameters() if not p.requires_grad} if trained_only else set()
+    frozen = {storage(p) for p in module.parameters() if not p.requires_grad} if trained_only else set()
     seen: set[int] = set()
     kept = {}
-    for name, tensor in module.state_dict().items():
-        if tensor.data_ptr() in frozen:
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if storage(tensor) in frozen:
             continue
-        if tensor.data_ptr() not in seen or tensor.numel() == 0:
-            seen.add(tensor.data_ptr())
-            kept[name] = tensor.detach().contiguous()
+        if storage(tensor) not in seen or tensor.numel() == 0:
+            seen.add(storage(tensor))
+            kept[name] = tensor.detach()
     return kept
+
+
+def module_tensors(module: nn.Module, trained_only: bool = False) -> dict[str, Tensor]:
+    """The same, each whole: where they are sharded, all processes must call this."""
+    return {name: whole(tensor).contiguous() for name, tensor in own_tensors(module, trained_only).items()}
 
 
 def load_module(module: nn.Module, tensors: dict[str, Tensor], trained_only: bool = False) -> None:
     """Copies saved tensors into a module of the same shape. UserError where the names differ."""
-    own = module_tensors(module, trained_only)
+    own = own_tensors(module, trained_only)
     if own.keys() != tensors.keys():
         raise UserError(
             f"resume: the checkpoint's tensors differ from the model's: {sorted(own.keys() ^ tensors.keys())[:3]}"
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(placed_like(tensors[name], tensor))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of the optimizer's state as `index.name`."""
+    """Every tensor of the optimizer's state as `index.name`, whole."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value.contiguous() for index, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{index}.{name}": whole(value).contiguous() for index, entry in state.items() for name, value in entry.items()
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        like = parameters[int(index)]
+        state.setdefault(int(index), {})[name] = placed_like(value, like) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.kl import exact_kl
+from apa_cli.memory import Halving
 from apa_cli.models.forward import compute_precision, response_logits, sequences, widened
 from apa_cli.models.lora import WithoutAdapter
+from apa_cli.processes import ALONE, World
 from apa_cli.randomness import Stream
 from apa_cli.rewards.base import CheckedScore
-from apa_cli.rollout.collect import collect
+from apa_cli.rollout.collect import collect, concatenated
+from apa_cli.rollout.collect import widened as widened_columns
 from apa_cli.rollout.statistics import mean_interval, response_statistics
 from apa_cli.settings import DType, SamplingSettings
 from apa_cli.tensor_ops import masked_mean, token_entropy
@@ -53,8 +56,10 @@ class Evaluator:
     sampling: SamplingSettings
     end_tokens: frozenset[int]
     eval_seed: int
-    microbatch: int
+    sampling_batch: Halving
+    microbatch: Halving
     dtype: DType
+    world: World = ALONE
 
     def evaluate(
         self, policy: PreTrainedModel, sft_scores: Mapping[str, list[float]]
@@ -79,14 +84,35 @@ class Evaluator:
     @torch.no_grad()
     def replies(self, policy: PreTrainedModel) -> Replies:
         """A model's replies to the prompts, scored by every reward and measured against the reference."""
-        with compute_precision(policy.device, self.dtype):
-            rollout = collect(
-                {"policy": policy}, self.tokenizer, self.prompts, self.sampling, self.end_tokens,
-                self.eval_seed, Stream.evaluation, iteration=0,
-            )  # fmt: skip
-            kl, entropy = self.exact(policy, rollout)
+        own = [self.prompts[i] for i in self.world.share(len(self.prompts))]
+
+        def drawn(microbatch: int) -> Rollout:
+            with compute_precision(policy.device, self.dtype):
+                return collect(
+                    {"policy": policy}, self.tokenizer, own, replace(self.sampling, microbatch=microbatch),
+                    self.end_tokens, self.eval_seed, Stream.evaluation, iteration=0,
+                )  # fmt: skip
+
+        rollout = self.sampling_batch.run(drawn)
+        kl, entropy = self.microbatch.run(lambda size: self.exact(policy, rollout, size))
         texts = (rollout.prompts, rollout.responses, rollout.columns)
-        return Replies(rollout, {name: score(*texts).values for name, score in self.scores.items()}, kl, entropy)
+        return self.gathered(
+            Replies(rollout, {name: score(*texts).values for name, score in self.scores.items()}, kl, entropy)
+        )
+
+    def gathered(self, own: Replies) -> Replies:
+        """The replies of all processes, on each of them."""
+        if self.world.size == 1:
+            return own
+        parts, count = self.world.gather(own), len(self.prompts)
+        rollout = concatenated([part.rollout for part in parts], self.tokenizer.pad_token_id, count)
+        width = rollout.mask.shape[1]
+        kl, entropy = (
+            torch.cat([widened_columns(getattr(part, name), width, left=False, filling=0) for part in parts])[:count]
+            for name in ("kl", "entropy")
+        )
+        scores = {name: [value for part in parts for value in part.scores[name]][:count] for name in own.scores}
+        return Replies(rollout, scores, kl, entropy)
 
     def metrics(self, replies: Replies, sft_scores: Mapping[str, list[float]]) -> dict[str, float]:
         """What training logs of replies, see `evaluate`."""
@@ -112,19 +138,20 @@ class Evaluator:
         described = self.describe(self.sources, rollout.responses)
         return metrics | {f"eval/{name}": value for name, value in described.items()}
 
-    def exact(self, policy: PreTrainedModel, rollout: Rollout) -> tuple[Tensor, Tensor]:
+    def exact(self, policy: PreTrainedModel, rollout: Rollout, microbatch: int) -> tuple[Tensor, Tensor]:
         """KL(π_θ ‖ π_init) and the entropy of π_θ at each response position, over the whole vocabulary, [N, T]."""
         kls, entropies = [], []
         device, temperature = policy.device, self.sampling.temperature
-        for start in range(0, len(rollout.endings), self.microbatch):
-            part = slice(start, start + self.microbatch)
+        for start in range(0, len(rollout.endings), microbatch):
+            part = slice(start, start + microbatch)
             mask = rollout.mask[part].to(device)
             rows = sequences(
                 rollout.prompt_ids[part].to(device), rollout.prompt_mask[part].to(device),
                 rollout.response_ids[part].to(device), mask,
             )  # fmt: skip
-            logits = response_logits(policy, rows, temperature)
-            ref_logits = response_logits(self.reference, rows, temperature)
+            with compute_precision(device, self.dtype):
+                logits = response_logits(policy, rows, temperature)
+                ref_logits = response_logits(self.reference, rows, temperature)
             kls.append(widened(exact_kl(logits, ref_logits), mask).cpu())
             entropies.append(widened(token_entropy(logits), mask).cpu())
         return torch.cat(kls), torch.cat(entropies)

@@ -43,11 +43,13 @@ def sizes(config: Config, architecture: PretrainedConfig) -> Size:
     return Size(whole, trunk, trained, trained if config.lora.rank else trunk)
 
 
-def run_plan(config: Config) -> list[str]:
+def run_plan(config: Config, processes: int = 1) -> list[str]:
     """The plan as lines of text."""
     run, needs = config.run, config.algo.needs()
     steps = run.epochs * run.rollout_batch // run.minibatch
-    per_step = run.minibatch // run.microbatch
+    own = run.minibatch // processes
+    microbatch = min(run.microbatch, own)
+    shares = f"{processes} processes × " if processes > 1 else ""
     prompts = run.rollout_batch // run.samples_per_prompt
     lines = [
         f"batches: {run.iterations} iterations × {run.rollout_batch} responses "
@@ -55,7 +57,8 @@ def run_plan(config: Config) -> list[str]:
         f"= {run.iterations * run.rollout_batch} responses",
         f"updates: {run.epochs} epochs × {run.rollout_batch // run.minibatch} minibatches of {run.minibatch} = "
         f"{steps} optimiser "
-        f"steps per iteration, {steps * run.iterations} in all, each of {per_step} × {run.microbatch} responses",
+        f"steps per iteration, {steps * run.iterations} in all, each of {shares}{-(-own // microbatch)} × {microbatch} "
+        "responses",
         f"responses: up to {config.sampling.max_new_tokens} tokens after prompts of up to "
         f"{config.sampling.max_prompt_tokens}",
         *model_lines(config, needs.critics),

@@ -14,6 +14,7 @@ from apa_cli import checkpoint as checkpoints
 from apa_cli.assembly import build_trainer, launch, load_examples, stage_progress
 from apa_cli.console import Console
 from apa_cli.plan import run_plan
+from apa_cli.processes import ALONE, World, given, keep_log, started, take_part, wanted
 from apa_cli.run_directory import RunDirectory
 from apa_cli.settings import Config
 from apa_cli.stages.cache import sft_model
@@ -29,27 +30,34 @@ def start(config: Config, path: Path, sweep: str | None) -> None:
         print("\n".join(run_plan(config)))
         remove_if_empty(path)
         return
-    resume = None
-    if config.run.resume is not None:
-        if sweep is not None:
-            raise ConfigError("resume: a sweep cannot be resumed as one; resume its runs by themselves")
-        path, resume = checkpoints.located(config.run.resume)
-    directory = RunDirectory(path)
-    if resume is None:
-        directory.claim(config.raw)
+    if given():
+        take_part(config.launch, run, config, path, sweep)
+    elif (count := wanted(config.launch)) > 1:
+        check_shares(config, count)
+        started(config.launch, count, run, config, path, sweep)
     else:
-        directory.check_resume(config.raw)
+        run(ALONE, config, path, sweep)
+
+
+def run(world: World, config: Config, own: Path, sweep: str | None) -> None:
+    """The part of a run that one of its processes does; `own` is the directory that it was given."""
+    check_shares(config, world.size)
+    path, resume = world.from_main(lambda: prepared(config, own, sweep))
+    if path != own:
+        remove_if_empty(own)  # named by the clock, which another process read a second later
+    keep_log(world, path / "logs")
+    directory = RunDirectory(path)
     trainer = None
-    with Console(path / "run.log", config.run.iterations) as console:
+    with Console(path / "run.log" if world.is_main else None, config.run.iterations) as console:
         try:
-            trainer = build_trainer(config, path, sweep, resume, console)
-            if resume is not None:
+            trainer = build_trainer(config, path, sweep, resume, console, world)
+            if resume is not None and world.is_main:
                 directory.cut_back(config.raw, trainer.progress.iteration)
             trainer.train()
         except BaseException:
             if trainer is not None:
                 trainer.tracker.finish(failed=True)
-            if resume is None:
+            if resume is None and world.is_main:
                 directory.release()
             raise
         trainer.tracker.finish()
@@ -58,6 +66,24 @@ def start(config: Config, path: Path, sweep: str | None) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def prepared(config: Config, path: Path, sweep: str | None) -> tuple[Path, Path | None]:
+    """The run's directory, taken, and the checkpoint to go on from."""
+    if config.run.resume is None:
+        RunDirectory(path).claim(config.raw)
+        return path, None
+    if sweep is not None:
+        raise ConfigError("resume: a sweep cannot be resumed as one; resume its runs by themselves")
+    path, resume = checkpoints.located(config.run.resume)
+    RunDirectory(path).check_resume(config.raw)
+    return path, resume
+
+
+def check_shares(config: Config, processes: int) -> None:
+    """Each process gets as many sequences of a minibatch. ConfigError naming the numbers."""
+    if config.run.minibatch % processes:
+        raise ConfigError(f"minibatch: {config.run.minibatch} is not a multiple of the {processes} processes")
 
 
 def start_sft(config: Config, path: Path) -> None:

@@ -77,6 +77,17 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class Strategy(Enum):
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+class Frozen(Enum):
+    replicated = "replicated"
+    sharded = "sharded"
+    offloaded = "offloaded"
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """The keys that stand at the top of config.yaml."""
@@ -187,6 +198,10 @@ class CheckpointSettings:
 class LaunchSettings:
     device: Device
     threads: Annotated[int | None, AtLeastOne]
+    processes: Annotated[int | None, AtLeastOne]
+    strategy: Strategy
+    frozen: Frozen
+    timeout: Annotated[float, Positive]
 
 
 @dataclass(frozen=True)

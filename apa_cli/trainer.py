@@ -9,9 +9,9 @@ import copy
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,14 +22,17 @@ from apa_cli import checkpoint as checkpoints
 from apa_cli.console import Console
 from apa_cli.datasets.base import positions
 from apa_cli.evaluation import Evaluator
+from apa_cli.memory import Halving
 from apa_cli.models.forward import TrainingModel, compute_precision, response_logprobs
 from apa_cli.models.loading import save_model
 from apa_cli.models.lora import WithoutAdapter, save_adapter
 from apa_cli.models.prompting import PromptFormat
+from apa_cli.models.sharding import refresh
+from apa_cli.processes import ALONE, World
 from apa_cli.randomness import Stream, generator
 from apa_cli.report.curves import draw_curves
 from apa_cli.rewards.base import Score
-from apa_cli.rollout.collect import collect
+from apa_cli.rollout.collect import collect, concatenated
 from apa_cli.rollout.sampler import LENGTH
 from apa_cli.rollout.statistics import rollout_statistics
 from apa_cli.run_directory import RunDirectory
@@ -74,6 +77,11 @@ class Trainer:
     updater: Updater
     evaluator: Evaluator
     device: torch.device
+    sampler: PreTrainedModel
+    """What draws: the policy itself, or under fsdp a whole copy of it, refreshed after every update."""
+    sampling_batch: Halving
+    """Sequences drawn side by side."""
+    world: World = ALONE
     moving_reference: PreTrainedModel | None = None
     """π_init of the loss where it is refreshed; kl/* stays measured against `reference`."""
     progress: Progress = field(default_factory=Progress)
@@ -111,18 +119,18 @@ class Trainer:
             scores = self.score(rollout.prompts, rollout.responses, rollout.columns)
             rollout = rollout.with_(scores=torch.tensor(scores.values, dtype=torch.float32))
         with timed(seconds, "time/prepare_s"):
-            rollout = self.completed(rollout)
+            rollout, parts = self.gathered(self.completed(rollout), scores.parts)
             gap = sampler_gap(rollout)
             penalties = self.penalties(rollout)
             charged = rollout if penalties is None else rollout.with_(scores=rollout.scores - penalties)
             batch, self.progress.algorithm = self.config.algo.prepare(charged, self.progress.algorithm)
         with timed(seconds, "time/update_s"):
             updates = self.updater.update(batch, iteration)
-            self.refresh_reference(iteration)
+            self.refresh_copies(iteration)
         total, tokens = sum(seconds.values()), int(rollout.mask.sum())
         return {
             **rollout_statistics(rollout),
-            **{f"reward/mean/{name}": sum(part) / len(part) for name, part in scores.parts.items()},
+            **{f"reward/mean/{name}": sum(part) / len(part) for name, part in parts.items()},
             **({} if penalties is None else {"reward/penalty": float(penalties.mean())}),
             "prompt/truncated_rate": cut,
             **batch.metrics,
@@ -131,11 +139,11 @@ class Trainer:
             **seconds,
             "throughput/samples_per_s": len(rollout.endings) / total,
             "throughput/tokens_per_s": tokens / total,
-            "memory/peak_gib": peak_memory(self.device),
+            "memory/peak_gib": max(self.world.gather(peak_memory(self.device))),
         }
 
     def sample(self, iteration: int) -> tuple[Rollout, float]:
-        """The rollout of an iteration, and the share of its prompts that were cut on the left."""
+        """This process's part of an iteration's rollout, and the share of all its prompts that were cut on the left."""
         run, settings = self.config.run, self.config.sampling
         count = run.rollout_batch // run.samples_per_prompt
         rows = positions((iteration - 1) * count, count, len(self.examples), run.seed)
@@ -148,12 +156,25 @@ class Trainer:
                 prompts.append(prompt)
                 cut += was_cut
         plan = self.config.algo.plan(iteration, generator(run.seed, Stream.plan, iteration))
-        with compute_precision(self.device, self.config.model.dtype):
-            rollout = collect(
-                {"policy": self.model.policy}, self.tokenizer, prompts, settings, self.end_tokens,
-                run.seed, Stream.rollout, iteration, plan,
-            )  # fmt: skip
-        return rollout, cut / len(prompts)
+        own = [prompts[i] for i in self.world.share(len(prompts))]
+
+        def drawn(microbatch: int) -> Rollout:
+            with compute_precision(self.device, self.config.model.dtype):
+                return collect(
+                    {"policy": self.sampler}, self.tokenizer, own, replace(settings, microbatch=microbatch),
+                    self.end_tokens, run.seed, Stream.rollout, iteration, plan,
+                )  # fmt: skip
+
+        return self.sampling_batch.run(drawn), cut / len(prompts)
+
+    def gathered(self, rollout: Rollout, parts: Mapping[str, list[float]]) -> tuple[Rollout, Mapping[str, list[float]]]:
+        """The whole rollout and the scores of a reward's parts, on every process."""
+        if self.world.size == 1:
+            return rollout, parts
+        rollouts, scores = zip(*self.world.gather((rollout, parts)), strict=True)
+        count = self.config.run.rollout_batch
+        whole = {name: [value for own in scores for value in own[name]][:count] for name in parts}
+        return concatenated(list(rollouts), self.tokenizer.pad_token_id, count), whole
 
     def penalties(self, rollout: Rollout) -> Tensor | None:
         """[N] float32, what the algorithm's scores are less than the raw ones; None where no penalty is asked for."""
@@ -171,34 +192,37 @@ class Trainer:
         anchor = init
         if self.moving_reference is not None:
             anchor = self.per_token(rollout, lambda part: response_logprobs(self.moving_reference, part, temperature))
-        old = None
+        old, values = None, {}
         if needs.old_logprobs:
-            old = self.per_token(rollout, lambda part: response_logprobs(self.model.policy, part, temperature))
-        values = {
-            name: self.per_token(rollout, lambda part, name=name: self.model.values(part)[name])
-            for name in needs.critics
-        }
+            old = self.per_token(rollout, lambda part: self.model(part, critics=()).logprobs)
+        for name in needs.critics:
+            values[name] = self.per_token(
+                rollout, lambda part, name=name: self.model(part, with_policy=False, critics=(name,)).values[name]
+            )
         return rollout.with_(init_logprobs=init, ref_logprobs=anchor, old_logprobs=old, values=values)
 
     def per_token(self, rollout: Rollout, compute: Callable[[Tokens], Tensor]) -> Tensor:
         """A [N, T] float32 result of a forward pass, computed `microbatch` sequences of similar length at a time."""
-        result = torch.zeros(rollout.mask.shape)
         tensors = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
-        for rows in microbatch_rows(rollout, self.config.run.microbatch):
-            with compute_precision(self.device, self.config.model.dtype):
-                part = Tokens(*(tensor[rows].to(self.device) for tensor in tensors))
-                result[rows] = compute(part).float().cpu()
-        return result
 
-    def refresh_reference(self, iteration: int) -> None:
-        """Every `reference.refresh_every` iterations the loss's reference becomes the current policy."""
+        def computed(microbatch: int) -> Tensor:
+            result = torch.zeros(rollout.mask.shape)
+            for rows in microbatch_rows(rollout, microbatch):
+                with compute_precision(self.device, self.config.model.dtype):
+                    part = Tokens(*(tensor[rows].to(self.device) for tensor in tensors))
+                    result[rows] = compute(part).float().cpu()
+            return result
+
+        return self.updater.microbatch.run(computed)
+
+    def refresh_copies(self, iteration: int) -> None:
+        """A copy that samples becomes the current policy; every `reference.refresh_every` iterations so does the
+        loss's reference."""
+        if self.sampler is not self.model.policy:
+            refresh(self.sampler, self.model.policy)
         every = self.config.reference.refresh_every
         if every and iteration % every == 0:
-            with torch.no_grad():
-                for moving, current in zip(
-                    self.moving_reference.parameters(), self.model.policy.parameters(), strict=True
-                ):
-                    moving.copy_(current)
+            refresh(self.moving_reference, self.model.policy)
 
     def evaluate(self) -> dict[str, float]:
         """Evaluates, records the sample table, and keeps the best score so far."""
@@ -207,12 +231,13 @@ class Trainer:
             # Resumed with other held-out prompts: what was measured on the old ones compares with nothing.
             self.progress.sft_scores = self.evaluator.replies(self.reference).scores
             self.progress.best_reward = None
-        metrics, rows, scores = self.evaluator.evaluate(self.model.policy, self.progress.sft_scores)
+        metrics, rows, scores = self.evaluator.evaluate(self.sampler, self.progress.sft_scores)
         self.progress.sft_scores = self.progress.sft_scores or scores
         where = {"iteration": self.progress.iteration, "samples": self.progress.samples}
-        rows = [{**where, **row} for row in rows]
-        self.directory.record(self.directory.samples, rows)
-        self.tracker.log_samples(rows)
+        if self.world.is_main:
+            rows = [{**where, **row} for row in rows]
+            self.directory.record(self.directory.samples, rows)
+            self.tracker.log_samples(rows)
         if self.progress.best_reward is None or metrics["eval/reward_mean"] > self.progress.best_reward:
             self.progress.best_reward = metrics["eval/reward_mean"]
             self.progress.best_iteration = self.progress.iteration
@@ -220,6 +245,8 @@ class Trainer:
 
     def log(self, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, the tracker, the console, and the curves when they are due."""
+        if not self.world.is_main:
+            return
         metrics = {"iteration": self.progress.iteration, "samples": self.progress.samples, **metrics}
         self.directory.record(self.directory.metrics, [metrics])
         self.tracker.log(metrics)
@@ -242,6 +269,8 @@ class Trainer:
         state["algorithm"] = {name: value for name, value in algorithm.items() if not isinstance(value, Tensor)}
         state["wandb_id"] = self.tracker.wandb_id
         tensors["algorithm"] = {name: value for name, value in algorithm.items() if isinstance(value, Tensor)}
+        if not self.world.is_main:
+            return
         settings = self.config.checkpoint
         path = checkpoints.save(self.directory.checkpoints, self.progress.iteration, tensors, state)
         checkpoints.prune(
@@ -264,16 +293,25 @@ class Trainer:
     def finish(self) -> None:
         """Writes the trained models and the last curves, and tells what came out."""
         path = self.directory.path
-        save_model(self.model.policy, self.tokenizer, path / "model")
-        if len(self.model.critics):
+        policy = self.model.policy if self.sampler is self.model.policy else self.gathered_policy()
+        critics = checkpoints.module_tensors(self.model.critics)
+        if not self.world.is_main:
+            return
+        save_model(policy, self.tokenizer, path / "model")
+        if critics:
             (path / "critic").mkdir(exist_ok=True)
-            checkpoints.save_file(checkpoints.module_tensors(self.model.critics), path / "critic" / "model.safetensors")
+            checkpoints.save_file(critics, path / "critic" / "model.safetensors")
         for name, critic in self.model.critics.items():
             if critic.adapter is not None:
                 base = self.config.model.path
-                save_adapter(self.model.policy, path / "critic" / f"{name}_adapter", base, critic.adapter)
+                save_adapter(policy, path / "critic" / f"{name}_adapter", base, critic.adapter)
         draw_curves(path)
         self.report()
+
+    def gathered_policy(self) -> PreTrainedModel:
+        """The sharded policy as a whole model in full precision: the copy that samples, which is needed no more."""
+        refresh(self.sampler.float(), self.model.policy)
+        return self.sampler
 
     def report(self) -> None:
         """Before and after replies to the same prompts, the final figures, and where everything lies."""
@@ -324,4 +362,7 @@ def peak_memory(device: torch.device) -> float:
 
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A copy that is not trained, in the compute dtype."""
-    return copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
+    copied = copy.deepcopy(model).requires_grad_(False).eval()
+    for parameter in copied.parameters():  # not the buffers: rotary frequencies stay as exact as they are
+        parameter.data = parameter.data.to(dtype)
+    return copied

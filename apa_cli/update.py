@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from apa_cli.algorithms.base import Algorithm
+from apa_cli.memory import Halving, out_of_memory
 from apa_cli.models.forward import TrainingModel, compute_precision
+from apa_cli.models.sharding import whole
+from apa_cli.processes import ALONE, World
 from apa_cli.randomness import Stream, permutation
 from apa_cli.settings import DType, OptimizerSettings, RunSettings, Schedule, UpdateOrder
 from apa_cli.tensor_ops import masked_sum
@@ -53,10 +57,13 @@ def minibatch_rows(run: RunSettings, iteration: int) -> Iterator[Tensor]:
                 yield rows
 
 
-def microbatch_rows(batch: Batch | Rollout, size: int) -> tuple[Tensor, ...]:
-    """The rows of each microbatch: sequences of similar length, `size` at a time."""
+def microbatch_rows(batch: Batch | Rollout, size: int, world: World = ALONE) -> tuple[Tensor, ...]:
+    """The rows of each microbatch of this process: sequences of similar length, `size` at a time.
+
+    The processes take turns in the order of lengths, so that each has as much to do.
+    """
     order = (batch.prompt_mask.sum(-1) + batch.mask.sum(-1)).argsort(stable=True)
-    return order.split(size)
+    return order[world.rank :: world.size].split(size)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -88,16 +95,33 @@ class StepMetrics:
 
 
 @dataclass
+class Part:
+    """What one process adds to the metrics of one optimiser step."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, value: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def largest(self, name: str, value: float) -> None:
+        self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
+
+
+@dataclass
 class Updater:
     """Trains the models on one prepared rollout batch."""
 
     algorithm: Algorithm
-    model: TrainingModel
+    model: nn.Module
+    """The `TrainingModel`, with several processes under what averages its gradients over them."""
     optimizer: torch.optim.AdamW
     run: RunSettings
     settings: OptimizerSettings
     dtype: DType
     device: torch.device
+    microbatch: Halving
+    world: World = ALONE
 
     @property
     def steps_per_iteration(self) -> int:
@@ -105,7 +129,7 @@ class Updater:
 
     def update(self, batch: Batch, iteration: int) -> dict[str, float]:
         """All optimiser steps of one iteration (counted from 1); the metrics are means over them."""
-        metrics = StepMetrics()
+        metrics, parts = StepMetrics(), []
         for number, rows in enumerate(minibatch_rows(self.run, iteration)):
             step = (iteration - 1) * self.steps_per_iteration + number
             factor = schedule_factor(self.settings, step, self.run.iterations * self.steps_per_iteration)
@@ -114,53 +138,95 @@ class Updater:
             minibatch = self.algorithm.prepare_minibatch(batch.rows(rows))
             for name, value in minibatch.metrics.items():
                 metrics.add(name, value)
-            self.accumulate(minibatch, metrics, first=number == 0)
+            parts.append(self.accumulate(minibatch, first=number == 0))
             self.step(metrics, iteration, number)
+        for own in zip(*self.world.gather(parts), strict=True):  # each step's parts, by process
+            for name in own[0].sums:
+                metrics.add(name, sum(part.sums[name] for part in own))
+            for name in own[0].maxima:
+                metrics.largest(name, max(part.maxima[name] for part in own))
         metrics.add("optimizer/lr", self.optimizer.param_groups[0]["lr"])
         return metrics.result()
 
-    def accumulate(self, minibatch: Batch, metrics: StepMetrics, first: bool) -> None:
+    def accumulate(self, minibatch: Batch, first: bool) -> Part:
         """Gradients of the whole minibatch: each term is summed over microbatches and divided by its mask's count.
+
+        Returns what this process's sequences add to the metrics. Where memory runs out it is done again with
+        smaller microbatches.
+        """
+
+        def attempt(size: int) -> Part:
+            self.optimizer.zero_grad(set_to_none=True)
+            return self.gradients(minibatch, microbatch_rows(minibatch, size, self.world), first)
+
+        return self.microbatch.run(attempt)
+
+    def gradients(self, minibatch: Batch, microbatches: Sequence[Tensor], first: bool) -> Part:
+        """One backward pass for each microbatch; in the last the gradients of all processes are averaged.
 
         Before the first step of an iteration the trained policy is the one that sampled, so the difference
         of their log-probs is rounding: policy/sampler_gap, where the trainer has not measured it already.
         """
         counts = {name: max(int(mask.sum()), 1) for name, mask in minibatch.masks.items()}
-        totals: dict[str, float] = {}
-        gap = 0.0
-        for rows in microbatch_rows(minibatch, self.run.microbatch):
-            micro = to_device(minibatch.rows(rows), self.device)
-            with compute_precision(self.device, self.dtype):
-                output = self.model(micro)
-            loss = self.algorithm.loss(micro, output)
-            objective = output.logprobs.new_zeros(())
-            for term in loss.terms:
-                part = masked_sum(term.values, micro.masks[term.mask]) / counts[term.mask]
-                objective = objective + term.weight * part
-                totals[f"loss/{term.name}"] = totals.get(f"loss/{term.name}", 0.0) + float(part.detach())
+        part = Part()
+        gap_count = max(int(minibatch.mask.sum()), 1) if first and minibatch.old_logprobs is None else 0
+        full: RuntimeError | None = None
+        try:
+            for rows in microbatches[:-1]:
+                with self.alone():
+                    self.objective(minibatch.rows(rows), counts, gap_count, part).backward()
+            objective = self.objective(minibatch.rows(microbatches[-1]), counts, gap_count, part)
+        except RuntimeError as error:
+            if not out_of_memory(error) or self.microbatch.size <= self.microbatch.smallest:
+                raise
+            full = error
+        if self.world.any(full is not None):
+            raise full or torch.OutOfMemoryError("out of memory in another process")
+        try:
             objective.backward()
-            for name, metric in loss.metrics.items():
-                mask = micro.masks[metric.mask]
-                if metric.reduce == "max":
-                    metrics.largest(name, float(metric.values[mask].max()) if bool(mask.any()) else -math.inf)
-                else:
-                    part = float(masked_sum(metric.values, mask)) / counts[metric.mask]
-                    totals[name] = totals.get(name, 0.0) + part
-            old = micro.sampler_logprobs if micro.old_logprobs is None else micro.old_logprobs
-            difference = (output.logprobs.detach() - old)[micro.mask]
-            if difference.numel():
-                metrics.largest("policy/ratio_max", float(difference.max().exp()))
-            gap += float(difference.abs().sum())
-        if first and minibatch.old_logprobs is None:
-            metrics.add("policy/sampler_gap", gap / max(int(minibatch.mask.sum()), 1))
-        for name, value in totals.items():
-            metrics.add(name, value)
+        except RuntimeError as error:
+            if self.world.size > 1 and out_of_memory(error):  # the others are amid their exchange of gradients
+                raise self.microbatch.exhausted() from error
+            raise
+        return part
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Backward passes in the block leave gradients on their process."""
+        return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()
+
+    def objective(self, rows: Batch, counts: dict[str, int], gap_count: int, part: Part) -> Tensor:
+        """The scalar whose gradients, summed over all microbatches and processes, are the loss's.
+
+        Processes average gradients, so it is multiplied by their number. `part` gets the metrics;
+        policy/sampler_gap among them as a sum over `gap_count` tokens (0: not measured).
+        """
+        micro = to_device(rows, self.device)
+        with compute_precision(self.device, self.dtype):
+            output = self.model(micro)
+        loss = self.algorithm.loss(micro, output)
+        objective = output.logprobs.new_zeros(())
+        for term in loss.terms:
+            value = masked_sum(term.values, micro.masks[term.mask]) / counts[term.mask]
+            objective = objective + term.weight * value
+            part.add(f"loss/{term.name}", float(value.detach()))
+        for name, metric in loss.metrics.items():
+            mask = micro.masks[metric.mask]
+            if metric.reduce == "max":
+                part.largest(name, float(metric.values[mask].max()) if bool(mask.any()) else -math.inf)
+            else:
+                part.add(name, float(masked_sum(metric.values, mask)) / counts[metric.mask])
+        old = micro.sampler_logprobs if micro.old_logprobs is None else micro.old_logprobs
+        difference = (output.logprobs.detach() - old)[micro.mask]
+        part.largest("policy/ratio_max", float(difference.max().exp()) if difference.numel() else -math.inf)
+        if gap_count:
+            part.add("policy/sampler_gap", float(difference.abs().sum()) / gap_count)
+        return objective * self.world.size
 
     def step(self, metrics: StepMetrics, iteration: int, number: int) -> None:
         """Clips each group's gradient norm, steps, and clears the gradients."""
         names = ("optimizer/grad_norm", "optimizer/critic_grad_norm")
         for name, group in zip(names, self.optimizer.param_groups, strict=False):
-            norm = float(nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm))
+            norm = float(whole(nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm)))
             if not math.isfinite(norm):
                 raise UserError(
                     f"iteration {iteration}, update {number + 1}: {name} is {norm}; nothing was changed by this update"

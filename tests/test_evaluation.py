@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from apa_cli.evaluation import MAIN, Evaluator, Replies, win_rate, wins
+from apa_cli.memory import Halving
 from apa_cli.randomness import Stream, uniforms
 from apa_cli.rewards.base import checked
 from apa_cli.settings import DType, SamplingSettings
@@ -75,7 +76,8 @@ def evaluator() -> Evaluator:
         ),
         end_tokens=frozenset({EOS}),
         eval_seed=SEED,
-        microbatch=2,
+        sampling_batch=Halving("sampling.microbatch", 3, 1, print),
+        microbatch=Halving("microbatch", 2, 1, print),
         dtype=DType.float32,
     )
 
@@ -148,7 +150,7 @@ def test_figures_are_sums_over_replies_and_means_over_tokens(evaluator, replies,
 
 def test_padding_and_microbatches_change_no_kl(evaluator, policy, replies):
     for size in (1, 5):
-        kl, entropy = replace(evaluator, microbatch=size).exact(policy, replies.rollout)
+        kl, entropy = evaluator.exact(policy, replies.rollout, size)
         torch.testing.assert_close(kl, replies.kl, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(entropy, replies.entropy, rtol=1e-4, atol=1e-6)
 

@@ -18,9 +18,9 @@ LEVELS = [
     ["train", "sft", "reward", "evaluate", "export", "chat", "compare"],
     ["config", "help"],
     [
-        "runs", "assembly", "trainer", "update", "evaluation", "checkpoint", "run_directory", "plan",
-        "tracking", "console", "report", "stages", "trained", "assessment", "publication", "model_card",
-        "conversation",
+        "runs", "assembly", "trainer", "update", "processes", "memory", "evaluation", "checkpoint",
+        "run_directory", "plan", "tracking", "console", "report", "stages", "trained", "assessment", "publication",
+        "model_card", "conversation",
     ],
     ["rollout", "algorithms"],
     ["models", "datasets", "rewards"],

@@ -12,6 +12,7 @@ from apa_cli.algorithms.apa import APA, Normalizer
 from apa_cli.algorithms.awr import AWR
 from apa_cli.algorithms.base import Algorithm, Estimator, ScoreScaling, Whitening
 from apa_cli.algorithms.ppo import PPO, Controller
+from apa_cli.memory import Halving
 from apa_cli.models.critic import Critic, value_head
 from apa_cli.models.forward import TrainingModel, response_logprobs
 from apa_cli.settings import DType, HeadKind, OptimizerSettings, RunSettings, Schedule, UpdateOrder
@@ -138,21 +139,22 @@ def make_batch(model: TrainingModel, left: int = 0, right: int = 0, junk: int = 
         sampler_logprobs=own + drift * noise["sampler"],
         ref_logprobs=own + drift * noise["reference"],
         old_logprobs=own + drift * noise["old"],
-        values={"value": model.values(batch)["value"] + drift * noise["values"]},
+        values={"value": model(batch, with_policy=False).values["value"] + drift * noise["values"]},
     )
 
 
 def updater(algorithm: Algorithm, model: TrainingModel, optimizer=None, settings=OPTIMIZER, **run) -> Updater:
-    optimizer = optimizer or build_optimizer(model, settings)
-    return Updater(algorithm, model, optimizer, replace(RUN, **run), settings, DType.float32, CPU)
+    optimizer, run = optimizer or build_optimizer(model, settings), replace(RUN, **run)
+    microbatch = Halving("microbatch", run.microbatch, 1, print)
+    return Updater(algorithm, model, optimizer, run, settings, DType.float32, CPU, microbatch)
 
 
 def gradients(algorithm: Algorithm, batch: Batch, microbatch: int = 8) -> tuple[dict, dict[str, float]]:
     """The gradient of the whole batch as one minibatch, by parameter, and the metrics."""
-    model, metrics = tiny_model(), StepMetrics()
+    model = tiny_model()
     minibatch = algorithm.prepare_minibatch(batch)
-    updater(algorithm, model, microbatch=microbatch).accumulate(minibatch, metrics, first=True)
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, metrics.result()
+    part = updater(algorithm, model, microbatch=microbatch).accumulate(minibatch, first=True)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, part.sums | part.maxima
 
 
 def assert_same(one: tuple[dict, dict], other: tuple[dict, dict]) -> None:

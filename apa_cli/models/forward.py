@@ -5,7 +5,7 @@ The outputs for response token t come from the position before it: for the first
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -99,26 +99,29 @@ class TrainingModel(nn.Module):
         self.critics = nn.ModuleDict(critics)
         self.temperature = temperature
 
-    def forward(self, batch: Batch | Tokens) -> PolicyOutput:
-        """Log-probs [B, T] and each critic's values [B, T] of the batch's responses."""
+    def forward(
+        self, batch: Batch | Tokens, with_policy: bool = True, critics: Collection[str] | None = None
+    ) -> PolicyOutput:
+        """Log-probs [B, T] and the values [B, T] of the critics named (None: of all) of the batch's responses.
+
+        Without the policy the log-probs are 0, and its pass is saved where no critic reads its trunk.
+        """
+        named = [name for name in self.critics if critics is None or name in critics]
         rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
         length = rows.response_ids.shape[1]
-        on_trunk = any(critic.on_trunk for critic in self.critics.values())
-        with recomputing(self.policy):
-            output = self.policy(**rows.inputs, use_cache=False, logits_to_keep=length, output_hidden_states=on_trunk)
-        logprobs = token_logprobs(tempered(output.logits, self.temperature), rows.response_ids)
-        trunk = output.hidden_states[-1] if on_trunk else None
+        on_trunk = any(self.critics[name].on_trunk for name in named)
+        logprobs, trunk = torch.zeros_like(rows.response_ids, dtype=torch.float32), None
+        if with_policy or on_trunk:
+            with recomputing(self.policy):
+                output = self.policy(
+                    **rows.inputs, use_cache=False, logits_to_keep=length, output_hidden_states=on_trunk
+                )
+            logprobs = token_logprobs(tempered(output.logits, self.temperature), rows.response_ids)
+            trunk = output.hidden_states[-1] if on_trunk else None
         return PolicyOutput(
             logprobs=widened(logprobs, batch.mask),
-            values={name: self.critic_values(name, rows, batch.mask, trunk) for name in self.critics},
+            values={name: self.critic_values(name, rows, batch.mask, trunk) for name in named},
         )
-
-    def values(self, batch: Batch | Tokens) -> dict[str, Tensor]:
-        """Each critic's values alone, [B, T]."""
-        if any(critic.on_trunk for critic in self.critics.values()):
-            return dict(self.forward(batch).values)
-        rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-        return {name: self.critic_values(name, rows, batch.mask, None) for name in self.critics}
 
     def critic_values(self, name: str, rows: Sequences, mask: Tensor, trunk: Tensor | None) -> Tensor:
         """One critic's values [B, T]; `trunk` [B, S, h] is what the policy's own pass computed, if it did."""

@@ -124,17 +124,25 @@ def quantization_config(settings: ModelSettings) -> Any:
 
 def train_top(model: PreTrainedModel, layers: int) -> None:
     """Freezes everything but the `layers` top blocks, the norm after them, and an output head of its own."""
-    parts, count = list(model.base_model.children()), model.config.num_hidden_layers
-    stacks = [i for i, part in enumerate(parts) if isinstance(part, torch.nn.ModuleList) and len(part) == count]
-    if len(stacks) != 1:
-        raise UserError(f"model.trainable_layers: cannot find the {count} blocks of a {model.config.model_type} model")
+    stack = blocks(model.base_model)
+    count = len(stack)
     if layers > count:
         raise ConfigError(f"model.trainable_layers: {layers} is more than the model's {count} blocks")
+    parts = list(model.base_model.children())
     head = model.get_output_embeddings()
     tied = head is None or head.weight is model.get_input_embeddings().weight
     model.requires_grad_(False)
-    for part in [*parts[stacks[0]][count - layers :], *parts[stacks[0] + 1 :], *([] if tied else [head])]:
+    for part in [*stack[count - layers :], *parts[parts.index(stack) + 1 :], *([] if tied else [head])]:
         part.requires_grad_(True)
+
+
+def blocks(trunk: PreTrainedModel) -> torch.nn.ModuleList:
+    """The transformer blocks of a model without its head. UserError where they cannot be told from other parts."""
+    count = trunk.config.num_hidden_layers
+    stacks = [part for part in trunk.children() if isinstance(part, torch.nn.ModuleList) and len(part) == count]
+    if len(stacks) != 1:
+        raise UserError(f"model: cannot find the {count} blocks of a {trunk.config.model_type} model")
+    return stacks[0]
 
 
 def load_config(settings: ModelSettings, path: str | None) -> transformers.PretrainedConfig:

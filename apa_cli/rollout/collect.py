@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad as padded
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.randomness import Stream, generator, uniforms
@@ -103,3 +107,30 @@ def assembled(
         groups=torch.tensor([prompt.place for prompt in prompts]),
         columns=[prompt.columns for prompt in prompts],
     )
+
+
+def concatenated(parts: list[Rollout], pad: int, count: int) -> Rollout:
+    """The first `count` responses of several rollouts as one, padded with the token `pad` to common widths."""
+
+    def joined(name: str, values: list[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, Mapping):
+            return {key: joined(name, [value[key] for value in values]) for key in first}
+        if isinstance(first, list):
+            return [entry for value in values for entry in value][:count]
+        if first is None or first.dim() == 1:
+            return first if first is None else torch.cat(values)[:count]
+        width = max(value.shape[1] for value in values)
+        left, filling = name.startswith("prompt_"), pad if name.endswith("_ids") else 0
+        return torch.cat([widened(value, width, left, filling) for value in values])[:count]
+
+    whole = {f.name: joined(f.name, [getattr(part, f.name) for part in parts]) for f in fields(Rollout)}
+    if parts[0].ref_logprobs is parts[0].init_logprobs:
+        whole["ref_logprobs"] = whole["init_logprobs"]
+    return Rollout(**whole)
+
+
+def widened(x: Tensor, width: int, left: bool, filling: int) -> Tensor:
+    """x [N, W] with columns of `filling` added on one side, [N, width]."""
+    missing = width - x.shape[1]
+    return padded(x, (missing, 0) if left else (0, missing), value=filling)
