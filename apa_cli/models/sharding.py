@@ -33,7 +33,7 @@ def sharded(model: nn.Module, trunks: Iterable[nn.Module], offloaded: bool = Fal
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-    options = {"offload_policy": CPUOffloadPolicy()} if offloaded else {}
+    options = {"offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())} if offloaded else {}
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
         raise UserError("launch.strategy: fsdp needs all weights in one precision; with lora give model.dtype=float32")
     for trunk in trunks:
