@@ -85,7 +85,7 @@ def stage_progress(console: Console, name: str) -> Callable[[int, int, float], N
 
 
 def build_trainer(config: Config, path: Path, group: str | None, resume: Path | None, console: Console) -> Trainer:
-    """Everything that `Trainer` needs, in `path`; with `resume`, as that checkpoint left it."""
+    """Everything that `Trainer` needs, in `path`; with `resume`, as that checkpoint of this run or another left it."""
     device = launch(config.launch)
     train, held_out = load_examples(config, console.say)
     as_given, directory = config, RunDirectory(path)
@@ -116,7 +116,8 @@ def build_trainer(config: Config, path: Path, group: str | None, resume: Path | 
     wandb_id, loaded_state = None, None
     if resume is not None:
         loaded_state = checkpoints.load(resume)
-        wandb_id = loaded_state[1]["wandb_id"]
+        own = resume.resolve().is_relative_to(path.resolve())
+        wandb_id = loaded_state[1]["wandb_id"] if own else None
     tracking = config.tracking
     tracker = make_tracker(
         tracking.kind.value, tracking.project, tracking.mode.value, path, path.name, tracking.group or group,
