@@ -87,7 +87,7 @@ def stage_progress(console: Console, name: str) -> Callable[[int, int, float], N
 def build_trainer(
     config: Config, path: Path, group: str | None, resume: Path | None, console: Console, world: World = ALONE
 ) -> Trainer:
-    """Everything that `Trainer` needs, in `path`; with `resume`, as that checkpoint left it."""
+    """Everything that `Trainer` needs, in `path`; with `resume`, as that checkpoint of this run or another left it."""
     device = launch(config.launch, world)
     sharding = world.size > 1 and config.launch.strategy is Strategy.fsdp
     train, held_out = load_examples(config, console.say)
@@ -132,7 +132,8 @@ def build_trainer(
     wandb_id, loaded_state = None, None
     if resume is not None:
         loaded_state = checkpoints.load(resume)
-        wandb_id = loaded_state[1]["wandb_id"]
+        own = resume.resolve().is_relative_to(path.resolve())
+        wandb_id = loaded_state[1]["wandb_id"] if own else None
     tracking, tracker = config.tracking, Tracker()
     if world.is_main:
         tracker = make_tracker(

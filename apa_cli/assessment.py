@@ -65,16 +65,17 @@ def start_evaluation(config: Config, output: Path | None) -> None:
             track(config, directory, report["metrics"], console)
         return
     claimed = RunDirectory(output)
-    claimed.claim(config.raw)
-    try:
-        with Console(output / "run.log", 0, live=False) as console:
-            report = evaluated(config, console)
-            kept(report, output / "eval.json")
-            show(console, report, config)
-            console.say(f"\nthe figures and all replies are in {output / 'eval.json'}")
-    except BaseException:
-        claimed.release()
-        raise
+    with claimed.held():
+        claimed.claim(config.raw)
+        try:
+            with Console(output / "run.log", 0, live=False) as console:
+                report = evaluated(config, console)
+                kept(report, output / "eval.json")
+                show(console, report, config)
+                console.say(f"\nthe figures and all replies are in {output / 'eval.json'}")
+        except BaseException:
+            claimed.release()
+            raise
 
 
 def evaluated(config: Config, console: Console) -> dict[str, Any]:

@@ -10,7 +10,7 @@ def chat(config: Config) -> None:
     """Writes nothing."""
     from apa_cli.conversation import start_chat
 
-    start_chat(config, None if config.run.run else run_directory())
+    start_chat(config, None if config.run.run else run_directory(config))
 
 
 def main() -> None:

@@ -7,10 +7,12 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -76,39 +78,76 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 def save(folder: Path, iteration: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
     """Writes `folder`/iteration_NNNNNN with one safetensors file per entry of `tensors`, and state.json.
 
-    Everything is on disk, with a manifest of checksums, before the checkpoint gets its name.
+    Everything is on disk, with a manifest of checksums, before the checkpoint gets its name. UserError where it
+    cannot be written; the checkpoints that are there stay as they are.
     """
     target = folder / NAME.format(iteration)
     half = folder / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
+    remove_half_written(folder)
+    try:
+        half.mkdir(parents=True)
+        write(half, tensors, state)
+        shutil.rmtree(target, ignore_errors=True)
+        half.rename(target)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(half, ignore_errors=True)
+        raise UserError(
+            f"checkpoint: {target} cannot be written ({reason(error)}); what was saved before is intact"
+        ) from error
+    return target
+
+
+def write(half: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """All files of a checkpoint, each on disk when this returns."""
     for name, group in tensors.items():
         save_file(group, half / f"{name}.safetensors")
     (half / "state.json").write_text(json.dumps(state))
     files = sorted(half.iterdir())
     manifest = {file.name: digest(file) for file in files}
     (half / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    for file in [*files, half / "manifest.json"]:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(target, ignore_errors=True)
-    half.rename(target)
-    return target
+    for file in [*files, half / "manifest.json", half]:
+        sync(file)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Deletes what saves that were killed have left; nobody else may be saving there."""
+    for path in folder.glob(".iteration_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or what a folder lists, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def reason(error: Exception) -> str:
+    """The operating system's words, or the first line of another error."""
+    return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
 def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What `save` was given. UserError for one that is damaged, naming the file."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"resume: {checkpoint} is not a checkpoint (no readable manifest.json)") from error
-    for name, expected in manifest.items():
-        file = checkpoint / name
-        if not file.is_file() or digest(file) != expected:
-            raise UserError(f"resume: {file} is missing or damaged")
-    names = [name for name in manifest if name.endswith(".safetensors")]
+    names = [name for name in verified(checkpoint) if name.endswith(".safetensors")]
     tensors = {name.removesuffix(".safetensors"): load_file(checkpoint / name) for name in names}
     return tensors, json.loads((checkpoint / "state.json").read_text())
+
+
+def verified(checkpoint: Path) -> list[str]:
+    """The names of a checkpoint's files. UserError if one is missing or differs from its checksum."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        files = {checkpoint / name: expected for name, expected in manifest.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"resume: {checkpoint} is not a checkpoint (no readable manifest.json)") from error
+    for file, expected in files.items():
+        if not file.is_file() or digest(file) != expected:
+            raise UserError(f"resume: {file} is missing or damaged")
+    return list(manifest)
 
 
 def digest(file: Path) -> str:
@@ -128,12 +167,41 @@ def prune(folder: Path, keep_last: int, best: int | None) -> None:
             shutil.rmtree(path)
 
 
-def located(resume: str) -> tuple[Path, Path]:
-    """The run directory and the checkpoint that `resume=PATH` names: a run's latest, or one of its checkpoints."""
+def iteration_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("_")[2])
+
+
+def drop_after(folder: Path, iteration: int) -> None:
+    """Deletes the checkpoints of later iterations: the run goes on from `iteration` and will not have had them."""
+    for path in all_in(folder):
+        if path.name > NAME.format(iteration):
+            shutil.rmtree(path)
+    remove_half_written(folder)
+
+
+def located(resume: str) -> tuple[Path, list[Path]]:
+    """The run directory that `resume=PATH` names, and its checkpoints, oldest first; or the one that PATH names.
+
+    UserError where there is none.
+    """
     path = Path(resume).expanduser()
     if PATTERN.match(path.name) and path.is_dir():
-        return path.parent.parent, path
+        return path.parent.parent, [path]
     found = all_in(path / "checkpoints")
     if not found:
         raise UserError(f"resume: no checkpoint in {path}")
-    return path, found[-1]
+    return path, found
+
+
+def latest_good(found: list[Path], say: Callable[[str], None]) -> Path:
+    """The last of these checkpoints that is whole; each later one is named. UserError where none is."""
+    for number, path in enumerate(reversed(found), 1):
+        try:
+            verified(path)
+        except UserError as error:
+            if number == len(found):
+                raise
+            say(f"{error}; the checkpoint before it is used")
+        else:
+            return path
+    raise UserError("resume: no checkpoint")

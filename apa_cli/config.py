@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import hydra
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -33,8 +34,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from apa_cli.help import print_help
 from apa_cli.rewards.base import Part
-from apa_cli.run_directory import located_run, recorded_config
+from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, located_run, recorded_config
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, PartSettings, RewardSpecs, RunSettings
+from apa_cli.stopping import seconds
 from apa_cli.types import ConfigError, Range, UserError
 
 LAMBDA = "lambda"
@@ -69,7 +71,7 @@ def directory_name(overrides: str) -> str:
 
 def run_directory_name(name: str, resume: str | None) -> str:
     """outputs/<name>, or the directory of the run that is resumed (a run, or one of its checkpoints)."""
-    if resume is None:
+    if resume in (None, AUTO):
         return str(Path("outputs") / name)
     path = Path(str(resume))
     return str(path.parent.parent if path.parent.name == "checkpoints" else path)
@@ -103,6 +105,7 @@ def build(cfg: DictConfig, extra_dir: str | None = None) -> Config:
         sections[name] = _typed(kind, values, name, cfg, extra_dir)
     config = Config(**sections, raw=typing.cast(dict, OmegaConf.to_container(cfg, resolve=True)))
     check_arithmetic(config)
+    check_continuation(config, cfg)
     return config
 
 
@@ -136,6 +139,20 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(f"evaluate.best_of: whole numbers of at least 1 are needed, got {config.evaluate.best_of}")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: two numbers from 0 to below 1 are needed, got {config.optimizer.betas}")
+
+
+def check_continuation(config: Config, cfg: DictConfig) -> None:
+    """What says where a run comes from, and when it is to stop, makes sense."""
+    run = config.run
+    if run.resume == AUTO and "${run_name:" in str(OmegaConf.to_container(cfg, resolve=False).get("name")):
+        raise ConfigError(f"{RESUME}: {AUTO} needs name=…, by which the run is found again")
+    if run.fork is not None and run.resume not in (None, AUTO):
+        raise ConfigError(f"{FORK}: give it without {RESUME}={run.resume}; a fork is a run of its own")
+    if run.stop_after is not None:
+        try:
+            seconds(run.stop_after)
+        except ValueError as error:
+            raise ConfigError(f"stop_after: {error}") from error
 
 
 def _value(node: DictConfig, key: Any, name: str) -> Any:
@@ -397,14 +414,7 @@ def compose_run(words: list[str], extra_dir: str | None = None) -> DictConfig:
 
     What the run does not know yet is as in conf/. `lambda` is not there: the key of the algorithm that it set is.
     """
-    try:
-        overrides = OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        raise ConfigError(_explained(error, words, extra_dir, "config")) from error
-    groups = _groups(extra_dir)
-    for override in overrides:
-        if override.is_delete() or override.is_sweep_override():
-            raise ConfigError(f"{override.key_or_group}: one value is needed; several need -m, a list needs brackets")
+    overrides = _overrides(words, extra_dir)
     name = next(str(override.value()) for override in overrides if override.key_or_group == RUN)
     recorded = recorded_config(located_run(name)[0])
     defaults = typing.cast(dict, OmegaConf.to_container(compose([], extra_dir), resolve=False))
@@ -412,6 +422,93 @@ def compose_run(words: list[str], extra_dir: str | None = None) -> DictConfig:
     cfg.pop(LAMBDA, None)
     if recorded.get("sampling", {}).get("stop_strings") == recorded.get("dataset", {}).get("stop_strings"):
         cfg.sampling.stop_strings = defaults["sampling"]["stop_strings"]  # those of another data set, if one is given
+    _on_top(cfg, overrides, extra_dir)
+    return cfg
+
+
+def compose_again(words: list[str], source: Path, extra_dir: str | None = None) -> DictConfig:
+    """The settings of the run in the directory `source`, which is resumed or forked, the words on top of them.
+
+    A group=option sets all that it sets in a new run. ConfigError where the run's config.yaml names code that neither
+    conf/, `extra_dir` nor the words name: what lies in a run's directory runs nothing by itself.
+    """
+    overrides = _overrides(words, extra_dir)
+    groups = _groups(extra_dir)
+    defaults = typing.cast(dict, OmegaConf.to_container(compose([], extra_dir), resolve=False))
+    recorded = _completed(RunDirectory(source).recorded(), defaults)
+    recorded |= {key: defaults[key] for key in OF_ONE_COMMAND}
+    if any(override.key_or_group == FORK for override in overrides):
+        recorded["name"] = defaults["name"]
+    for section in TARGET_SECTIONS:
+        recorded[section] = _trusted(recorded[section], section, source, extra_dir)
+    cfg = OmegaConf.create(recorded)
+    code = code_in(recorded)
+    for key, _ in code:
+        OmegaConf.update(cfg, key, "???", merge=False)
+    chosen = [override for override in overrides if override.key_or_group in groups]
+    if chosen:
+        lines = [override.input_line for override in chosen]
+        new = typing.cast(dict, OmegaConf.to_container(compose(lines, extra_dir), resolve=False))
+        for key, value in new.items():
+            if key in {override.key_or_group for override in chosen}:
+                cfg[key] = value
+            elif value != defaults.get(key):
+                own = OmegaConf.to_container(cfg, resolve=False).get(key)
+                cfg[key] = _changed(own, value, defaults.get(key))
+    _on_top(cfg, [override for override in overrides if override not in chosen], extra_dir)
+    for key, value in code:
+        section, _, last = key.rpartition(".")
+        if section in cfg and OmegaConf.is_missing(cfg[section], last):
+            raise ConfigError(
+                f"{key}: config.yaml of {source} has {value!r} there, which runs code; give {key}=… if that is wanted"
+            )
+    return cfg
+
+
+OF_ONE_COMMAND = ("resume", "resume_changed", "stop_after", "plan")
+"""Keys that say nothing about the run, only what one command does with it."""
+
+
+def _trusted(section: dict[str, Any], name: str, source: Path, extra_dir: str | None) -> dict[str, Any]:
+    """A section whose `_target_` one of the yamls of its group has too; what `lambda` sets there is linked again."""
+    target, roots = section.get("_target_"), (config_dir(), *([Path(extra_dir)] if extra_dir else []))
+    for file in (file for root in roots for file in sorted((root / name).rglob("*.yaml"))):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        known = content.get(name, content)
+        if target is not None and known.get("_target_") == target:
+            return section | {key: value for key, value in known.items() if value == f"${{{LAMBDA}}}"}
+    raise ConfigError(
+        f"{name}._target_: config.yaml of {source} has {target!r} there, which no yaml in conf/ or --config-dir names"
+    )
+
+
+def _changed(own: Any, new: Any, old: Any) -> Any:
+    """`own` with what differs between `new` and `old`, sections of one type key by key."""
+    sections = all(isinstance(each, dict) for each in (own, new, old))
+    if not sections or not own.get("_target_") == new.get("_target_") == old.get("_target_"):
+        return new
+    return own | {key: _changed(own.get(key), new[key], old.get(key)) for key in new if new[key] != old.get(key)}
+
+
+def _overrides(words: list[str], extra_dir: str | None) -> list[Override]:
+    """The words parsed. ConfigError for one that has several values, or none."""
+    overrides = _parsed(words, extra_dir)
+    for override in overrides:
+        if override.is_delete() or override.is_sweep_override():
+            raise ConfigError(f"{override.key_or_group}: one value is needed; several need -m, a list needs brackets")
+    return overrides
+
+
+def _parsed(words: list[str], extra_dir: str | None) -> list[Override]:
+    try:
+        return OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise ConfigError(_explained(error, words, extra_dir, "config")) from error
+
+
+def _on_top(cfg: DictConfig, overrides: list[Override], extra_dir: str | None) -> None:
+    """Puts words on top of a run's settings; group=option replaces that section."""
+    groups = _groups(extra_dir)
     for override in sorted(overrides, key=lambda override: override.key_or_group not in groups):
         key = override.key_or_group
         if key in groups and key in cfg:
@@ -421,7 +518,27 @@ def compose_run(words: list[str], extra_dir: str | None = None) -> DictConfig:
             OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
         else:
             raise ConfigError(unknown_key(key, cfg, [group for group in groups if group in cfg]))
-    return cfg
+
+
+def source_of(words: list[str], extra_dir: str | None = None) -> Path | None:
+    """The directory of the run that these words resume or fork; None where they begin one of its own.
+
+    ConfigError where there is no run in it.
+    """
+    given = {each.key_or_group: each.value() for each in _parsed(words, extra_dir)}
+    resume, fork, name = (given.get(key) for key in (RESUME, FORK, "name"))
+    if resume == AUTO and name is not None:
+        path = Path(run_directory_name(str(name), AUTO))
+        if any(path.glob("checkpoints/iteration_*")):
+            return path
+    named = {RESUME: None if resume == AUTO else resume, FORK: fork}
+    for key, value in named.items():
+        if value is not None:
+            path = Path(run_directory_name("", str(value))).expanduser()
+            if not (path / "config.yaml").is_file():
+                raise ConfigError(f"{key}: there is no run in {path}")
+            return path
+    return None
 
 
 def _completed(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -437,10 +554,10 @@ def _completed(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any
 def _quoted(word: str) -> str:
     """run=FOLDER in quotation marks: the folder of a job of a sweep has signs in its name that mean something here."""
     key, _, folder = word.partition("=")
-    if key != RUN or not Path(folder).expanduser().is_dir():
+    if key not in (RUN, RESUME, FORK) or not Path(folder).expanduser().is_dir():
         return word
     escaped = folder.replace("'", "\\'")
-    return f"{RUN}='{escaped}'"
+    return f"{key}='{escaped}'"
 
 
 def check_subject(config: Config, takes: tuple[str, ...]) -> None:
@@ -460,17 +577,17 @@ def command(name: str, task: Callable[[Config], None], takes: tuple[str, ...] = 
 
     A UserError ends in one line on stderr and its exit status; --help, --cfg, --config-dir and -m are Hydra's.
     `takes` are the keys by which a command that looks at a model is told which, "run" and perhaps "model.path". Jobs
-    with run= are composed here, and Hydra makes no directory for them.
+    that take the settings of a run, with run=, resume= or fork=, are composed here without Hydra's own program.
     """
     try:
         args = get_args_parser().parse_args()
         if args.help:
             print_help(name, config_dir(), args.overrides)
             return
-        jobs = []
+        jobs, again = [], False
         if not (args.hydra_help or args.info or args.shell_completion):
-            jobs = _checked_jobs(args.overrides, args.multirun, args.config_dir, takes)
-        if not any(config.run.run for _, config in jobs):
+            jobs, again = _checked_jobs(args.overrides, args.multirun, args.config_dir, takes)
+        if not again:
             _run_hydra(task, args.config_dir)
             return
         for cfg, config in jobs:
@@ -481,48 +598,72 @@ def command(name: str, task: Callable[[Config], None], takes: tuple[str, ...] = 
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.status)
+    except KeyboardInterrupt as error:
+        print(f"{name}: {error or 'stopped by SIGINT'}", file=sys.stderr)
+        sys.exit(getattr(error, "status", 130))
 
 
 def _checked_jobs(
     overrides: list[str], multirun: bool, extra_dir: str | None, takes: tuple[str, ...]
-) -> list[tuple[DictConfig, Config]]:
+) -> tuple[list[tuple[DictConfig, Config]], bool]:
+    """Each job's configuration, and whether they take the settings of a run."""
     overrides = [_quoted(word) for word in overrides]
     try:
         jobs = expand(overrides) if multirun else [overrides]
     except HydraException as error:
         raise ConfigError(_explained(error, overrides, extra_dir, "config")) from error
-    checked = []
+    checked, again = [], False
     for job in jobs:
-        of_run = RUN in takes and any(word.startswith(f"{RUN}=") for word in job)
-        cfg = compose_run(job, extra_dir) if of_run else compose(job, extra_dir)
+        source = None
+        if RUN in takes and any(word.startswith(f"{RUN}=") for word in job):
+            cfg, again = compose_run(job, extra_dir), True
+        elif takes or multirun or (source := source_of(job, extra_dir)) is None:
+            cfg = compose(job, extra_dir)
+        else:
+            cfg, again = compose_again(job, source, extra_dir), True
         config = build(cfg, extra_dir)
         check_subject(config, takes)
+        if multirun and config.run.fork is not None:
+            raise ConfigError(f"{FORK}: one run is forked at a time, without -m")
+        if source is not None and config.run.resume is not None:
+            RunDirectory(source).check_resume(config.raw)
         checked.append((cfg, config))
-    return checked
+    return checked, again
 
 
 def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
     failed: list[UserError] = []
+    inside = False
 
     def job(cfg: DictConfig) -> None:
+        nonlocal inside
         if failed:  # of a sweep the jobs after one that failed are not begun
             return
+        inside = True
         try:
             task(build(cfg, extra_dir))
         except UserError as error:  # Hydra would print all the job's words over its one line
             failed.append(error)
+        inside = False
 
     # Hydra then hands other exceptions on instead of printing its own account of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    hydra.main(config_path=str(config_dir()), config_name="config", version_base=VERSION_BASE)(job)()
+    try:
+        hydra.main(config_path=str(config_dir()), config_name="config", version_base=VERSION_BASE)(job)()
+    except OSError as error:
+        if inside:
+            raise
+        raise UserError(f"{error.filename}: cannot write there ({error.strerror})") from error  # the job's directory
     if failed:
         raise failed[0]
 
 
-def run_directory() -> Path:
-    """The directory of the job that Hydra is running."""
+def run_directory(config: Config) -> Path:
+    """The directory of the job that Hydra is running, or of the run that goes on."""
     from hydra.core.hydra_config import HydraConfig
 
+    if not HydraConfig.initialized():
+        return Path(run_directory_name(config.run.name, config.run.resume))
     return Path(HydraConfig.get().runtime.output_dir)
 
 
@@ -531,5 +672,7 @@ def sweep_name() -> str | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    if not HydraConfig.initialized():
+        return None
     job = HydraConfig.get()
     return Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None

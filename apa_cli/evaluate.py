@@ -10,7 +10,7 @@ def evaluate(config: Config) -> None:
     """Writes eval.json to the directory of the run, or for model.path= to one of its own."""
     from apa_cli.assessment import start_evaluation
 
-    start_evaluation(config, None if config.run.run else run_directory())
+    start_evaluation(config, None if config.run.run else run_directory(config))
 
 
 def main() -> None:

@@ -22,7 +22,9 @@ EXAMPLES = {
         "apa-train -m algo=apa lambda=0.03,0.1,0.3,1    a sweep: one run for each value",
         "apa-train model=local model.path=FOLDER reward=function reward.target=my_file.py:my_function",
         "apa-train plan=true                            say what would run, and stop",
-        "apa-train resume=outputs/NAME                  continue a run; give the words it was started with too",
+        "apa-train resume=outputs/NAME                  continue a run with its own settings",
+        "apa-train name=NAME resume=auto WORDS          begin it, or continue it where it was begun",
+        "apa-train fork=outputs/NAME name=NEW lambda=1  another run from the state of this one",
     ],
     "apa-sft": ["apa-sft sft.epochs=3", "apa-sft model=local model.path=FOLDER name=my_sft"],
     "apa-reward": [

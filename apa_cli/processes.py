@@ -25,6 +25,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 
 from apa_cli.settings import Device, LaunchSettings
+from apa_cli.stopping import Stopped
 from apa_cli.types import ConfigError, UserError
 
 T = TypeVar("T")
@@ -200,8 +201,7 @@ def take_part(settings: LaunchSettings, work: Callable[..., None], *arguments: A
         if settings.processes not in (None, size):
             raise ConfigError(f"launch.processes: {settings.processes} were asked for, {size} were started")
         world = join(settings, rank, size, int(place["LOCAL_RANK"]), None)
-        work(world, *arguments)
-        world.meet(settings.timeout)
+        worked(world, work, *arguments)
     if end.status:
         sys.exit(end.status)
 
@@ -289,9 +289,18 @@ def begun(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // count))
     with ending(rank) as end:
         world = join(settings, rank, count, rank, port)
-        work(world, *arguments)
-        world.meet(settings.timeout)
+        worked(world, work, *arguments)
     sys.exit(end.status)
+
+
+def worked(world: World, work: Callable[..., None], *arguments: Any) -> None:
+    """`work(world, *arguments)`; none leaves before all have finished, or have stopped."""
+    try:
+        work(world, *arguments)
+    except Stopped:
+        world.meet(world.timeout)
+        raise
+    world.meet(world.timeout)
 
 
 @dataclass
@@ -309,11 +318,14 @@ def ending(rank: int) -> Iterator[End]:
         print(f"process {rank}: {error}", file=sys.stderr, flush=True)
         time.sleep(LOSERS_PAUSE)
         end.status = error.status
+    except Stopped as error:
+        show(screen if rank == 0 else sys.stderr, f"apa-train: {error}")
+        end.status = error.status
     except UserError as error:
         show(screen, f"apa-train: {error}" if rank == 0 else f"apa-train: process {rank}: {error}")
         end.status = error.status
-    except SystemExit as error:
-        end.status = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt as error:
+        end.status = getattr(error, "status", 128 + signal.SIGINT)
     except Exception:
         show(screen, f"process {rank}:\n{traceback.format_exc()}")
         end.status = 1

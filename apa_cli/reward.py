@@ -10,7 +10,7 @@ def reward(config: Config) -> None:
     """Writes the reward model to the run's directory, under model/."""
     from apa_cli.runs import start_reward
 
-    start_reward(config, run_directory())
+    start_reward(config, run_directory(config))
 
 
 def main() -> None:

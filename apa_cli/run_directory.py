@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from apa_cli.types import ConfigError, UserError
 
 MAY_DIFFER = (
-    "name", "resume", "plan", "iterations", "eval_every", "checkpoint_every",
+    "name", "resume", "resume_changed", "fork", "stop_after", "plan", "iterations", "eval_every", "checkpoint_every",
     "tracking", "evaluation", "checkpoint", "launch", "run", "evaluate", "export", "chat",
 )  # fmt: skip
 """Top-level keys in which a resumed run may differ from the one it continues."""
+
+RESUME, FORK, AUTO = "resume", "fork", "auto"
+
+CODE = ("target", "trust_remote_code")
+"""Names of keys that make a run execute code of the user's; see `code_in`."""
+
+LOCK = ".lock"
+"""The file that a live run holds locked; the lock ends with the process."""
 
 
 class RunDirectory:
@@ -28,55 +40,103 @@ class RunDirectory:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.samples = path / "samples.jsonl"
+        self.result = path / "result.json"
+        """The last figures; there when the run has finished."""
         self.checkpoints = path / "checkpoints"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the directory, made where it is not there, for this process until the block or the process ends.
+
+        UserError if another live run holds it, or if nothing can be written there.
+        """
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(f"{self.path}: in use by another live run") from error
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write there ({error.strerror})") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def claim(self, config: dict[str, Any]) -> None:
         """Takes a fresh directory by creating its config.yaml. UserError if a run is there already."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with (self.path / "config.yaml").open("x") as handle:
-                yaml.safe_dump(config, handle, sort_keys=False, allow_unicode=True)
-        except FileExistsError as error:
-            raise UserError(
-                f"name: {self.path} holds a run already; give another name=, or resume={self.path}"
-            ) from error
+            if (self.path / "config.yaml").exists():
+                raise UserError(f"name: {self.path} holds a run already; give another name=, or resume={self.path}")
+            replace_text(self.path / "config.yaml", as_yaml(config))
         except OSError as error:
             raise UserError(f"{self.path}: cannot write there ({error.strerror})") from error
 
     def check_resume(self, config: dict[str, Any]) -> None:
         """ConfigError if the configuration is not the run's own, save in what may differ. Changes nothing."""
-        try:
-            before = yaml.safe_load((self.path / "config.yaml").read_text())
-        except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"resume: {self.path} has no readable config.yaml") from error
-        differing = differences(before, config)
-        if differing:
-            shown = ", ".join(f"{key}: {old!r} → {new!r}" for key, old, new in differing[:5])
+        differing = differences(self.recorded(), config)
+        named = config.get("resume_changed") or []
+        refused = [part for part in differing if not any(covers(key, part[0]) for key in named)]
+        if refused:
+            shown = ", ".join(f"{key}: {old!r} → {new!r}" for key, old, new in refused[:5])
+            keys = ",".join(key for key, _, _ in refused)
             raise ConfigError(
-                f"resume: the configuration differs from the run's: {shown}; give the words it was started with"
+                f"resume: the configuration differs from the run's: {shown}; leave these words out, or give "
+                f"resume_changed=[{keys}] if the run is to go on with them"
             )
+
+    def recorded(self) -> dict[str, Any]:
+        """What is in config.yaml. UserError where it cannot be read."""
+        try:
+            config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"resume: {self.path} has no readable config.yaml") from error
+        if not isinstance(config, dict):
+            raise UserError(f"resume: {self.path} has no readable config.yaml")
+        return config
 
     def cut_back(self, config: dict[str, Any], iteration: int) -> None:
         """Drops the records after `iteration`, and takes over what the resumed run's configuration changed."""
+        self.result.unlink(missing_ok=True)
         for file in (self.metrics, self.samples):
             if file.is_file():
-                rows = [line for line in file.read_text().splitlines() if json.loads(line)["iteration"] <= iteration]
-                replace_text(file, "".join(f"{row}\n" for row in rows))
-        name = yaml.safe_load((self.path / "config.yaml").read_text())["name"]
-        text = yaml.safe_dump({**config, "name": name, "resume": None}, sort_keys=False, allow_unicode=True)
-        replace_text(self.path / "config.yaml", text)
+                replace_text(file, "".join(f"{row}\n" for row in rows_until(file, iteration)))
+        kept = {"name": self.recorded()["name"], "resume": None, "resume_changed": [], "stop_after": None}
+        replace_text(self.path / "config.yaml", as_yaml({**config, **kept}))
+
+    def copy_records(self, source: RunDirectory, iteration: int) -> None:
+        """Takes over another run's metrics and samples up to `iteration`."""
+        for own, other in ((self.metrics, source.metrics), (self.samples, source.samples)):
+            replace_text(own, "".join(f"{row}\n" for row in rows_until(other, iteration)))
+
+    def clear(self) -> None:
+        """Removes what a run left that was killed before its first checkpoint, so that it can begin anew."""
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "result.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def iterations_done(self) -> int | None:
+        """The iterations that a finished run had; None where it has not finished."""
+        try:
+            return json.loads(self.result.read_text(encoding="utf-8"))["iteration"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     def release(self) -> None:
         """Gives the directory's name back after a run that failed before it recorded anything."""
         if not self.metrics.exists():
-            for name in ("config.yaml", "environment.json", "run.log"):
+            for name in ("config.yaml", "environment.json", "run.log", LOCK):
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 
     def record(self, file: Path, rows: list[dict[str, Any]]) -> None:
-        with file.open("a") as handle:
-            handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        """Adds lines to a file. UserError where they cannot be written."""
+        try:
+            with file.open("a", encoding="utf-8") as handle:
+                handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be written ({error.strerror}); checkpoints are intact") from error
 
     def write_environment(self, **facts: Any) -> None:
         (self.path / "environment.json").write_text(json.dumps({**environment(), **facts}, indent=2) + "\n")
@@ -111,21 +171,78 @@ def recorded_config(directory: Path) -> dict[str, Any]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes a file beside its place and moves it there."""
+    """Writes a file beside its place, so that it is on disk, and moves it there."""
     beside = file.with_name(f".{file.name}.new")
-    beside.write_text(text, encoding="utf-8")
+    with beside.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
     beside.replace(file)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) wherever two configurations differ, save in what may."""
+def as_yaml(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def rows_until(file: Path, iteration: int) -> list[str]:
+    """The lines of a .jsonl file up to an iteration; a last one that was half-written is none of them.
+
+    UserError where any other cannot be read.
+    """
+    *lines, _ = file.read_bytes().split(b"\n")  # what follows the last line end is half a line, or nothing
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                rows.append(line.decode())
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"resume: line {number} of {file} cannot be read") from error
+    return rows
+
+
+def records(file: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a reply may hold other line ends than its own."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def code_in(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of every key by which a configuration runs code that is not the package's.
+
+    A file in a run's directory must not make a command run code: these are asked for on the command line again.
+    """
+    found = []
+    for key, value in config.items():
+        inner = value if isinstance(value, list) else [value]
+        parts = [part for part in inner if isinstance(part, dict)]
+        if parts:
+            within = [pair for part in parts for pair in code_in(part, f"{prefix}{key}.")]
+            found += within if isinstance(value, dict) or not within else [(f"{prefix}{key}", value)]
+        elif key in CODE and value:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def covers(key: str, dotted: str) -> bool:
+    """Whether `key` is that dotted key, or a section it is in."""
+    return dotted == key or dotted.startswith(f"{key}.")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two configurations differ, save in what may.
+
+    Where `lambda` differs, the key of the algorithm that it sets does too, and is not counted again.
+    """
+    found = _differences(*({k: v for k, v in side.items() if k not in MAY_DIFFER} for side in (old, new)))
+    pair = next(((before, after) for key, before, after in found if key == "lambda"), None)
+    return [part for part in found if not (part[0].startswith("algo.") and part[1:] == pair)]
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     found = []
     for key in dict.fromkeys([*old, *new]):
-        if not prefix and key in MAY_DIFFER:
-            continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += differences(before, after, f"{prefix}{key}.")
+            found += _differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found.append((f"{prefix}{key}", before, after))
     return found

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import shlex
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,52 +20,79 @@ from apa_cli.assembly import build_trainer, launch, load_examples, stage_progres
 from apa_cli.console import Console
 from apa_cli.plan import run_plan
 from apa_cli.processes import ALONE, World, given, keep_log, started, take_part, wanted
-from apa_cli.run_directory import RunDirectory
+from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, differences, replace_text
 from apa_cli.settings import Config
 from apa_cli.stages.cache import sft_model
 from apa_cli.stages.fitting import Workplace
 from apa_cli.stages.reward_model import run_reward
 from apa_cli.stages.sft import run_sft
+from apa_cli.stopping import Stopped, Stopping
+from apa_cli.trainer import Trainer
 from apa_cli.types import ConfigError
+
+MEASURED_BY = ("dataset", "reward", "sampling", "model", "eval_seed")
+"""Top-level keys that the evaluation depends on: where one changed, the SFT model is measured again."""
 
 
 def start(config: Config, path: Path, sweep: str | None) -> None:
-    """apa-train: runs one job in `path`, or continues the run that `config.run.resume` names in its own directory."""
+    """apa-train: runs one job in `path`, or continues the run that `config.run.resume` names in its own directory.
+
+    Raises `Stopped` where a signal or `stop_after` ended it before its last iteration.
+    """
     if config.run.plan:
         print("\n".join(run_plan(config)))
         remove_if_empty(path)
         return
     if given():
-        take_part(config.launch, run, config, path, sweep)
+        take_part(config.launch, attend, config, path, sweep)
     elif (count := wanted(config.launch)) > 1:
         check_shares(config, count)
-        started(config.launch, count, run, config, path, sweep)
+        started(config.launch, count, attend, config, path, sweep)
     else:
-        run(ALONE, config, path, sweep)
+        attend(ALONE, config, path, sweep)
 
 
-def run(world: World, config: Config, own: Path, sweep: str | None) -> None:
-    """The part of a run that one of its processes does; `own` is the directory that it was given."""
+def attend(world: World, config: Config, path: Path, sweep: str | None) -> None:
+    """A run as one of its processes lives it: it may be stopped, and then says how it goes on."""
     check_shares(config, world.size)
-    path, resume = world.from_main(lambda: prepared(config, own, sweep))
-    if path != own:
-        remove_if_empty(own)  # named by the clock, which another process read a second later
-    keep_log(world, path / "logs")
-    directory = RunDirectory(path)
-    trainer = None
-    with Console(path / "run.log" if world.is_main else None, config.run.iterations) as console:
+    with Stopping(config.run.stop_after) as stopping:
+        if stopping.out_of_time:
+            remove_if_empty(path)
+            raise Stopped(f"stop_after={config.run.stop_after}: no time is left to begin", stopping.status())
         try:
-            trainer = build_trainer(config, path, sweep, resume, console, world)
-            if resume is not None and world.is_main:
-                directory.cut_back(config.raw, trainer.progress.iteration)
-            trainer.train()
-        except BaseException:
-            if trainer is not None:
-                trainer.tracker.finish(failed=True)
-            if resume is None and world.is_main:
-                directory.release()
-            raise
-        trainer.tracker.finish()
+            run(world, config, path, sweep, stopping)
+        except Stopped as stopped:
+            how = "the same words again" if sweep else resume_command("apa-train", config, stopped_in(config, path))
+            raise Stopped(f"{stopped}; go on with: {how}", stopped.status) from None
+        if sweep and stopping.requested:
+            raise Stopped(f"stopped by {stopping.requested} between two runs of the sweep", stopping.status())
+
+
+def run(world: World, config: Config, given_path: Path, sweep: str | None, stopping: Stopping) -> None:
+    """One job, from its directory to its results."""
+    with ExitStack() as held:
+        path, found, finished = world.from_main(lambda: taken(held, config, given_path, sweep))
+        if path != given_path:
+            remove_if_empty(given_path)  # named by the clock, which another process read a second later
+        if finished:
+            return
+        keep_log(world, path / "logs")
+        directory, trainer = RunDirectory(path), None
+        with Console(path / "run.log" if world.is_main else None, config.run.iterations) as console:
+            try:
+                checkpoint = world.from_main(lambda: checkpoints.latest_good(found, console.say) if found else None)
+                trainer = build_trainer(config, path, sweep, checkpoint, console, world)
+                trainer.stopping = stopping
+                if checkpoint is not None and world.from_main(partial(take_over, trainer, checkpoint.parent.parent)):
+                    trainer.measure_reference()
+                trainer.train()
+            except BaseException as error:
+                if trainer is not None:
+                    trainer.tracker.finish(failed=not isinstance(error, Stopped))
+                if world.is_main and not directory.checkpoints.exists():
+                    directory.release()
+                raise
+            trainer.tracker.finish()
     # The next job of a sweep runs in this process: leave it nothing.
     del trainer
     gc.collect()
@@ -68,22 +100,76 @@ def run(world: World, config: Config, own: Path, sweep: str | None) -> None:
         torch.cuda.empty_cache()
 
 
-def prepared(config: Config, path: Path, sweep: str | None) -> tuple[Path, Path | None]:
-    """The run's directory, taken, and the checkpoint to go on from."""
-    if config.run.resume is None:
-        RunDirectory(path).claim(config.raw)
-        return path, None
-    if sweep is not None:
-        raise ConfigError("resume: a sweep cannot be resumed as one; resume its runs by themselves")
-    path, resume = checkpoints.located(config.run.resume)
-    RunDirectory(path).check_resume(config.raw)
-    return path, resume
-
-
 def check_shares(config: Config, processes: int) -> None:
     """Each process gets as many sequences of a minibatch. ConfigError naming the numbers."""
     if config.run.minibatch % processes:
         raise ConfigError(f"minibatch: {config.run.minibatch} is not a multiple of the {processes} processes")
+
+
+def taken(held: ExitStack, config: Config, path: Path, sweep: str | None) -> tuple[Path, list[Path], bool]:
+    """The run's directory, kept for this process while `held` lasts; the checkpoints it can go on from; whether it
+    has finished."""
+    path, found = origin(config, path, sweep)
+    directory = RunDirectory(path)
+    held.enter_context(directory.held())
+    done = directory.iterations_done()
+    if config.run.resume == AUTO and done is not None and done >= config.run.iterations:
+        print(f"{path}: finished ({done} iterations), nothing is left to do", flush=True)
+        return path, found, True
+    begin(directory, config, found)
+    if not found and config.run.fork is not None:
+        found = checkpoints.located(config.run.fork)[1]
+    return path, found, False
+
+
+def origin(config: Config, path: Path, sweep: str | None) -> tuple[Path, list[Path]]:
+    """The directory to run in, and the checkpoints there that the run can go on from; none: it begins."""
+    resume = config.run.resume
+    if resume is None:
+        return path, []
+    if resume == AUTO:
+        return path, checkpoints.all_in(path / "checkpoints")
+    if sweep is not None:
+        raise ConfigError(f"resume: a sweep is resumed as one, with its own words and resume={AUTO}")
+    return checkpoints.located(resume)
+
+
+def begin(directory: RunDirectory, config: Config, found: list[Path]) -> None:
+    """Takes a new directory, or makes sure that the run in it is the one that is to go on."""
+    if found:
+        directory.check_resume(config.raw)
+        return
+    if config.run.resume == AUTO:
+        directory.clear()
+    directory.claim(config.raw)
+
+
+def take_over(trainer: Trainer, source_path: Path) -> bool:
+    """The records up to where the state of `trainer` was saved: the run's own cut back, or another's copied.
+
+    Returns whether what the evaluation depends on has changed.
+    """
+    config, directory, iteration = trainer.config, trainer.directory, trainer.progress.iteration
+    source = RunDirectory(source_path)
+    changed = {key.partition(".")[0] for key, _, _ in differences(source.recorded(), config.raw)}
+    if source.path == directory.path:
+        checkpoints.drop_after(directory.checkpoints, iteration)
+        directory.cut_back(config.raw, iteration)
+    else:
+        directory.copy_records(source, iteration)
+        trainer.console.say(f"forked from {source.path} after iteration {iteration}")
+    return bool(changed & set(MEASURED_BY))
+
+
+def resume_command(command: str, config: Config, path: Path) -> str:
+    """The words with which the run in `path` goes on."""
+    words = [f"{RESUME}={path}", *(f"{key}={value}" for key, value in code_in(config.raw))]
+    folder = [word for flag, word in itertools.pairwise(sys.argv) if flag in ("--config-dir", "-cd")]
+    return shlex.join([command, *words, *(["--config-dir", folder[0]] if folder else [])])
+
+
+def stopped_in(config: Config, path: Path) -> Path:
+    return path if config.run.resume in (None, AUTO) else checkpoints.located(config.run.resume)[0]
 
 
 def start_sft(config: Config, path: Path) -> None:
@@ -111,35 +197,41 @@ def run_stage(config: Config, path: Path, build: Callable[[Workplace], dict[str,
 
     metrics.jsonl has a line per evaluation, its `iteration` the optimiser step.
     """
-    resume = None
-    if config.run.resume is not None:
-        path, resume = checkpoints.located(config.run.resume)
+    for own in (FORK, "stop_after"):
+        if getattr(config.run, own) is not None:
+            raise ConfigError(f"{own}: only apa-train takes it")
+    path, found = origin(config, path, None)
     directory = RunDirectory(path)
-    if resume is None:
-        directory.claim(config.raw)
-    else:
-        directory.check_resume(config.raw)
-        directory.cut_back(config.raw, int(resume.name.rpartition("_")[2]))
-    try:
-        with Console(path / "run.log", 0) as console:
-            device = launch(config.launch)
-            directory.write_environment(device=str(device), threads=torch.get_num_threads())
-            place = Workplace(
-                device=device,
-                folder=path / "model",
-                say=console.say,
-                progress=stage_progress(console, name),
-                record=lambda row: directory.record(directory.metrics, [row]),
-                checkpoints=directory.checkpoints,
-                resume=resume,
-            )
-            result = build(place)
-            (path / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-            console.say(f"the model is in {path / 'model'}; use it with {key}={path / 'model'}")
-    except BaseException:
-        if resume is None and not directory.checkpoints.exists():
-            directory.release()
-        raise
+    with Stopping(None), directory.held():
+        if config.run.resume == AUTO and directory.result.is_file():
+            print(f"{path}: finished, nothing is left to do", flush=True)
+            return
+        begin(directory, config, found)
+        try:
+            with Console(path / "run.log", 0) as console:
+                resume = checkpoints.latest_good(found, console.say) if found else None
+                if resume is not None:
+                    step = checkpoints.iteration_of(resume)
+                    checkpoints.drop_after(directory.checkpoints, step)
+                    directory.cut_back(config.raw, step)
+                device = launch(config.launch)
+                directory.write_environment(device=str(device), threads=torch.get_num_threads())
+                place = Workplace(
+                    device=device,
+                    folder=path / "model",
+                    say=console.say,
+                    progress=stage_progress(console, name),
+                    record=lambda row: directory.record(directory.metrics, [row]),
+                    checkpoints=directory.checkpoints,
+                    resume=resume,
+                )
+                result = build(place)
+                replace_text(directory.result, json.dumps(result, indent=2) + "\n")
+                console.say(f"the model is in {path / 'model'}; use it with {key}={path / 'model'}")
+        except BaseException:
+            if not directory.checkpoints.exists():
+                directory.release()
+            raise
 
 
 def remove_if_empty(path: Path) -> None:

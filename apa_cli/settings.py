@@ -105,6 +105,9 @@ class RunSettings:
     eval_every: Annotated[int, NonNegative]
     checkpoint_every: Annotated[int, NonNegative]
     resume: str | None
+    resume_changed: list[str]
+    fork: str | None
+    stop_after: str | None
     plan: bool
     run: str | None
 

@@ -10,7 +10,7 @@ def sft(config: Config) -> None:
     """Writes the fine-tuned model to the run's directory, under model/."""
     from apa_cli.runs import start_sft
 
-    start_sft(config, run_directory())
+    start_sft(config, run_directory(config))
 
 
 def main() -> None:

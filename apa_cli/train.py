@@ -10,7 +10,7 @@ def train(config: Config) -> None:
     """One run: a fresh one in its own directory, or one that continues."""
     from apa_cli.runs import start
 
-    start(config, run_directory(), sweep_name())
+    start(config, run_directory(config), sweep_name())
 
 
 def main() -> None:

@@ -35,8 +35,9 @@ from apa_cli.rewards.base import Score
 from apa_cli.rollout.collect import collect, concatenated
 from apa_cli.rollout.sampler import LENGTH
 from apa_cli.rollout.statistics import rollout_statistics
-from apa_cli.run_directory import RunDirectory
+from apa_cli.run_directory import RunDirectory, records, replace_text
 from apa_cli.settings import Config
+from apa_cli.stopping import Stopped, Stopping
 from apa_cli.tensor_ops import masked_mean
 from apa_cli.tracking import Tracker
 from apa_cli.types import Example, Prompt, Rollout, State, Tokens
@@ -85,23 +86,46 @@ class Trainer:
     moving_reference: PreTrainedModel | None = None
     """π_init of the loss where it is refreshed; kl/* stays measured against `reference`."""
     progress: Progress = field(default_factory=Progress)
+    stopping: Stopping = field(default_factory=Stopping)
     drawn_at: float = 0.0
 
     def train(self) -> None:
+        """Runs to the last iteration. Raises `Stopped`, with everything saved, where it is asked to end before."""
         run = self.config.run
+        self.stopping.listen()
         if self.progress.iteration == 0:
             self.begin()
         while self.progress.iteration < run.iterations:
-            iteration = self.progress.iteration + 1
+            iteration, begun = self.progress.iteration + 1, time.monotonic()
             metrics = self.iterate(iteration)
             self.progress.iteration, self.progress.samples = iteration, iteration * run.rollout_batch
             last = iteration == run.iterations
             if last or (run.eval_every and iteration % run.eval_every == 0):
                 metrics |= self.evaluate()
             self.log(metrics)
-            if last or (run.checkpoint_every and iteration % run.checkpoint_every == 0):
+            self.stopping.longest_iteration = max(self.stopping.longest_iteration, time.monotonic() - begun)
+            reason = None if last else self.stop_reason()
+            if last or reason or self.checkpoint_due():
                 self.save_checkpoint()
+            if reason:
+                why, status = reason
+                raise Stopped(f"stopped by {why} after iteration {iteration} of {run.iterations}, saved", status)
         self.finish()
+
+    def stop_reason(self) -> tuple[str, int] | None:
+        """Why the run is to end after this iteration, and with which status; None where it goes on.
+
+        Asked once per iteration; what one process has to say counts for all.
+        """
+        own = self.stopping.reason()
+        reasons = self.world.gather(None if own is None else (own, self.stopping.status()))
+        return next((reason for reason in reasons if reason), None)
+
+    def checkpoint_due(self) -> bool:
+        """Every `checkpoint_every` iterations, and when the policy is the best so far, if that is to be kept."""
+        every, iteration = self.config.run.checkpoint_every, self.progress.iteration
+        best = self.config.checkpoint.keep_best and self.progress.best_iteration == iteration
+        return bool(every) and (iteration % every == 0 or best)
 
     def begin(self) -> None:
         """The state before the first iteration, and the SFT model's evaluation."""
@@ -229,8 +253,7 @@ class Trainer:
         begun = time.perf_counter()
         if any(len(scores) != len(self.evaluator.prompts) for scores in self.progress.sft_scores.values()):
             # Resumed with other held-out prompts: what was measured on the old ones compares with nothing.
-            self.progress.sft_scores = self.evaluator.replies(self.reference).scores
-            self.progress.best_reward = None
+            self.measure_reference()
         metrics, rows, scores = self.evaluator.evaluate(self.sampler, self.progress.sft_scores)
         self.progress.sft_scores = self.progress.sft_scores or scores
         where = {"iteration": self.progress.iteration, "samples": self.progress.samples}
@@ -242,6 +265,11 @@ class Trainer:
             self.progress.best_reward = metrics["eval/reward_mean"]
             self.progress.best_iteration = self.progress.iteration
         return {**metrics, "time/evaluation_s": time.perf_counter() - begun}
+
+    def measure_reference(self) -> None:
+        """The SFT model's scores anew, and no best score so far: what is measured by has changed."""
+        self.progress.sft_scores = self.evaluator.replies(self.reference).scores
+        self.progress.best_reward = self.progress.best_iteration = None
 
     def log(self, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, the tracker, the console, and the curves when they are due."""
@@ -256,7 +284,11 @@ class Trainer:
             self.drawn_at = time.monotonic()
 
     def save_checkpoint(self) -> None:
-        """Everything that the run's future depends on."""
+        """Everything that the run's future depends on, and before it the records of what led there."""
+        begun = time.monotonic()
+        for file in (self.directory.metrics, self.directory.samples):
+            if file.exists():
+                checkpoints.sync(file)
         tensors = {
             "policy": checkpoints.module_tensors(self.model.policy, trained_only=True),
             "critics": checkpoints.module_tensors(self.model.critics, trained_only=True),
@@ -278,6 +310,7 @@ class Trainer:
             settings.keep_last,
             self.progress.best_iteration if settings.keep_best else None,
         )
+        self.stopping.longest_save = max(self.stopping.longest_save or 0.0, time.monotonic() - begun)
         self.console.say(f"checkpoint: {path}")
 
     def load_checkpoint(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
@@ -315,13 +348,12 @@ class Trainer:
 
     def report(self) -> None:
         """Before and after replies to the same prompts, the final figures, and where everything lies."""
-        rows = [json.loads(line) for line in self.directory.samples.read_text().splitlines()]
+        rows = records(self.directory.samples)
         shown = [row["prompt"] for row in rows if row["iteration"] == 0][: self.config.evaluation.shown]
         ends = (0, self.progress.iteration)
         chosen = [row for prompt in shown for row in rows if row["prompt"] == prompt and row["iteration"] in ends]
         self.console.samples("Replies to the same prompts, before and after", chosen)
-        lines = [json.loads(line) for line in self.directory.metrics.read_text().splitlines()]
-        final = next(line for line in reversed(lines) if "eval/reward_mean" in line)
+        final = next(line for line in reversed(records(self.directory.metrics)) if "eval/reward_mean" in line)
         gain = final["eval/reward_mean"] - final["eval/reward_mean_sft"]
         self.console.say(
             f"held-out reward {final['eval/reward_mean']:.3f} ± {final['eval/reward_ci']:.3f} (SFT model "
@@ -333,6 +365,10 @@ class Trainer:
             f"everything is in {path}: model/ (the trained policy), curves.png, metrics.jsonl, samples.jsonl, "
             "checkpoints/"
         )
+        # The last file of a run: with it the run has finished.
+        figures = {name: value for name, value in final.items() if name.startswith("eval/")}
+        done = {"iteration": self.progress.iteration, "samples": self.progress.samples}
+        replace_text(self.directory.result, json.dumps({**done, **figures}, indent=2) + "\n")
 
 
 def sampler_gap(rollout: Rollout) -> dict[str, float]:

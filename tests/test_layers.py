@@ -20,7 +20,7 @@ LEVELS = [
     [
         "runs", "assembly", "trainer", "update", "processes", "memory", "evaluation", "checkpoint",
         "run_directory", "plan", "tracking", "console", "report", "stages", "trained", "assessment", "publication",
-        "model_card", "conversation",
+        "model_card", "conversation", "stopping",
     ],
     ["rollout", "algorithms"],
     ["models", "datasets", "rewards"],

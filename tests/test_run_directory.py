@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from apa_cli import checkpoint as checkpoints
 from apa_cli.checkpoint import load
 from apa_cli.run_directory import differences
 from apa_cli.types import ConfigError, UserError
@@ -44,7 +45,7 @@ def test_it_holds_what_the_readme_promises(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoints",
-        "model", "critic", "run.log",
+        "model", "critic", "run.log", "result.json", ".lock",
     }  # fmt: skip
     assert (finished / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "held-out reward" in (finished / "run.log").read_text()
@@ -154,15 +155,26 @@ def test_records_behind_the_checkpoint_are_cut(copied, train, records):
     assert sorted({row["iteration"] for row in records(copied / "samples.jsonl")}) == [0, 1, 2]
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_is_changed(copied, resume):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(copied, resume, comparable):
     file = copied / "checkpoints" / "iteration_000003" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    before = [(copied / name).read_text() for name in ("metrics.jsonl", "samples.jsonl")]
-    with pytest.raises(UserError, match=r"iteration_000003/optimizer.safetensors is missing or damaged"):
+    before, samples = comparable(copied / "metrics.jsonl"), (copied / "samples.jsonl").read_text()
+    resume()
+    said = [line for line in (copied / "run.log").read_text().splitlines() if "is missing or damaged" in line]
+    assert said == [f"resume: {file} is missing or damaged; the checkpoint before it is used"]
+    assert comparable(copied / "metrics.jsonl") == before and (copied / "samples.jsonl").read_text() == samples
+    assert len(checkpoints.verified(copied / "checkpoints" / "iteration_000003")) == 5  # it was saved anew
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_changed(copied, resume):
+    for checkpoint in (copied / "checkpoints").iterdir():
+        (checkpoint / "state.json").unlink()
+    before = [(copied / name).read_text() for name in ("metrics.jsonl", "samples.jsonl", "config.yaml")]
+    with pytest.raises(UserError, match=r"iteration_000001/state.json is missing or damaged"):
         resume()
-    assert [(copied / name).read_text() for name in ("metrics.jsonl", "samples.jsonl")] == before
+    assert [(copied / name).read_text() for name in ("metrics.jsonl", "samples.jsonl", "config.yaml")] == before
 
 
 def test_a_damaged_checkpoint_that_is_not_the_last_costs_no_records(copied, train):

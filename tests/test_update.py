@@ -70,6 +70,9 @@ RUN = RunSettings(
     eval_every=0,
     checkpoint_every=0,
     resume=None,
+    resume_changed=[],
+    fork=None,
+    stop_after=None,
     plan=False,
     run=None,
 )
