@@ -150,7 +150,8 @@ class Trainer:
             batch, self.progress.algorithm = self.config.algo.prepare(charged, self.progress.algorithm)
         with timed(seconds, "time/update_s"):
             updates = self.updater.update(batch, iteration)
-            self.refresh_copies(iteration)
+            self.refresh_sampler()
+            self.refresh_reference(iteration)
         total, tokens = sum(seconds.values()), int(rollout.mask.sum())
         return {
             **rollout_statistics(rollout),
@@ -239,11 +240,13 @@ class Trainer:
 
         return self.updater.microbatch.run(computed)
 
-    def refresh_copies(self, iteration: int) -> None:
-        """A copy that samples becomes the current policy; every `reference.refresh_every` iterations so does the
-        loss's reference."""
+    def refresh_sampler(self) -> None:
+        """Where a copy samples, it becomes the current policy."""
         if self.sampler is not self.model.policy:
             refresh(self.sampler, self.model.policy)
+
+    def refresh_reference(self, iteration: int) -> None:
+        """Every `reference.refresh_every` iterations the loss's reference becomes the current policy."""
         every = self.config.reference.refresh_every
         if every and iteration % every == 0:
             refresh(self.moving_reference, self.model.policy)
@@ -316,6 +319,7 @@ class Trainer:
     def load_checkpoint(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Takes up where `save_checkpoint` left off."""
         checkpoints.load_module(self.model.policy, tensors["policy"], trained_only=True)
+        self.refresh_sampler()
         checkpoints.load_module(self.model.critics, tensors["critics"], trained_only=True)
         checkpoints.load_optimizer(self.updater.optimizer, tensors["optimizer"])
         if self.moving_reference is not None:
