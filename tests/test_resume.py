@@ -91,16 +91,23 @@ def test_so_are_all_words_or_some_of_them(begun, small_words):
         assert config.raw == recorded | {"resume": str(begun)}
 
 
-def test_a_group_brings_what_it_brings_in_a_new_run(tmp_path, tiny):
-    """model=embedded sets the optimizer's learning rate too, experiment=quickstart the algorithm."""
-    recorded = build(compose(["algo=awr", "optimizer.lr=0.5", "lambda=2"])).raw
+def test_a_group_brings_what_it_brings_in_a_new_run(tmp_path):
+    def on_top(*words):
+        return build(compose_again(list(words), tmp_path))
+
+    recorded = build(compose(["algo=awr", "optimizer.lr=0.5", "lambda=2", "critic=head", "iterations=9"])).raw
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
-    config = build(compose_again(["experiment=quickstart", "iterations=7"], tmp_path))
-    assert type(config.algo).__name__ == "AWR"  # quickstart names the default algorithm: nothing that it sets differs
-    config = build(compose_again(["algo=apa"], tmp_path))
-    assert (type(config.algo).__name__, config.algo.lambda_, config.raw["lambda"]) == ("APA", 0.1, 0.1)
-    assert config.optimizer.lr == 0.5
-    assert build(compose_again(["model=embedded"], tmp_path)).optimizer.lr == 5e-4
+    changed = on_top("algo=apa")
+    assert (type(changed.algo).__name__, changed.algo.lambda_, changed.raw["lambda"]) == ("APA", 0.1, 0.1)
+    assert (changed.optimizer.lr, changed.critic.kind.value) == (0.5, "head")
+    assert on_top("critic=separate").critic.kind.value == "separate"
+    assert on_top("model=embedded").optimizer.lr == 5e-4  # the embedded model has a learning rate of its own
+    assert on_top("model=embedded", "optimizer.lr=3").optimizer.lr == 3
+    paper = on_top("experiment=paper/hh_125m_ppo", "iterations=7")
+    assert (type(paper.algo).__name__, type(paper.dataset).__name__, paper.run.iterations) == ("PPO", "HH", 7)
+    assert paper.algo.kl_coef == paper.raw["lambda"] == 0.05
+    with pytest.raises(ConfigError, match=r"^algo: no 'pppo'; did you mean 'ppo'"):
+        on_top("algo=pppo")
 
 
 def test_lambda_goes_where_the_runs_algorithm_has_it(begun, target):
@@ -114,7 +121,7 @@ def test_lambda_goes_where_the_runs_algorithm_has_it(begun, target):
 
 
 def test_what_differs_is_listed_and_may_be_named(begun, again, comparable, whole):
-    with pytest.raises(ConfigError, match=r"lr: 0\.0003 → 0\.01.*resume_changed=\[optimizer\.lr,lambda\]") as error:
+    with pytest.raises(ConfigError, match=r"lr: 0\.0003 → 0\.01.*resume_changed=\[lambda,optimizer\.lr\]") as error:
         again(f"resume={begun}", "optimizer.lr=0.01", "lambda=0.5", "iterations=5")
     assert "\n" not in str(error.value) and error.value.status == 2
     with pytest.raises(ConfigError, match=r"resume_changed=\[lambda\]"):
