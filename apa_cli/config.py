@@ -447,14 +447,11 @@ def compose_again(words: list[str], source: Path, extra_dir: str | None = None) 
         OmegaConf.update(cfg, key, "???", merge=False)
     chosen = [override for override in overrides if override.key_or_group in groups]
     if chosen:
-        lines = [override.input_line for override in chosen]
-        new = typing.cast(dict, OmegaConf.to_container(compose(lines, extra_dir), resolve=False))
-        for key, value in new.items():
-            if key in {override.key_or_group for override in chosen}:
-                cfg[key] = value
-            elif value != defaults.get(key):
-                own = OmegaConf.to_container(cfg, resolve=False).get(key)
-                cfg[key] = _changed(own, value, defaults.get(key))
+        new = OmegaConf.to_container(compose([override.input_line for override in chosen], extra_dir), resolve=False)
+        own = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))
+        for override in chosen:
+            own = _taken(own, new, _set_by(override, new, defaults, extra_dir))
+        cfg = OmegaConf.create(own)
     _on_top(cfg, [override for override in overrides if override not in chosen], extra_dir)
     for key, value in code:
         section, _, last = key.rpartition(".")
@@ -482,12 +479,38 @@ def _trusted(section: dict[str, Any], name: str, source: Path, extra_dir: str | 
     )
 
 
-def _changed(own: Any, new: Any, old: Any) -> Any:
-    """`own` with what differs between `new` and `old`, sections of one type key by key."""
-    sections = all(isinstance(each, dict) for each in (own, new, old))
-    if not sections or not own.get("_target_") == new.get("_target_") == old.get("_target_"):
-        return new
-    return own | {key: _changed(own.get(key), new[key], old.get(key)) for key in new if new[key] != old.get(key)}
+def _set_by(override: Override, new: dict[str, Any], defaults: dict[str, Any], extra_dir: str | None) -> dict[str, Any]:
+    """The keys, nested, that group=option sets in a new run; for the group's section, which it sets as a whole, None.
+
+    A yaml without a section of its own name, an experiment, is known by what differs from the defaults.
+    """
+    group = override.key_or_group
+    if group not in new:
+        return _differing(new, defaults)
+    content = compose([f"+{override.input_line}"], extra_dir, None)
+    return typing.cast(dict, OmegaConf.to_container(content, resolve=False)) | {group: None}
+
+
+def _differing(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """The keys, nested, whose values differ; None for sections that are of two types."""
+    keys: dict[str, Any] = {}
+    for key, value in new.items():
+        other = old.get(key)
+        both = isinstance(value, dict) and isinstance(other, dict)
+        if value != other:
+            keys[key] = _differing(value, other) if both and value.get("_target_") == other.get("_target_") else None
+    return keys
+
+
+def _taken(own: dict[str, Any], new: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """`own` with the values of `new` under these keys, nested."""
+    taken = dict(own)
+    for key, within in keys.items():
+        if isinstance(within, dict) and isinstance(own.get(key), dict) and isinstance(new[key], dict):
+            taken[key] = _taken(own[key], new[key], within)
+        else:
+            taken[key] = new[key]
+    return taken
 
 
 def _overrides(words: list[str], extra_dir: str | None) -> list[Override]:
