@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from apa_cli.tensor_ops import masked_mean
 from apa_cli.tracking import Tracker
 from apa_cli.types import Example, Prompt, Rollout, State, Tokens
 from apa_cli.update import Updater, microbatch_rows
+from apa_cli.utilization import UpdateMeter
 
 REDRAW_SECONDS = 30
 """Seconds between two drawings of curves.png while a run goes on."""
@@ -131,8 +133,14 @@ class Trainer:
             **seconds,
             "throughput/samples_per_s": len(rollout.endings) / total,
             "throughput/tokens_per_s": tokens / total,
+            "throughput/mfu": self.update_meter.utilization(batch, seconds["time/update_s"]),
             "memory/peak_gib": peak_memory(self.device),
         }
+
+    @cached_property
+    def update_meter(self) -> UpdateMeter:
+        """Made in the first iteration, outside of what is timed."""
+        return UpdateMeter.measured(self.model, self.config, self.device)
 
     def sample(self, iteration: int) -> tuple[Rollout, float]:
         """The rollout of an iteration, and the share of its prompts that were cut on the left."""
