@@ -6,6 +6,7 @@ classifier with random weights that reads the policy's tokens. None of this chan
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,9 +49,7 @@ PADDING = 0
 def reward_architecture(config: Config, architecture: PretrainedConfig) -> PretrainedConfig:
     """Of a classifier with one output: the policy's dimensions, or those of `bench.reward_architecture`."""
     given = config.bench.reward_architecture
-    found = (
-        architecture_config(given, architecture.vocab_size) if given else type(architecture)(**architecture.to_dict())
-    )
+    found = architecture_config(given, architecture.vocab_size) if given else copy.deepcopy(architecture)
     found.num_labels, found.pad_token_id = 1, PADDING
     if found.vocab_size < architecture.vocab_size:
         raise ConfigError(
