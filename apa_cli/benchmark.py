@@ -5,6 +5,7 @@ What is timed is what apa-train does: `Trainer.sample`, `Trainer.per_token`, `Up
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import time
@@ -56,14 +57,18 @@ def start_bench(config: Config, path: Path) -> None:
             for line in memory_lines(memory):
                 console.say(line)
             check_memory(memory, free_memory(device), device)
-            subject = build_subject(config, architecture, directory, console, device)
-            result = {**measured(subject), "memory_estimate": memory, "environment": environment()}
+            result = measured(build_subject(config, architecture, directory, console, device))
+            result |= {"memory_estimate": memory, "environment": environment()}
             (path / "bench.json").write_text(json.dumps(result, indent=2) + "\n")
             show(result, console)
             console.say(f"written to {path / 'bench.json'}")
     except BaseException:
         directory.release()
         raise
+    # The next job of a sweep runs in this process: leave it nothing.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @dataclass

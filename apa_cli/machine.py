@@ -22,19 +22,19 @@ PEAK_RESET = Path("/proc/self/clear_refs")
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of several runs of `work`, after one that is not counted."""
-    best, begun = float("inf"), 0.0
-    for number in range(1000):
+
+    def seconds() -> float:
         wait(device)
-        start = time.perf_counter()
+        begun = time.perf_counter()
         work()
         wait(device)
-        if number == 0:
-            begun = time.perf_counter()
-            continue
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() - begun > MEASURED_SECONDS:
-            break
-    return best
+        return time.perf_counter() - begun
+
+    seconds()
+    times: list[float] = []
+    while sum(times) < MEASURED_SECONDS:
+        times.append(seconds())
+    return min(times)
 
 
 def wait(device: torch.device) -> None:

@@ -74,7 +74,8 @@ def model_bytes(config: Config, size: Size) -> dict[str, float]:
     def memory(whole: int, trained: int) -> float:
         return trained * TRAINED_BYTES + (whole - trained) * base_bytes
 
-    found = {"policy": memory(size.whole, size.trained)}
+    adapter = size.trained if config.lora.rank else 0
+    found = {"policy": memory(size.whole + adapter, size.trained)}
     for name in config.algo.needs().critics:
         if config.critic.kind is CriticKind.separate:
             found[f"critic {name}"] = memory(critic_parameters(config, size), size.trained_trunk)

@@ -247,7 +247,7 @@ class BenchSettings:
     shortest_prompt: Annotated[int, AtLeastOne]
     end_probability: Annotated[float, Unit]
     reward: bool
-    reward_architecture: dict[str, Any]
+    reward_architecture: dict[str, Any] | None
 
 
 @dataclass(frozen=True)

@@ -156,15 +156,16 @@ def random_model(kind: Any, architecture: PretrainedConfig, seed: int, device: t
 
 
 def number_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
-    """Its tokens are the numbers from 0 to `vocabulary` − 1, written with spaces between them; 0 pads."""
+    """Its tokens are the numbers from 1 to `vocabulary` − 1, written with spaces between them, and 0, which pads."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {str(number): number for number in range(vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=str(PADDING)))
+    padding = "<padding>"  # no number: special tokens are found inside of words too
+    words = {padding: PADDING, **{str(number): number for number in range(1, vocabulary)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=padding))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=str(PADDING), eos_token=str(PADDING), padding_side="right"
+        tokenizer_object=tokenizer, pad_token=padding, eos_token=padding, padding_side="right"
     )
 
 
