@@ -21,7 +21,7 @@ from torch import nn
 from apa_cli.assembly import check_training, launch
 from apa_cli.console import Console
 from apa_cli.floor import Cost, Work, forward_work, inputs, sampling_work
-from apa_cli.machine import copy_rate, free_memory, peak_bytes, reset_peak, wait
+from apa_cli.machine import copy_rate, free_memory, matrix_rate, peak_bytes, reset_peak, wait
 from apa_cli.models.cost import classifier_cost, policy_cost, values_cost
 from apa_cli.models.forward import response_logprobs
 from apa_cli.models.loading import TORCH_DTYPES, load_config
@@ -31,7 +31,7 @@ from apa_cli.runs import remove_if_empty
 from apa_cli.settings import Config, Quantization
 from apa_cli.synthetic import Subject, build_subject, check_memory, memory_estimate, memory_lines
 from apa_cli.types import Batch, ConfigError, Rollout
-from apa_cli.utilization import lengths
+from apa_cli.utilization import UpdateMeter, lengths
 
 PhaseTimer = Callable[[str], AbstractContextManager[None]]
 """phase(name) is entered for the time of that phase of an iteration."""
@@ -158,7 +158,8 @@ def measured(subject: Subject) -> dict[str, Any]:
     costs = phase_costs(subject)
     for number in range(1, settings.warmup + 1):
         iterate(subject, number, Stopwatch(device))
-    matrix, copy = trainer.update_meter.matrix_rate, copy_rate(device)
+    matrix, copy = matrix_rate(device, TORCH_DTYPES[config.model.dtype]), copy_rate(device)
+    update = UpdateMeter.of(trainer.model, config, matrix)
     runs: list[tuple[Stopwatch, dict[str, Work]]] = []
     times: list[float] = []
     first = settings.warmup + 1
@@ -166,7 +167,7 @@ def measured(subject: Subject) -> dict[str, Any]:
         watch, begun = Stopwatch(device), time.perf_counter()
         rollout, batch = iterate(subject, number, watch)
         times.append(time.perf_counter() - begun)
-        runs.append((watch, phase_work(subject, costs, rollout, batch)))
+        runs.append((watch, {**phase_work(subject, costs, rollout), "update": update.work(batch)}))
     counter = PositionCounter(networks(subject))
     rollout, batch = iterate(subject, first + settings.iterations, counter)
     padding = padding_shares(counter.counts, needed_positions(subject, rollout))
@@ -196,7 +197,7 @@ def measured(subject: Subject) -> dict[str, Any]:
 
 
 def phase_costs(subject: Subject) -> dict[str, Cost]:
-    """What one pass of each phase costs; the update's is in the trainer's own meter."""
+    """What one pass of each phase costs, the update excepted."""
     trainer = subject.trainer
     needs = trainer.config.algo.needs()
     policy = policy_cost(trainer.model.policy)
@@ -209,8 +210,8 @@ def phase_costs(subject: Subject) -> dict[str, Cost]:
     return costs
 
 
-def phase_work(subject: Subject, costs: dict[str, Cost], rollout: Rollout, batch: Batch) -> dict[str, Work]:
-    """What each phase of an iteration had to do."""
+def phase_work(subject: Subject, costs: dict[str, Cost], rollout: Rollout) -> dict[str, Work]:
+    """What each phase of an iteration had to do, the update excepted."""
     trainer = subject.trainer
     config = trainer.config
     prompts, responses = lengths(rollout)
@@ -222,7 +223,6 @@ def phase_work(subject: Subject, costs: dict[str, Cost], rollout: Rollout, batch
     if subject.reward is not None:
         texts = reward_lengths(subject, rollout)
         work["reward"] = forward_work(costs["reward"], texts, 0, subject.reward_rows, itemsize)
-    work["update"] = trainer.update_meter.work(batch)
     return work
 
 

@@ -39,7 +39,7 @@ from apa_cli.tensor_ops import masked_mean
 from apa_cli.tracking import Tracker
 from apa_cli.types import Example, Prompt, Rollout, State, Tokens
 from apa_cli.update import Updater, microbatch_rows
-from apa_cli.utilization import UpdateMeter
+from apa_cli.utilization import UpdateMeter, run_matrix_rate
 
 REDRAW_SECONDS = 30
 """Seconds between two drawings of curves.png while a run goes on."""
@@ -140,7 +140,7 @@ class Trainer:
     @cached_property
     def update_meter(self) -> UpdateMeter:
         """Made in the first iteration, outside of what is timed."""
-        return UpdateMeter.measured(self.model, self.config, self.device)
+        return UpdateMeter.of(self.model, self.config, run_matrix_rate(self.device, self.config.model.dtype))
 
     def sample(self, iteration: int) -> tuple[Rollout, float]:
         """The rollout of an iteration, and the share of its prompts that were cut on the left."""

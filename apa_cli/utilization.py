@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -11,7 +12,7 @@ from apa_cli.machine import matrix_rate
 from apa_cli.models.cost import training_cost
 from apa_cli.models.forward import TrainingModel
 from apa_cli.models.loading import TORCH_DTYPES
-from apa_cli.settings import Config, RunSettings
+from apa_cli.settings import Config, DType, RunSettings
 from apa_cli.types import Batch, Rollout
 
 
@@ -31,16 +32,15 @@ class UpdateMeter:
     """FLOP/s."""
 
     @classmethod
-    def measured(cls, model: TrainingModel, config: Config, device: torch.device) -> UpdateMeter:
-        """Takes about half a second, most of it to measure the rate."""
-        dtype = TORCH_DTYPES[config.model.dtype]
+    def of(cls, model: TrainingModel, config: Config, rate: float) -> UpdateMeter:
+        """For the models of a run, and a rate in FLOP/s."""
         return cls(
             cost=training_cost(model),
             trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             run=config.run,
-            itemsize=dtype.itemsize,
+            itemsize=TORCH_DTYPES[config.model.dtype].itemsize,
             recomputed=config.model.gradient_checkpointing,
-            matrix_rate=matrix_rate(device, dtype),
+            matrix_rate=rate,
         )
 
     def work(self, batch: Batch | Rollout) -> Work:
@@ -60,6 +60,16 @@ class UpdateMeter:
     def utilization(self, batch: Batch, seconds: float) -> float:
         """Achieved FLOP/s of the updates over the matrix rate; padding does not count as achieved."""
         return self.work(batch).flops / seconds / self.matrix_rate
+
+
+def run_matrix_rate(device: torch.device, precision: DType) -> float:
+    """FLOP/s at a run's precision; measured, in a fifth of a second, once per process and number of threads."""
+    return known_matrix_rate(device, TORCH_DTYPES[precision], torch.get_num_threads())
+
+
+@cache
+def known_matrix_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    return matrix_rate(device, dtype)
 
 
 def lengths(batch: Batch | Rollout) -> tuple[list[int], list[int]]:
