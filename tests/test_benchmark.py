@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from apa_cli import machine
-from apa_cli.benchmark import start_bench
+from apa_cli.benchmark import Stopwatch, padding_shares, phase_row, start_bench
 from apa_cli.config import build, compose
-from apa_cli.floor import Cost
+from apa_cli.floor import Cost, Work
 from apa_cli.machine import copy_rate, fastest, free_memory, matrix_rate, peak_bytes, reset_peak
 from apa_cli.models.loading import load_config
 from apa_cli.synthetic import check_memory, memory_estimate, number_tokenizer, prompt_lengths
@@ -46,7 +46,7 @@ def benched(configured, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ppo(benched):
     """PPO, two measured iterations; with this seed the padding token, which no text shows, is not drawn."""
-    return benched("algo=ppo", "bench.iterations=2", "microbatch=2", "seed=2")
+    return benched("algo=ppo", "bench.iterations=2", "microbatch=2", "seed=3")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +166,35 @@ def test_what_is_trained_and_scored_in_other_ways(words, benched):
     else:
         full = 2 * 3 * (POLICY_FLOPS + CRITIC_FLOPS)
         assert rows["update"]["flops"] < full
+
+
+def test_a_phase_is_shown_as_it_was_in_the_iteration_of_median_time():
+    runs = [
+        (Stopwatch(CPU, {"update": seconds}, {"update": peak}), {"update": Work(tokens, 10 * tokens, tokens)})
+        for seconds, peak, tokens in [(4.0, 7, 40), (2.0, 9, 20), (3.0, 8, 30)]
+    ]
+    row = phase_row("update", runs, 0.25, matrix=200.0, copy=100.0)
+    assert row == {
+        "name": "update",
+        "seconds": 3.0,
+        "tokens": 30,
+        "flops": 300,
+        "bytes": 30,
+        "tokens_per_s": 10.0,
+        "flops_per_s": 100.0,
+        "bytes_per_s": 10.0,
+        "floor_s": 1.5,
+        "floor_share": 0.5,
+        "padding_share": 0.25,
+        "peak_bytes": 9,
+    }
+
+
+def test_padding_is_unknown_where_fewer_positions_were_seen_than_are_needed():
+    assert padding_shares({"sampling": 40, "update": 100}, {"sampling": 50, "update": 75}) == {
+        "sampling": None,
+        "update": 0.25,
+    }
 
 
 # Memory
