@@ -8,7 +8,7 @@ ARGS ?=
 TORCH ?= 2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check format clean
+.PHONY: help install train test test-slow check format clean bench bench-floor bench-trl bench-growth
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,6 +30,35 @@ test: install ## the quick tests, one process per core
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+bench: bench-floor bench-trl bench-growth ## every figure of the README's speed tables (an hour or two on 2 cores)
+
+# One iteration's work in all of them: 32 responses after prompts of 16 to 64 tokens.
+BENCH_WORK := sampling.max_prompt_tokens=64 rollout_batch=32 minibatch=8 epochs=2 sampling.stop_strings=[]
+BENCH := $(BIN)/apa-bench -m $(BENCH_WORK)
+OUT := outputs/bench
+
+bench-floor: install ## the phases of an iteration against the machine's measured rates
+	rm -rf outputs/sweeps/bench_floor
+	$(BENCH) model=pythia_14m,pythia_70m algo=apa,ppo name=bench_floor $(ARGS)
+	$(BIN)/python tests/benchmarks/growth.py outputs/sweeps/bench_floor --out $(OUT)/floor.json
+
+bench-trl: $(VENV)-bench/installed ## PPO and APA against TRL's PPO, in an environment that has both
+	$(VENV)-bench/bin/python tests/benchmarks/against_trl.py --out $(OUT) $(ARGS)
+	$(VENV)-bench/bin/python tests/benchmarks/against_trl.py --dtype bfloat16 --out $(OUT) $(ARGS)
+
+$(VENV)-bench/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/pip install --quiet torch==$(TORCH)
+	$(VENV)-bench/bin/pip install --quiet -e . trl==1.12.0 torch==$(TORCH)
+	touch $@
+
+bench-growth: install ## samples per second and memory against response length, batch and model size
+	rm -rf outputs/sweeps/bench_length outputs/sweeps/bench_batch outputs/sweeps/bench_size
+	$(BENCH) model=pythia_14m sampling.max_new_tokens=32,64,128,256,512 bench.iterations=1 name=bench_length $(ARGS)
+	$(BENCH) model=pythia_14m rollout_batch=8,16,32,64,128,256 bench.iterations=1 name=bench_batch $(ARGS)
+	$(BENCH) model=pythia_14m,pythia_70m,pythia_160m rollout_batch=8 bench.iterations=1 name=bench_size $(ARGS)
+	$(BIN)/python tests/benchmarks/growth.py outputs/sweeps/bench_length outputs/sweeps/bench_batch outputs/sweeps/bench_size --out $(OUT)/growth.json
+
 check: install ## lint and formatting, as CI does
 	$(BIN)/ruff check apa_cli tests
 	$(BIN)/ruff format --check apa_cli tests
@@ -39,5 +68,5 @@ format: install ## mend lint and formatting where that can be done
 	$(BIN)/ruff format apa_cli tests
 
 clean: ## remove the environment and everything that was built; outputs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info .pytest_cache .ruff_cache
 	find apa_cli tests -name __pycache__ -type d -prune -exec rm -rf {} +

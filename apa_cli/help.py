@@ -12,6 +12,7 @@ COMMANDS = {
     "apa-eval": "evaluates a policy on held-out prompts against the SFT model it comes from; writes eval.json",
     "apa-export": "writes a run's policy as a plain model folder with a model card, and checks it",
     "apa-chat": "talks with a run's policy, or another model, in the terminal",
+    "apa-bench": "measures where an iteration's time and memory go, on random weights and prompts; writes bench.json",
 }
 
 EXAMPLES = {
@@ -44,6 +45,11 @@ EXAMPLES = {
         "apa-chat run=outputs/NAME                      /reset begins anew, /quit ends",
         "apa-chat run=outputs/NAME sampling.temperature=0.7 sampling.max_new_tokens=200 chat.score=true",
         "apa-chat model.path=FOLDER_OR_HUB_ID",
+    ],
+    "apa-bench": [
+        "apa-bench                                      the embedded default",
+        "apa-bench model=pythia_160m algo=ppo           that architecture; nothing is downloaded",
+        "apa-bench -m model=pythia_160m sampling.max_new_tokens=32,128 rollout_batch=64,256 name=growth",
     ],
 }
 

@@ -67,37 +67,66 @@ def run_plan(config: Config, processes: int = 1) -> list[str]:
     return lines
 
 
+def model_bytes(config: Config, size: Size) -> dict[str, float]:
+    """Bytes of each model that the run loads, the reward excepted: weights, gradients and AdamW's moments of what is
+    trained, weights of what is not. Activations are not counted. What shares another's weights is there with the rest.
+    """
+    itemsize = TORCH_DTYPES[config.model.dtype].itemsize
+    base_bytes = FROZEN_BYTES.get(config.model.quantization, itemsize) if config.lora.rank else 4
+
+    def memory(whole: int, trained: int) -> float:
+        return trained * TRAINED_BYTES + (whole - trained) * base_bytes
+
+    adapter = size.trained if config.lora.rank else 0
+    found = {"policy": memory(size.whole + adapter, size.trained)}
+    for name in config.algo.needs().critics:
+        if config.critic.kind is CriticKind.separate:
+            found[f"critic {name}"] = memory(critic_parameters(config, size), size.trained_trunk)
+        elif config.critic.kind is CriticKind.adapter:
+            found[f"critic {name}"] = size.trained * TRAINED_BYTES
+    if not config.lora.rank:
+        found["reference"] = size.whole * itemsize
+    if config.reference.refresh_every:
+        found["moving reference"] = size.whole * itemsize
+    return found
+
+
+def critic_parameters(config: Config, size: Size) -> int:
+    """Parameters of a critic with a network of its own, its head not counted."""
+    return size.trunk + (size.trained_trunk if config.lora.rank else 0)
+
+
 def model_lines(config: Config, critics: tuple[str, ...]) -> list[str]:
     """One line per model that the run loads: parameters and bytes while training, activations not counted."""
     architecture = load_config(config.model, config.model.path)
     size = sizes(config, architecture)
-    frozen_bytes = FROZEN_BYTES.get(config.model.quantization, TORCH_DTYPES[config.model.dtype].itemsize)
-    base_bytes = frozen_bytes if config.lora.rank else 4
+    memory = {name: bytes_words(value) for name, value in model_bytes(config, size).items()}
     source = config.model.path or "built by the SFT stage"
 
-    def words(whole: int, trained: int) -> str:
-        memory = _bytes(trained * TRAINED_BYTES + (whole - trained) * base_bytes)
-        return f"{_count(whole)} parameters, {_count(trained)} of them trained, {memory} with optimizer"
+    def words(name: str, whole: int, trained: int) -> str:
+        return f"{_count(whole)} parameters, {_count(trained)} of them trained, {memory[name]} with optimizer"
 
-    lines = [f"policy: {architecture.model_type}, {words(size.whole, size.trained)} ({source})"]
+    lines = [f"policy: {architecture.model_type}, {words('policy', size.whole, size.trained)} ({source})"]
     for name in critics:
+        critic = f"critic {name}"
         if config.critic.kind is CriticKind.separate:
-            base = size.trunk + (size.trained_trunk if config.lora.rank else 0)
-            lines.append(f"critic {name}: {words(base, size.trained_trunk)} (a network of its own)")
+            whole = critic_parameters(config, size)
+            lines.append(f"{critic}: {words(critic, whole, size.trained_trunk)} (a network of its own)")
         elif config.critic.kind is CriticKind.adapter:
-            memory = _bytes(size.trained * TRAINED_BYTES)
-            lines.append(f"critic {name}: an adapter on the policy's base, {_count(size.trained)} parameters, {memory}")
+            parameters = _count(size.trained)
+            lines.append(f"{critic}: an adapter on the policy's base, {parameters} parameters, {memory[critic]}")
         else:
-            lines.append(f"critic {name}: a head on the policy's trunk")
-    frozen = size.whole * TORCH_DTYPES[config.model.dtype].itemsize
+            lines.append(f"{critic}: a head on the policy's trunk")
     whole = size.whole
     if config.lora.rank:
         lines.append("reference: the policy's base, its adapter switched off")
     else:
-        lines.append(f"reference: {_count(whole)} parameters, {_bytes(frozen)} (frozen, {config.model.dtype.value})")
+        lines.append(
+            f"reference: {_count(whole)} parameters, {memory['reference']} (frozen, {config.model.dtype.value})"
+        )
     if config.reference.refresh_every:
         lines.append(
-            f"moving reference: {_count(whole)} parameters, {_bytes(frozen)} (refreshed every "
+            f"moving reference: {_count(whole)} parameters, {memory['moving reference']} (refreshed every "
             f"{config.reference.refresh_every} iterations)"
         )
     lines.append(f"reward: {reward_words(config.reward)}")
@@ -132,5 +161,5 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M" if parameters < 1e9 else f"{parameters / 1e9:.2f} G"
 
 
-def _bytes(size: float) -> str:
+def bytes_words(size: float) -> str:
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"

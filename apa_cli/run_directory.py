@@ -20,7 +20,7 @@ from apa_cli.types import ConfigError, UserError
 
 MAY_DIFFER = (
     "name", "resume", "resume_changed", "fork", "stop_after", "plan", "iterations", "eval_every", "checkpoint_every",
-    "tracking", "evaluation", "checkpoint", "launch", "run", "evaluate", "export", "chat",
+    "tracking", "evaluation", "checkpoint", "launch", "run", "evaluate", "export", "chat", "bench",
 )  # fmt: skip
 """Top-level keys in which a resumed run may differ from the one it continues."""
 

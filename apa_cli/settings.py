@@ -259,6 +259,16 @@ class ChatSettings:
 
 
 @dataclass(frozen=True)
+class BenchSettings:
+    iterations: Annotated[int, AtLeastOne]
+    warmup: Annotated[int, NonNegative]
+    shortest_prompt: Annotated[int, AtLeastOne]
+    end_probability: Annotated[float, Unit]
+    reward: bool
+    reward_architecture: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
 class StagesSettings:
     seed: Annotated[int, NonNegative]
     cache_dir: str
@@ -282,6 +292,7 @@ SECTIONS: dict[str, type] = {
     "evaluate": EvaluateSettings,
     "export": ExportSettings,
     "chat": ChatSettings,
+    "bench": BenchSettings,
 }
 """The sections whose type is fixed."""
 
@@ -314,4 +325,5 @@ class Config:
     evaluate: EvaluateSettings
     export: ExportSettings
     chat: ChatSettings
+    bench: BenchSettings
     raw: dict[str, Any]

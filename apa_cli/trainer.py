@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from apa_cli.tensor_ops import masked_mean
 from apa_cli.tracking import Tracker
 from apa_cli.types import Example, Prompt, Rollout, State, Tokens
 from apa_cli.update import Updater, microbatch_rows
+from apa_cli.utilization import UpdateMeter, run_matrix_rate
 
 REDRAW_SECONDS = 30
 """Seconds between two drawings of curves.png while a run goes on."""
@@ -164,8 +166,15 @@ class Trainer:
             **seconds,
             "throughput/samples_per_s": len(rollout.endings) / total,
             "throughput/tokens_per_s": tokens / total,
+            "throughput/mfu": self.update_meter.utilization(batch, seconds["time/update_s"]),
             "memory/peak_gib": max(self.world.gather(peak_memory(self.device))),
         }
+
+    @cached_property
+    def update_meter(self) -> UpdateMeter:
+        """Made in the first iteration, outside of what is timed."""
+        rate = run_matrix_rate(self.device, self.config.model.dtype)
+        return UpdateMeter.of(self.model, self.config, rate * self.world.size)
 
     def sample(self, iteration: int) -> tuple[Rollout, float]:
         """This process's part of an iteration's rollout, and the share of all its prompts that were cut on the left."""

@@ -1,5 +1,6 @@
 """The command line: what composes, and what every wrong word is answered with."""
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -109,6 +110,9 @@ WRONG = {
     "lambda=0.1,0.2": ["lambda", "-m"],
     "sampling.temperature=0": ["sampling.temperature", "greater than 0"],
     "name=${nothing}": ["name", "nothing"],
+    "bench.iteration=3": ["bench.iteration", "bench.iterations'"],
+    "bench.iterations=0": ["bench.iterations", "at least 1"],
+    "bench.end_probability=2": ["bench.end_probability", "at most 1"],
 }
 
 
@@ -186,6 +190,35 @@ def test_checking_words_loads_no_heavy_package(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+STARTS = """
+import contextlib, importlib, io, json
+loaded, endings = {}, []
+for name in ("train", "sft", "reward", "evaluate", "export", "chat", "bench"):
+    for words in (["--help"], ["lambd=1"], ["--cfg", "job"]):
+        sys.argv = [f"apa-{name}", *words]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                importlib.import_module(f"apa_cli.{name}").main()
+                endings.append([0, said.getvalue().count(chr(10))])
+            except SystemExit as end:
+                endings.append([end.code, said.getvalue().count(chr(10))])
+        loaded[" ".join(sys.argv)] = sorted(heavy & set(sys.modules))
+print(json.dumps([loaded, endings]))
+"""
+
+
+def test_help_wrong_words_and_cfg_load_no_heavy_package_in_any_command(tmp_path):
+    """`--cfg job` of a command that needs a run is answered as a wrong word is."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED + STARTS], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    loaded, endings = json.loads(done.stdout)
+    assert len(loaded) == 21 and not [words for words, packages in loaded.items() if packages]
+    needs_a_run = [[0, 0], [2, 1], [2, 1]]
+    assert endings == 3 * [[0, 0], [2, 1], [0, 0]] + 3 * needs_a_run + [[0, 0], [2, 1], [0, 0]]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words", [("lambd=1",), ("-m", "lambda=0.1,x"), ("--cfg", "job", "lambd=1"), ("seed=[1",)])

@@ -15,16 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "apa_cli"
 
 LEVELS = [
-    ["train", "sft", "reward", "evaluate", "export", "chat", "compare"],
+    ["train", "sft", "reward", "evaluate", "export", "chat", "bench", "compare"],
     ["config", "help"],
     [
         "runs", "assembly", "trainer", "update", "processes", "memory", "evaluation", "checkpoint",
         "run_directory", "plan", "tracking", "console", "report", "stages", "trained", "assessment", "publication",
-        "model_card", "conversation", "stopping",
+        "model_card", "conversation", "stopping", "benchmark", "utilization", "synthetic",
     ],
     ["rollout", "algorithms"],
     ["models", "datasets", "rewards"],
-    ["losses", "advantages", "kl", "tensor_ops", "randomness"],
+    ["losses", "advantages", "kl", "tensor_ops", "randomness", "floor", "machine"],
     ["settings", "types"],
 ]  # fmt: skip
 """From the commands down. A room is a module or folder of apa_cli; it imports its own level and lower."""

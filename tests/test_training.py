@@ -37,6 +37,7 @@ TRAINING = {
     "optimizer/critic_grad_norm",
     "throughput/samples_per_s",
     "throughput/tokens_per_s",
+    "throughput/mfu",
     "time/rollout_s",
     "time/score_s",
     "time/update_s",
