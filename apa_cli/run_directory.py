@@ -16,7 +16,7 @@ from apa_cli.types import ConfigError, UserError
 
 MAY_DIFFER = (
     "name", "resume", "plan", "iterations", "eval_every", "checkpoint_every",
-    "tracking", "evaluation", "checkpoint", "launch", "run", "evaluate", "export", "chat",
+    "tracking", "evaluation", "checkpoint", "guard", "stop_at_kl", "launch", "run", "evaluate", "export", "chat",
 )  # fmt: skip
 """Top-level keys in which a resumed run may differ from the one it continues."""
 

@@ -71,6 +71,16 @@ class TrackingMode(Enum):
     offline = "offline"
 
 
+class NonFinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+class GuardAction(Enum):
+    warn = "warn"
+    stop = "stop"
+
+
 class Device(Enum):
     auto = "auto"
     cpu = "cpu"
@@ -93,6 +103,7 @@ class RunSettings:
     update_order: UpdateOrder
     eval_every: Annotated[int, NonNegative]
     checkpoint_every: Annotated[int, NonNegative]
+    stop_at_kl: Annotated[float | None, Positive]
     resume: str | None
     plan: bool
     run: str | None
@@ -184,6 +195,16 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    nonfinite: NonFinite
+    action: GuardAction
+    max_kl: Annotated[float | None, Positive]
+    min_entropy: Annotated[float, NonNegative]
+    critic_patience: Annotated[int | None, AtLeastOne]
+    min_explained_variance: float
+
+
+@dataclass(frozen=True)
 class LaunchSettings:
     device: Device
     threads: Annotated[int | None, AtLeastOne]
@@ -256,6 +277,7 @@ SECTIONS: dict[str, type] = {
     "penalty": PenaltySettings,
     "evaluation": EvaluationSettings,
     "checkpoint": CheckpointSettings,
+    "guard": GuardSettings,
     "launch": LaunchSettings,
     "tracking": TrackingSettings,
     "sft": FitSettings,
@@ -288,6 +310,7 @@ class Config:
     penalty: PenaltySettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
+    guard: GuardSettings
     launch: LaunchSettings
     tracking: TrackingSettings
     sft: FitSettings

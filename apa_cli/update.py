@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,19 @@ from apa_cli.randomness import Stream, permutation
 from apa_cli.settings import DType, OptimizerSettings, RunSettings, Schedule, UpdateOrder
 from apa_cli.tensor_ops import masked_sum
 from apa_cli.types import Batch, Rollout, UserError
+
+
+class UnusableUpdate(UserError):
+    """Update `number` of an iteration has a gradient that is not finite; `rows` of the rollout batch are its own."""
+
+    def __init__(self, message: str, number: int, rows: Tensor):
+        super().__init__(message)
+        self.number, self.rows = number, rows
+
+
+def stop(error: UserError) -> None:
+    """What is done about an unusable update unless something else is asked for: the run ends."""
+    raise error
 
 
 def build_optimizer(model: TrainingModel, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -83,6 +96,14 @@ class StepMetrics:
     def largest(self, name: str, value: float) -> None:
         self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
 
+    def join(self, other: StepMetrics) -> None:
+        """Takes over what another one has gathered."""
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+        for name, value in other.maxima.items():
+            self.largest(name, value)
+
     def result(self) -> dict[str, float]:
         return {name: total / self.counts[name] for name, total in self.sums.items()} | self.maxima
 
@@ -103,8 +124,14 @@ class Updater:
     def steps_per_iteration(self) -> int:
         return self.run.epochs * self.run.rollout_batch // self.run.minibatch
 
-    def update(self, batch: Batch, iteration: int) -> dict[str, float]:
-        """All optimiser steps of one iteration (counted from 1); the metrics are means over them."""
+    def update(
+        self, batch: Batch, iteration: int, on_fault: Callable[[UnusableUpdate], None] = stop
+    ) -> dict[str, float]:
+        """All optimiser steps of one iteration (counted from 1); the metrics are means over them.
+
+        An update with a gradient that is not finite changes nothing. `on_fault` is told of it, and unless that ends
+        the run, the update is left out of the metrics and the next one follows.
+        """
         metrics = StepMetrics()
         for number, rows in enumerate(minibatch_rows(self.run, iteration)):
             step = (iteration - 1) * self.steps_per_iteration + number
@@ -112,10 +139,15 @@ class Updater:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             minibatch = self.algorithm.prepare_minibatch(batch.rows(rows))
+            own = StepMetrics()
             for name, value in minibatch.metrics.items():
-                metrics.add(name, value)
-            self.accumulate(minibatch, metrics, first=number == 0)
-            self.step(metrics, iteration, number)
+                own.add(name, value)
+            self.accumulate(minibatch, own, first=number == 0)
+            if fault := self.step(own, iteration):
+                message = f"iteration {iteration}, update {number + 1}: {fault}"
+                on_fault(UnusableUpdate(message, number + 1, rows))
+            else:
+                metrics.join(own)
         metrics.add("optimizer/lr", self.optimizer.param_groups[0]["lr"])
         return metrics.result()
 
@@ -156,18 +188,24 @@ class Updater:
         for name, value in totals.items():
             metrics.add(name, value)
 
-    def step(self, metrics: StepMetrics, iteration: int, number: int) -> None:
-        """Clips each group's gradient norm, steps, and clears the gradients."""
+    def step(self, metrics: StepMetrics, iteration: int) -> str | None:
+        """Clips each group's gradient norm, steps, and clears the gradients.
+
+        Where a norm is not finite there is no step, and what is wrong is returned. Gradients are those of all
+        processes together, so each of them decides the same.
+        """
         names = ("optimizer/grad_norm", "optimizer/critic_grad_norm")
         for name, group in zip(names, self.optimizer.param_groups, strict=False):
-            norm = float(nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm))
-            if not math.isfinite(norm):
-                raise UserError(
-                    f"iteration {iteration}, update {number + 1}: {name} is {norm}; nothing was changed by this update"
-                )
-            metrics.add(name, norm)
-        if iteration <= self.settings.critic_warmup_iterations:
-            for parameter in self.optimizer.param_groups[0]["params"]:
-                parameter.grad = None
-        self.optimizer.step()
+            metrics.add(name, float(nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm)))
+        found = metrics.result()
+        usable = all(math.isfinite(found[name]) for name in names if name in found)
+        if usable:
+            if iteration <= self.settings.critic_warmup_iterations:
+                for parameter in self.optimizer.param_groups[0]["params"]:
+                    parameter.grad = None
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if usable:
+            return None
+        wrong = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+        return f"{', '.join(wrong)}; nothing was changed by this update"
