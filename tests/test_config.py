@@ -44,7 +44,7 @@ def test_the_default_is_apa_at_a_tenth():
 def test_every_yaml_builds_its_section(path):
     group, option = path.parts[0], str(Path(*path.parts[1:]).with_suffix(""))
     text = (CONF / path).read_text()
-    lists = {"parts": "[vader]", "paths": "[x]"}
+    lists = {"parts": "[vader]", "paths": "[x]", "url": "https://x"}
     missing = [f"{group}.{key}={lists.get(key, 'x')}" for key, value in yaml.safe_load(text).items() if value == "???"]
     if option == "stories_vader":
         missing = ["model.path=x"]
