@@ -18,7 +18,7 @@ from apa_cli.types import Batch, Rollout, UserError
 
 
 class UnusableUpdate(UserError):
-    """Update `number` of an iteration has a gradient that is not finite; `rows` of the rollout batch are its own."""
+    """Update `number` of an iteration has a loss or gradient that is not finite; `rows` are those of its minibatch."""
 
     def __init__(self, message: str, number: int, rows: Tensor):
         super().__init__(message)
@@ -129,7 +129,7 @@ class Updater:
     ) -> dict[str, float]:
         """All optimiser steps of one iteration (counted from 1); the metrics are means over them.
 
-        An update with a gradient that is not finite changes nothing. `on_fault` is told of it, and unless that ends
+        An update whose loss or gradient is not finite changes nothing. `on_fault` is told of it, and unless that ends
         the run, the update is left out of the metrics and the next one follows.
         """
         metrics = StepMetrics()
@@ -170,6 +170,8 @@ class Updater:
                 part = masked_sum(term.values, micro.masks[term.mask]) / counts[term.mask]
                 objective = objective + term.weight * part
                 totals[f"loss/{term.name}"] = totals.get(f"loss/{term.name}", 0.0) + float(part.detach())
+            if not bool(objective.isfinite()):  # its gradient may be: let all processes see it in the gradient's norm
+                objective = objective * math.nan
             objective.backward()
             for name, metric in loss.metrics.items():
                 mask = micro.masks[metric.mask]

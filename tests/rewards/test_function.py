@@ -1,6 +1,7 @@
 """reward=function: how a user's function is found, what it is given, what is said when it fails."""
 
 import sys
+import time
 
 import pytest
 
@@ -209,3 +210,40 @@ def test_vader_scores_replies_alone_and_with_the_right_sign():
     prompts = ["Tell me something terrible, sad and disgusting."] * 4
     good, bad, neutral, empty = score(prompts, replies, [{"topic": "x"}] * 4)
     assert 0.5 < good <= 1 and -1 <= bad < -0.5 and neutral == 0 and empty == 0
+
+
+def test_a_call_that_takes_too_long_is_left_behind(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\n\n\ndef slow(prompts, responses):\n    time.sleep(5)\n    return [0.0] * len(responses)\n"
+        "\n\nasync def quick(prompts, responses):\n    return [1.0] * len(responses)\n"
+        "\n\ndef failing(prompts, responses):\n    raise ValueError('no')\n"
+    )
+    begun = time.monotonic()
+    score = FunctionReward(f"{tmp_path}/slow.py:slow", 0.2).load("cpu", "float32")
+    with pytest.raises(UserError, match=r"slow\.py:slow has not returned within 0\.2 s \(reward\.timeout\)$"):
+        score(PROMPTS, RESPONSES, COLUMNS)
+    assert time.monotonic() - begun < 2
+    quick = FunctionReward(f"{tmp_path}/slow.py:quick", 5.0).load("cpu", "float32")
+    assert quick(PROMPTS, RESPONSES, COLUMNS) == [1, 1]
+    failing = FunctionReward(f"{tmp_path}/slow.py:failing", 5.0).load("cpu", "float32")
+    with pytest.raises(UserError, match=r"raised ValueError: no \(slow\.py, line 14\)"):
+        failing(PROMPTS, RESPONSES, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "(1 / 0 for _ in responses)",
+        "[10**400] * len(responses)",
+        "__import__('torch').zeros(2, 2)",
+        "None",
+        "'ab'",
+        "3",
+    ],
+)
+def test_whatever_a_function_returns_is_scores_or_one_line(body, tmp_path):
+    (tmp_path / "odd.py").write_text(f"def odd(prompts, responses):\n    return {body}\n")
+    score = checked(FunctionReward(f"{tmp_path}/odd.py:odd", None).load("cpu", "float32"))
+    with pytest.raises(UserError, match=r"^reward: ") as caught:
+        score(PROMPTS, RESPONSES, COLUMNS)
+    assert "\n" not in str(caught.value)
