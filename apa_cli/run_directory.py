@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from apa_cli.trust import without_secrets
 from apa_cli.types import ConfigError, UserError
 
 MAY_DIFFER = (
@@ -151,7 +152,7 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),

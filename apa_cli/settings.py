@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from apa_cli.types import AtLeastOne, NonNegative, Positive, Range, Unit
 
 Probability = Range(0, 1, open_low=True)
+Seed = Range(0, 2**63 - 1)
 
 
 class RewardSpecs:
@@ -92,8 +93,8 @@ class RunSettings:
     """The keys that stand at the top of config.yaml."""
 
     name: str
-    seed: Annotated[int, NonNegative]
-    eval_seed: Annotated[int, NonNegative]
+    seed: Annotated[int, Seed]
+    eval_seed: Annotated[int, Seed]
     iterations: Annotated[int, NonNegative]
     rollout_batch: Annotated[int, AtLeastOne]
     minibatch: Annotated[int, AtLeastOne]
@@ -263,7 +264,7 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class StagesSettings:
-    seed: Annotated[int, NonNegative]
+    seed: Annotated[int, Seed]
     cache_dir: str
 
 

@@ -20,7 +20,7 @@ LEVELS = [
     [
         "runs", "assembly", "trainer", "update", "evaluation", "checkpoint", "run_directory", "plan",
         "tracking", "console", "report", "stages", "trained", "assessment", "publication", "model_card",
-        "conversation", "guard", "faults",
+        "conversation", "guard", "faults", "trust",
     ],
     ["rollout", "algorithms"],
     ["models", "datasets", "rewards"],
