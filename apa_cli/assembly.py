@@ -293,6 +293,7 @@ def critic_start(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
         dtype=torch.float32,
         num_labels=1,
         ignore_mismatched_sizes=True,
+        trust_remote_code=False,
     )
     model = whole.base_model
     for name in ("model_type", "vocab_size", "hidden_size"):

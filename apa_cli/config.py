@@ -37,6 +37,7 @@ from apa_cli.rewards.base import Part
 from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, located_run, recorded_config
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, PartSettings, RewardSpecs, RunSettings
 from apa_cli.stopping import seconds
+from apa_cli.trust import check_plain, check_references, check_secrets, check_targets, offered_targets, targets
 from apa_cli.types import ConfigError, Range, UserError
 
 LAMBDA = "lambda"
@@ -90,6 +91,7 @@ def build(cfg: DictConfig, extra_dir: str | None = None) -> Config:
 
     ConfigError, one line, for anything wrong with it.
     """
+    check_references(typing.cast(dict, OmegaConf.to_container(cfg, resolve=False)))
     check_lambda(cfg)
     known = {f.name for f in fields(RunSettings)} | set(SECTIONS) | set(TARGET_SECTIONS) | {LAMBDA}
     for key in cfg:
@@ -104,6 +106,7 @@ def build(cfg: DictConfig, extra_dir: str | None = None) -> Config:
         kind = SECTIONS.get(name) or _target(values.pop("_target_", None), name)
         sections[name] = _typed(kind, values, name, cfg, extra_dir)
     config = Config(**sections, raw=typing.cast(dict, OmegaConf.to_container(cfg, resolve=True)))
+    check_secrets(config.raw)
     check_arithmetic(config)
     check_continuation(config, cfg)
     return config
@@ -121,8 +124,10 @@ def check_lambda(cfg: DictConfig) -> None:
 
 
 def check_arithmetic(config: Config) -> None:
-    """The three batch sizes divide one another, and the algorithm gets what it needs."""
+    """The three batch sizes divide one another, the algorithm gets what it needs, and the like."""
     run = config.run
+    if not run.name.strip() or ".." in Path(run.name).parts:
+        raise ConfigError(f"name: {run.name!r} is no folder under outputs/")
     for large, small in (
         ("rollout_batch", "minibatch"),
         ("minibatch", "microbatch"),
@@ -191,7 +196,7 @@ def _typed(kind: type, values: dict[str, Any], section: str, cfg: DictConfig, ex
             raise ConfigError(unknown_key(f"{prefix}{key}", cfg, [f"{prefix}{name}" for name in named]))
     schema = OmegaConf.structured(kind)
     OmegaConf.set_readonly(schema, False)
-    for key in sorted(named):
+    for key in sorted(named, key=lambda key: (_refers(cfg, section, key), key)):
         name = _typed_by(cfg, section, key)
         if key not in values:
             raise ConfigError(f"{name}: a value is needed")
@@ -273,6 +278,12 @@ def _typed_by(cfg: DictConfig, section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
 
 
+def _refers(cfg: DictConfig, section: str, key: str) -> bool:
+    """Whether a value is another key's, by which what is wrong with it is better named."""
+    node = cfg.get(section) if section else cfg
+    return isinstance(node, DictConfig) and key in node and OmegaConf.is_interpolation(node, key)
+
+
 def _check_range(name: str, value: Any, hint: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name}: {value} is not a finite number")
@@ -347,7 +358,7 @@ def compose(overrides: list[str], extra_dir: str | None = None, config_name: str
     try:
         with hydra.initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
             return hydra.compose(config_name, overrides=[*overrides, *extra])
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except Exception as error:  # Hydra's own, OmegaConf's, and whatever a list where a name is needed leads to
         raise ConfigError(_explained(error, overrides, extra_dir, config_name)) from error
     finally:
         GlobalHydra.instance().hydra = running
@@ -385,7 +396,19 @@ def _explained(error: Exception, overrides: list[str], extra_dir: str | None, co
     if "Ambiguous value" in str(error):
         return f"{_first_line(error)}: several values need -m (a sweep), a list needs brackets"
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    return _first_line(cause)
+    return _with_word(_first_line(cause), overrides, extra_dir, config_name)
+
+
+def _with_word(message: str, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
+    """The message, behind the first of several words that cannot be composed even alone, or the only one."""
+    if len(overrides) == 1:
+        return f"{overrides[0]!r}: {message}"
+    for word in overrides:
+        try:
+            compose([word], extra_dir, config_name)
+        except ConfigError as error:
+            return str(error)
+    return message
 
 
 def _groups(extra_dir: str | None) -> dict[str, set[str]]:
@@ -406,23 +429,41 @@ def expand(overrides: list[str]) -> list[list[str]]:
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
+def _no_sweep(error: HydraException, overrides: list[str]) -> str:
+    """Which word of a sweep it is that cannot be expanded, and why."""
+    for word in overrides:
+        try:
+            expand([word])
+        except HydraException as own:
+            return f"cannot read {word!r}: {_first_line(own)}; words have the form key=value"
+    return _first_line(error)
+
+
 # --- the settings of a run ----------------------------------------------------------------------------------
 
 
 def compose_run(words: list[str], extra_dir: str | None = None) -> DictConfig:
     """The settings of the run that a word run=… names, the other words on top of them.
 
-    What the run does not know yet is as in conf/. `lambda` is not there: the key of the algorithm that it set is.
+    What the run does not know yet is as in conf/. `lambda` is not there: the key of the algorithm that it set is. The
+    run's config.yaml cannot have code imported that neither conf/, `extra_dir` nor a word names.
     """
     overrides = _overrides(words, extra_dir)
     name = next(str(override.value()) for override in overrides if override.key_or_group == RUN)
-    recorded = recorded_config(located_run(name)[0])
+    directory = located_run(name)[0]
+    recorded = recorded_config(directory)
+    check_plain(recorded, directory / "config.yaml")
+    recorded["model"]["trust_remote_code"] = False  # another run's consent is none
     defaults = typing.cast(dict, OmegaConf.to_container(compose([], extra_dir), resolve=False))
     cfg = OmegaConf.create(_completed(recorded, defaults))
     cfg.pop(LAMBDA, None)
     if recorded.get("sampling", {}).get("stop_strings") == recorded.get("dataset", {}).get("stop_strings"):
         cfg.sampling.stop_strings = defaults["sampling"]["stop_strings"]  # those of another data set, if one is given
     _on_top(cfg, overrides, extra_dir)
+    offered = offered_targets([config_dir(), *([Path(extra_dir)] if extra_dir else [])])
+    for override in overrides:
+        offered |= set(targets({override.key_or_group: override.value()}).values())
+    check_targets(typing.cast(dict, OmegaConf.to_container(cfg, resolve=False)), offered, directory / "config.yaml")
     return cfg
 
 
@@ -537,7 +578,7 @@ def _on_top(cfg: DictConfig, overrides: list[Override], extra_dir: str | None) -
         if key in groups and key in cfg:
             section = compose([override.input_line], extra_dir)[key]
             cfg[key] = OmegaConf.to_container(section, resolve=False)
-        elif override.is_add() or key in _keys(cfg):
+        elif override.is_add() or key in _keys(cfg) or key.endswith("._target_"):
             OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
         else:
             raise ConfigError(unknown_key(key, cfg, [group for group in groups if group in cfg]))
@@ -602,8 +643,10 @@ def command(name: str, task: Callable[[Config], None], takes: tuple[str, ...] = 
     `takes` are the keys by which a command that looks at a model is told which, "run" and perhaps "model.path". Jobs
     that take the settings of a run, with run=, resume= or fork=, are composed here without Hydra's own program.
     """
+    parser = get_args_parser()
+    parser.error = refuse_flag
     try:
-        args = get_args_parser().parse_args()
+        args = parser.parse_args()
         if args.help:
             print_help(name, config_dir(), args.overrides)
             return
@@ -626,6 +669,11 @@ def command(name: str, task: Callable[[Config], None], takes: tuple[str, ...] = 
         sys.exit(getattr(error, "status", 130))
 
 
+def refuse_flag(message: str) -> typing.NoReturn:
+    """In place of argparse's own usage, which is Hydra's and of many lines."""
+    raise ConfigError(f"{_first_line(ValueError(message))}; --help lists the flags and keys")
+
+
 def _checked_jobs(
     overrides: list[str], multirun: bool, extra_dir: str | None, takes: tuple[str, ...]
 ) -> tuple[list[tuple[DictConfig, Config]], bool]:
@@ -634,7 +682,7 @@ def _checked_jobs(
     try:
         jobs = expand(overrides) if multirun else [overrides]
     except HydraException as error:
-        raise ConfigError(_explained(error, overrides, extra_dir, "config")) from error
+        raise ConfigError(_no_sweep(error, overrides)) from error
     checked, again = [], False
     for job in jobs:
         source = None
@@ -673,10 +721,12 @@ def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         hydra.main(config_path=str(config_dir()), config_name="config", version_base=VERSION_BASE)(job)()
-    except OSError as error:
+    except (OSError, ValueError, HydraException) as error:
         if inside:
             raise
-        raise UserError(f"{error.filename}: cannot write there ({error.strerror})") from error  # the job's directory
+        if isinstance(error, HydraException | ValueError):
+            raise ConfigError(_first_line(error)) from error
+        raise UserError(f"name: the directory {error.filename} cannot be made ({error.strerror})") from error
     if failed:
         raise failed[0]
 

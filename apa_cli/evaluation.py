@@ -96,9 +96,8 @@ class Evaluator:
         rollout = self.sampling_batch.run(drawn)
         kl, entropy = self.microbatch.run(lambda size: self.exact(policy, rollout, size))
         texts = (rollout.prompts, rollout.responses, rollout.columns)
-        return self.gathered(
-            Replies(rollout, {name: score(*texts).values for name, score in self.scores.items()}, kl, entropy)
-        )
+        scores = self.world.together(lambda: {name: score(*texts).values for name, score in self.scores.items()})
+        return self.gathered(Replies(rollout, scores, kl, entropy))
 
     def gathered(self, own: Replies) -> Replies:
         """The replies of all processes, on each of them."""

@@ -30,9 +30,10 @@ from apa_cli.types import ConfigError, UserError
 
 T = TypeVar("T")
 
-LOSERS_PAUSE = 3.0
-"""Seconds that a process waits before it ends because another is gone: the one with the cause is to end first."""
-GRACE = 5.0
+PAUSE = 3.0
+"""Seconds that other processes wait before they say what ended them: the main one, or the one with the cause, is to
+be heard first."""
+GRACE = 1.0
 """Seconds that the others have to end after one process failed; then they are killed."""
 WEEK = 7 * 86400.0
 """Seconds."""
@@ -81,6 +82,20 @@ class World:
         with told():
             dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()` of this process. UserError on every process where it fails on one."""
+        if self.size == 1:
+            return work()
+        value, error = None, None
+        try:
+            value = work()
+        except UserError as found:
+            error = found
+        for rank, text in enumerate(self.gather(None if error is None else str(error))):
+            if text is not None:
+                raise UserError(f"process {rank}: {text}") from error
+        return value
 
     def meet(self, timeout: float) -> None:
         """Waits for all processes, at most `timeout` seconds. UserError naming those that did not come in time."""
@@ -316,13 +331,15 @@ def ending(rank: int) -> Iterator[End]:
         yield end
     except ContactLost as error:
         print(f"process {rank}: {error}", file=sys.stderr, flush=True)
-        time.sleep(LOSERS_PAUSE)
+        time.sleep(PAUSE)
         end.status = error.status
     except Stopped as error:
         show(screen if rank == 0 else sys.stderr, f"apa-train: {error}")
         end.status = error.status
     except UserError as error:
-        show(screen, f"apa-train: {error}" if rank == 0 else f"apa-train: process {rank}: {error}")
+        if rank > 0:
+            time.sleep(PAUSE)  # what all know the main process says
+        show(screen, f"apa-train: {error}")
         end.status = error.status
     except KeyboardInterrupt as error:
         end.status = getattr(error, "status", 128 + signal.SIGINT)

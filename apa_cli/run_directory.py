@@ -16,11 +16,13 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from apa_cli.trust import without_secrets
 from apa_cli.types import ConfigError, UserError
 
 MAY_DIFFER = (
     "name", "resume", "resume_changed", "fork", "stop_after", "plan", "iterations", "eval_every", "checkpoint_every",
-    "tracking", "evaluation", "checkpoint", "launch", "run", "evaluate", "export", "chat", "bench",
+    "tracking", "evaluation", "checkpoint", "guard", "stop_at_kl", "launch", "run", "evaluate", "export", "chat",
+    "bench",
 )  # fmt: skip
 """Top-level keys in which a resumed run may differ from the one it continues."""
 
@@ -268,7 +270,7 @@ def environment() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *map(without_secrets, sys.argv[1:])],
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from apa_cli.types import AtLeastOne, NonNegative, Positive, Range, Unit
 
 Probability = Range(0, 1, open_low=True)
+Seed = Range(0, 2**63 - 1)
 
 
 class RewardSpecs:
@@ -71,6 +72,16 @@ class TrackingMode(Enum):
     offline = "offline"
 
 
+class NonFinite(Enum):
+    stop = "stop"
+    skip = "skip"
+
+
+class GuardAction(Enum):
+    warn = "warn"
+    stop = "stop"
+
+
 class Device(Enum):
     auto = "auto"
     cpu = "cpu"
@@ -93,8 +104,8 @@ class RunSettings:
     """The keys that stand at the top of config.yaml."""
 
     name: str
-    seed: Annotated[int, NonNegative]
-    eval_seed: Annotated[int, NonNegative]
+    seed: Annotated[int, Seed]
+    eval_seed: Annotated[int, Seed]
     iterations: Annotated[int, NonNegative]
     rollout_batch: Annotated[int, AtLeastOne]
     minibatch: Annotated[int, AtLeastOne]
@@ -104,6 +115,7 @@ class RunSettings:
     update_order: UpdateOrder
     eval_every: Annotated[int, NonNegative]
     checkpoint_every: Annotated[int, NonNegative]
+    stop_at_kl: Annotated[float | None, Positive]
     resume: str | None
     resume_changed: list[str]
     fork: str | None
@@ -198,6 +210,16 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class GuardSettings:
+    nonfinite: NonFinite
+    action: GuardAction
+    max_kl: Annotated[float | None, Positive]
+    min_entropy: Annotated[float, NonNegative]
+    critic_patience: Annotated[int | None, AtLeastOne]
+    min_explained_variance: float
+
+
+@dataclass(frozen=True)
 class LaunchSettings:
     device: Device
     threads: Annotated[int | None, AtLeastOne]
@@ -270,7 +292,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class StagesSettings:
-    seed: Annotated[int, NonNegative]
+    seed: Annotated[int, Seed]
     cache_dir: str
 
 
@@ -284,6 +306,7 @@ SECTIONS: dict[str, type] = {
     "penalty": PenaltySettings,
     "evaluation": EvaluationSettings,
     "checkpoint": CheckpointSettings,
+    "guard": GuardSettings,
     "launch": LaunchSettings,
     "tracking": TrackingSettings,
     "sft": FitSettings,
@@ -317,6 +340,7 @@ class Config:
     penalty: PenaltySettings
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
+    guard: GuardSettings
     launch: LaunchSettings
     tracking: TrackingSettings
     sft: FitSettings

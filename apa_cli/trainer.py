@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli import checkpoint as checkpoints
+from apa_cli import faults
 from apa_cli.console import Console
 from apa_cli.datasets.base import positions
 from apa_cli.evaluation import Evaluator
+from apa_cli.guard import Watch, signs, unreported
 from apa_cli.memory import Halving
 from apa_cli.models.forward import TrainingModel, compute_precision, response_logprobs
 from apa_cli.models.loading import save_model
@@ -37,16 +40,18 @@ from apa_cli.rollout.collect import collect, concatenated
 from apa_cli.rollout.sampler import LENGTH
 from apa_cli.rollout.statistics import rollout_statistics
 from apa_cli.run_directory import RunDirectory, records, replace_text
-from apa_cli.settings import Config
+from apa_cli.settings import Config, GuardAction, NonFinite
 from apa_cli.stopping import Stopped, Stopping
 from apa_cli.tensor_ops import masked_mean
 from apa_cli.tracking import Tracker
-from apa_cli.types import Example, Prompt, Rollout, State, Tokens
-from apa_cli.update import Updater, microbatch_rows
+from apa_cli.types import Batch, Example, Prompt, Rollout, State, Tokens, UserError
+from apa_cli.update import UnusableUpdate, Updater, microbatch_rows
 from apa_cli.utilization import UpdateMeter, run_matrix_rate
 
 REDRAW_SECONDS = 30
 """Seconds between two drawings of curves.png while a run goes on."""
+SCORED = ("advantages", "returns", "log_normalizer")
+"""What an algorithm makes of scores."""
 
 
 @dataclass
@@ -60,6 +65,12 @@ class Progress:
     """The SFT model's scores on the held-out prompts by reward, see `Evaluator.evaluate`."""
     best_iteration: int | None = None
     best_reward: float | None = None
+    kl: float = 0.0
+    """kl/sequence of the last iteration, nats per response."""
+    watch: dict[str, Any] = field(default_factory=lambda: asdict(Watch()))
+    """What the guard remembers, see `guard.Watch`."""
+    unrecorded: dict[str, float] | None = None
+    """The metrics of the last iteration, where its evaluation is still to be done because a reward failed in it."""
 
 
 @dataclass
@@ -95,24 +106,58 @@ class Trainer:
         """Runs to the last iteration. Raises `Stopped`, with everything saved, where it is asked to end before."""
         run = self.config.run
         self.stopping.listen()
-        if self.progress.iteration == 0:
+        if not self.progress.sft_scores:
             self.begin()
-        while self.progress.iteration < run.iterations:
+        if self.progress.unrecorded is not None:
+            self.conclude(self.progress.unrecorded, time.monotonic())
+        while not self.ended():
             iteration, begun = self.progress.iteration + 1, time.monotonic()
             metrics = self.iterate(iteration)
             self.progress.iteration, self.progress.samples = iteration, iteration * run.rollout_batch
-            last = iteration == run.iterations
-            if last or (run.eval_every and iteration % run.eval_every == 0):
-                metrics |= self.evaluate()
-            self.log(metrics)
-            self.stopping.longest_iteration = max(self.stopping.longest_iteration, time.monotonic() - begun)
-            reason = None if last else self.stop_reason()
-            if last or reason or self.checkpoint_due():
-                self.save_checkpoint()
-            if reason:
-                why, status = reason
-                raise Stopped(f"stopped by {why} after iteration {iteration} of {run.iterations}, saved", status)
+            self.progress.kl = metrics["kl/sequence"]
+            self.conclude(metrics, begun)
         self.finish()
+
+    def ended(self) -> bool:
+        """Whether all iterations are done, or the KL that the run may cost is spent."""
+        run = self.config.run
+        spent = run.stop_at_kl is not None and self.progress.kl >= run.stop_at_kl
+        return spent or self.progress.iteration >= run.iterations
+
+    def conclude(self, metrics: dict[str, float], begun: float) -> None:
+        """What follows an iteration: an evaluation if one is due, the records, the guard, a checkpoint if one is due.
+
+        UserError where the guard ends the run, `Stopped` where it was asked to end; its state is saved then.
+        """
+        run, iteration, last = self.config.run, self.progress.iteration, self.ended()
+        if last or (run.eval_every and iteration % run.eval_every == 0):
+            self.progress.unrecorded = metrics
+            metrics = metrics | self.evaluate()
+            self.progress.unrecorded = None
+        found, watch = signs(self.config.guard, metrics, Watch(**self.progress.watch))
+        new, watch = unreported(found, watch)
+        self.progress.watch = asdict(watch)
+        self.log(metrics)
+        for text in new.values():
+            self.console.warn(text)
+        self.stopping.longest_iteration = max(self.stopping.longest_iteration, time.monotonic() - begun)
+        guarded = bool(found) and not last and self.config.guard.action is GuardAction.stop
+        reason = None if last else self.stop_reason()
+        if last or guarded or reason or self.checkpoint_due():
+            self.save_checkpoint()
+        if guarded:
+            raise UserError(
+                f"{'; '.join(found.values())}. Stopped by guard.action=stop; the state after iteration {iteration} is "
+                f"saved, resume={self.directory.path} goes on from it"
+            )
+        if reason:
+            why, status = reason
+            raise Stopped(f"stopped by {why} after iteration {iteration} of {run.iterations}, saved", status)
+        if last and iteration < run.iterations:
+            self.console.say(
+                f"kl/sequence is {self.progress.kl:.2f} nats, which is stop_at_kl {run.stop_at_kl:g} or more: the run "
+                f"ends with iteration {iteration}"
+            )
 
     def stop_reason(self) -> tuple[str, int] | None:
         """Why the run is to end after this iteration, and with which status; None where it goes on.
@@ -129,6 +174,25 @@ class Trainer:
         best = self.config.checkpoint.keep_best and self.progress.best_iteration == iteration
         return bool(every) and (iteration % every == 0 or best)
 
+    @contextmanager
+    def state_kept(self) -> Iterator[None]:
+        """Where a reward fails in here, the state after the last finished iteration is saved before the run ends.
+
+        Nothing of that state may be changed between the iteration's end and the reward's answer.
+        """
+        try:
+            yield
+        except UserError as error:
+            if not self.progress.sft_scores:  # the run has not begun
+                raise
+            iteration = self.progress.iteration
+            path = self.directory.checkpoints / checkpoints.NAME.format(iteration)
+            if not self.world.from_main(path.exists):
+                self.save_checkpoint()
+            raise UserError(
+                f"{error}; the state after iteration {iteration} is saved, resume={self.directory.path} goes on from it"
+            ) from error
+
     def begin(self) -> None:
         """The state before the first iteration, and the SFT model's evaluation."""
         self.progress.algorithm = self.config.algo.initial_state()
@@ -141,17 +205,22 @@ class Trainer:
         seconds: dict[str, float] = {}
         with timed(seconds, "time/rollout_s"):
             rollout, cut = self.sample(iteration)
-        with timed(seconds, "time/score_s"):
-            scores = self.score(rollout.prompts, rollout.responses, rollout.columns)
+        with timed(seconds, "time/score_s"), self.state_kept():
+            scores = self.world.together(lambda: self.score(rollout.prompts, rollout.responses, rollout.columns))
             rollout = rollout.with_(scores=torch.tensor(scores.values, dtype=torch.float32))
         with timed(seconds, "time/prepare_s"):
             rollout, parts = self.gathered(self.completed(rollout), scores.parts)
+            self.check_finite(iteration, rollout)
             gap = sampler_gap(rollout)
             penalties = self.penalties(rollout)
             charged = rollout if penalties is None else rollout.with_(scores=rollout.scores - penalties)
             batch, self.progress.algorithm = self.config.algo.prepare(charged, self.progress.algorithm)
+            self.check_finite(iteration, rollout, batch)
+        skipped: list[UnusableUpdate] = []
         with timed(seconds, "time/update_s"):
-            updates = self.updater.update(batch, iteration)
+            updates = self.updater.update(
+                batch, iteration, lambda error: skipped.append(self.skippable(error, iteration, rollout, batch))
+            )
             self.refresh_sampler()
             self.refresh_reference(iteration)
         total, tokens = sum(seconds.values()), int(rollout.mask.sum())
@@ -162,6 +231,7 @@ class Trainer:
             "prompt/truncated_rate": cut,
             **batch.metrics,
             **updates,
+            **({"guard/skipped_updates": len(skipped)} if self.config.guard.nonfinite is NonFinite.skip else {}),
             **gap,
             **seconds,
             "throughput/samples_per_s": len(rollout.endings) / total,
@@ -254,6 +324,35 @@ class Trainer:
         if self.sampler is not self.model.policy:
             refresh(self.sampler, self.model.policy)
 
+    def check_finite(self, iteration: int, rollout: Rollout, batch: Batch | None = None) -> None:
+        """UserError, the responses kept, for log-probs, values or (in the batch) advantages that are not finite.
+
+        There is nothing to skip then: what is trained is broken, or a score beyond what the algorithm can take.
+        """
+        names = ("sampler_logprobs", "init_logprobs", "ref_logprobs", "old_logprobs", "values")
+        found = faults.not_finite(rollout, names) if batch is None else faults.not_finite(batch, SCORED)
+        if found is not None:
+            what, rows = found
+            what = f"iteration {iteration}: {what}"
+            where = self.keep_fault(f"iteration_{iteration:06d}", what, rollout, batch, rows)
+            raise UserError(f"{what}; nothing was changed by this iteration{where}")
+
+    def skippable(self, error: UnusableUpdate, iteration: int, rollout: Rollout, batch: Batch) -> UnusableUpdate:
+        """The same error, its responses kept and the user told. UserError where such an update ends the run."""
+        name = f"iteration_{iteration:06d}_update_{error.number}"
+        where = self.keep_fault(name, str(error), rollout, batch, error.rows)
+        if self.config.guard.nonfinite is NonFinite.stop:
+            raise UserError(f"{error}{where}") from error
+        self.console.warn(f"{error}{where}; the next one follows (guard.nonfinite=skip)")
+        return error
+
+    def keep_fault(self, name: str, what: str, rollout: Rollout, batch: Batch | None, rows: Tensor) -> str:
+        """Keeps the responses of a fault in faults/; says where, to be put behind what is wrong."""
+        if not self.world.is_main:
+            return ""
+        file = faults.keep(self.directory.path / "faults", name, what, rollout, batch, rows)
+        return "" if file is None else f"; the responses are in {file}"
+
     def refresh_reference(self, iteration: int) -> None:
         """Every `reference.refresh_every` iterations the loss's reference becomes the current policy."""
         every = self.config.reference.refresh_every
@@ -266,7 +365,10 @@ class Trainer:
         if any(len(scores) != len(self.evaluator.prompts) for scores in self.progress.sft_scores.values()):
             # Resumed with other held-out prompts: what was measured on the old ones compares with nothing.
             self.measure_reference()
-        metrics, rows, scores = self.evaluator.evaluate(self.sampler, self.progress.sft_scores)
+        with self.state_kept():
+            metrics, rows, scores = self.evaluator.evaluate(self.sampler, self.progress.sft_scores)
+        if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
+            raise UserError(f"evaluation after iteration {self.progress.iteration}: {', '.join(wrong)}")
         self.progress.sft_scores = self.progress.sft_scores or scores
         where = {"iteration": self.progress.iteration, "samples": self.progress.samples}
         if self.world.is_main:
@@ -280,7 +382,8 @@ class Trainer:
 
     def measure_reference(self) -> None:
         """The SFT model's scores anew, and no best score so far: what is measured by has changed."""
-        self.progress.sft_scores = self.evaluator.replies(self.reference).scores
+        with self.state_kept():
+            self.progress.sft_scores = self.evaluator.replies(self.reference).scores
         self.progress.best_reward = self.progress.best_iteration = None
 
     def log(self, metrics: dict[str, float]) -> None:

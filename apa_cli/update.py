@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -19,6 +19,19 @@ from apa_cli.randomness import Stream, permutation
 from apa_cli.settings import DType, OptimizerSettings, RunSettings, Schedule, UpdateOrder
 from apa_cli.tensor_ops import masked_sum
 from apa_cli.types import Batch, Rollout, UserError
+
+
+class UnusableUpdate(UserError):
+    """Update `number` of an iteration has a loss or gradient that is not finite; `rows` are those of its minibatch."""
+
+    def __init__(self, message: str, number: int, rows: Tensor):
+        super().__init__(message)
+        self.number, self.rows = number, rows
+
+
+def stop(error: UserError) -> None:
+    """What is done about an unusable update unless something else is asked for: the run ends."""
+    raise error
 
 
 def build_optimizer(model: TrainingModel, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -90,6 +103,14 @@ class StepMetrics:
     def largest(self, name: str, value: float) -> None:
         self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
 
+    def join(self, other: StepMetrics) -> None:
+        """Takes over what another one has gathered."""
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+        for name, value in other.maxima.items():
+            self.largest(name, value)
+
     def result(self) -> dict[str, float]:
         return {name: total / self.counts[name] for name, total in self.sums.items()} | self.maxima
 
@@ -127,8 +148,14 @@ class Updater:
     def steps_per_iteration(self) -> int:
         return self.run.epochs * self.run.rollout_batch // self.run.minibatch
 
-    def update(self, batch: Batch, iteration: int) -> dict[str, float]:
-        """All optimiser steps of one iteration (counted from 1); the metrics are means over them."""
+    def update(
+        self, batch: Batch, iteration: int, on_fault: Callable[[UnusableUpdate], None] = stop
+    ) -> dict[str, float]:
+        """All optimiser steps of one iteration (counted from 1); the metrics are means over them.
+
+        An update whose loss or gradient is not finite changes nothing. `on_fault` is told of it, and unless that ends
+        the run, the update is left out of the metrics and the next one follows.
+        """
         metrics, parts = StepMetrics(), []
         for number, rows in enumerate(minibatch_rows(self.run, iteration)):
             step = (iteration - 1) * self.steps_per_iteration + number
@@ -136,17 +163,31 @@ class Updater:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             minibatch = self.algorithm.prepare_minibatch(batch.rows(rows))
+            own = StepMetrics()
             for name, value in minibatch.metrics.items():
-                metrics.add(name, value)
-            parts.append(self.accumulate(minibatch, first=number == 0))
-            self.step(metrics, iteration, number)
-        for own in zip(*self.world.gather(parts), strict=True):  # each step's parts, by process
-            for name in own[0].sums:
-                metrics.add(name, sum(part.sums[name] for part in own))
-            for name in own[0].maxima:
-                metrics.largest(name, max(part.maxima[name] for part in own))
+                own.add(name, value)
+            part = self.accumulate(minibatch, first=number == 0)
+            if self.step(own, iteration):
+                metrics.join(own)
+                parts.append(part)
+            else:
+                found = self.joined([part]).result() | own.result()
+                wrong = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+                message = f"iteration {iteration}, update {number + 1}: {', '.join(wrong)}"
+                on_fault(UnusableUpdate(f"{message}; nothing was changed by this update", number + 1, rows))
+        metrics.join(self.joined(parts))
         metrics.add("optimizer/lr", self.optimizer.param_groups[0]["lr"])
         return metrics.result()
+
+    def joined(self, parts: list[Part]) -> StepMetrics:
+        """Metrics of optimiser steps to which every process has added its part."""
+        metrics = StepMetrics()
+        for step in zip(*self.world.gather(parts), strict=True):
+            for name in step[0].sums:
+                metrics.add(name, sum(part.sums[name] for part in step))
+            for name in step[0].maxima:
+                metrics.largest(name, max(part.maxima[name] for part in step))
+        return metrics
 
     def accumulate(self, minibatch: Batch, first: bool) -> Part:
         """Gradients of the whole minibatch: each term is summed over microbatches and divided by its mask's count.
@@ -220,20 +261,25 @@ class Updater:
         part.largest("policy/ratio_max", float(difference.max().exp()) if difference.numel() else -math.inf)
         if gap_count:
             part.add("policy/sampler_gap", float(difference.abs().sum()) / gap_count)
+        if not bool(objective.isfinite()):  # its gradient may be: let all processes see it in the gradient's norm
+            objective = objective * math.nan
         return objective * self.world.size
 
-    def step(self, metrics: StepMetrics, iteration: int, number: int) -> None:
-        """Clips each group's gradient norm, steps, and clears the gradients."""
+    def step(self, metrics: StepMetrics, iteration: int) -> bool:
+        """Clips each group's gradient norm, steps, and clears the gradients.
+
+        Where a norm is not finite there is no step; returns whether there was one. Gradients are those of all
+        processes together, so each of them decides the same.
+        """
         names = ("optimizer/grad_norm", "optimizer/critic_grad_norm")
         for name, group in zip(names, self.optimizer.param_groups, strict=False):
-            norm = float(whole(nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm)))
-            if not math.isfinite(norm):
-                raise UserError(
-                    f"iteration {iteration}, update {number + 1}: {name} is {norm}; nothing was changed by this update"
-                )
-            metrics.add(name, norm)
-        if iteration <= self.settings.critic_warmup_iterations:
-            for parameter in self.optimizer.param_groups[0]["params"]:
-                parameter.grad = None
-        self.optimizer.step()
+            metrics.add(name, float(whole(nn.utils.clip_grad_norm_(group["params"], self.settings.max_grad_norm))))
+        found = metrics.result()
+        usable = all(math.isfinite(found[name]) for name in names if name in found)
+        if usable:
+            if iteration <= self.settings.critic_warmup_iterations:
+                for parameter in self.optimizer.param_groups[0]["params"]:
+                    parameter.grad = None
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return usable

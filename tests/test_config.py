@@ -45,7 +45,7 @@ def test_the_default_is_apa_at_a_tenth():
 def test_every_yaml_builds_its_section(path):
     group, option = path.parts[0], str(Path(*path.parts[1:]).with_suffix(""))
     text = (CONF / path).read_text()
-    lists = {"parts": "[vader]", "paths": "[x]"}
+    lists = {"parts": "[vader]", "paths": "[x]", "url": "https://x"}
     missing = [f"{group}.{key}={lists.get(key, 'x')}" for key, value in yaml.safe_load(text).items() if value == "???"]
     if option == "stories_vader":
         missing = ["model.path=x"]
@@ -85,6 +85,16 @@ WRONG = {
     "lambda=abc": ["lambda", "'abc'", "a number"],
     "seed=1.5": ["seed", "1.5", "whole number"],
     "seed=-1": ["seed", "at least 0"],
+    "seed=99999999999999999999": ["seed", "at most 9.22337e+18"],
+    "name=": ["name", "outputs/"],
+    "name=a/../../b": ["name", "outputs/"],
+    "launch=[{use: vadr}]": ["launch", "auto"],
+    "++lora.alpha=${oc.decode:[1}": ["lora.alpha"],
+    "minibatch=-0.5": ["minibatch: -0.5"],
+    "name=${oc.env:SECRET}": ["name", "SECRET"],
+    "guard.action=shout": ["guard.action", "warn, stop"],
+    "stop_at_kl=0": ["stop_at_kl", "greater than 0"],
+    "reward.timeout=3": ["reward.timeout"],
     "plan=maybe": ["plan", "true or false"],
     "algo.advantage=gea": ["algo.advantage", "gae, monte_carlo, group_mean"],
     "algo.gae_lambda=1.1": ["algo.gae_lambda", "1.1", "at most 1"],

@@ -21,6 +21,7 @@ LEVELS = [
         "runs", "assembly", "trainer", "update", "processes", "memory", "evaluation", "checkpoint",
         "run_directory", "plan", "tracking", "console", "report", "stages", "trained", "assessment", "publication",
         "model_card", "conversation", "stopping", "benchmark", "utilization", "synthetic",
+        "guard", "faults", "trust",
     ],
     ["rollout", "algorithms"],
     ["models", "datasets", "rewards"],

@@ -69,6 +69,7 @@ RUN = RunSettings(
     update_order=UpdateOrder.epochs,
     eval_every=0,
     checkpoint_every=0,
+    stop_at_kl=None,
     resume=None,
     resume_changed=[],
     fork=None,
@@ -534,7 +535,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_changes():
     advantages[2, 0] = math.inf
     before = flat(model.parameters())
     algorithm = replace(ALGORITHMS["apa"], whitening=Whitening.none, normalizer=Normalizer.none)
-    with pytest.raises(UserError, match="iteration 4, update 1: optimizer/grad_norm"):
+    with pytest.raises(UserError, match="iteration 4, update 1: loss/policy is inf, optimizer/grad_norm is nan"):
         updater(algorithm, model).update(batch.with_(advantages=advantages), 4)
     assert torch.equal(flat(model.parameters()), before)
 

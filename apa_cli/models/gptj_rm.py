@@ -45,7 +45,7 @@ def load_gptj_rm(
     path: str, file: str, tokenizer: str, architecture: dict[str, Any], longest: int, device: str, dtype: str
 ) -> tuple[GPTJRewardModel, PreTrainedTokenizerBase]:
     """The frozen model, its body in the compute dtype and its head in float32, and the tokenizer."""
-    words = loaded(AutoTokenizer.from_pretrained, tokenizer, "reward.tokenizer")
+    words = loaded(AutoTokenizer.from_pretrained, tokenizer, "reward.tokenizer", trust_remote_code=False)
     try:
         config = GPTJConfig(**architecture)
         with torch.device("meta"):

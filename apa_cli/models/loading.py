@@ -45,9 +45,13 @@ def loaded(load: Any, path: str, key: str, **options: Any) -> Any:
     where = source(path, key)
     try:
         return load(where, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of `transformers`, safetensors, pickle, json, zipfile, the hub's client, …
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         advice = "" if Path(where).is_dir() else "; a local folder laid out as the hub's works too"
+        if "trust_remote_code" in str(error) and key == "model.path":
+            advice = "; model.trust_remote_code=true lets it run"
         raise UserError(f"{key}: cannot load {path}: {first}{advice}") from error
 
 

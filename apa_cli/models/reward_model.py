@@ -28,14 +28,15 @@ def load_reward_model(path: str, device: str, dtype: str) -> tuple[PreTrainedMod
 
     A LoRA adapter is merged into its base model; where it has no tokenizer of its own, the base model's is taken.
     """
-    words, options = path, {"dtype": TORCH_DTYPES[DType(dtype)]}
+    words, options = path, {"dtype": TORCH_DTYPES[DType(dtype)], "trust_remote_code": False}
     source(path, "reward.path")
     if is_adapter(path):
         check_adapter(path)
         options["num_labels"] = 1
         words = path if file_of(path, "tokenizer_config.json") else adapter_base(path)
     model = load_merged(AutoModelForSequenceClassification.from_pretrained, path, "reward.path", **options)
-    tokenizer = with_pad(loaded(AutoTokenizer.from_pretrained, words, "reward.path", padding_side="right"))
+    own = {"padding_side": "right", "trust_remote_code": False}
+    tokenizer = with_pad(loaded(AutoTokenizer.from_pretrained, words, "reward.path", **own))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by `transformers` where there is none
         raise UserError(f"reward.path: {words} holds no tokenizer")
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,11 +92,39 @@ def finite(result: Any, responses: list[str]) -> list[float]:
     """`result` as one finite number per response; UserError saying what else it is."""
     try:
         scores = [float(value) for value in result]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward: expected one number per response, got {type(result).__name__} ({error})") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last is a tensor's of two dimensions
+        why = " ".join(str(error).split())
+        raise UserError(f"reward: expected one number per response, got {type(result).__name__} ({why})") from error
     if len(scores) != len(responses):
         raise UserError(f"reward: {len(responses)} responses were given, {len(scores)} scores came back")
     for i, value in enumerate(scores):
         if not math.isfinite(value):
             raise UserError(f"reward: the score of response {i} is {value}: {responses[i][:80]!r}")
     return scores
+
+
+class TimeLimit(Exception):
+    """A call that took longer than it may."""
+
+
+def within(seconds: float | None, call: Callable[[], Any]) -> Any:
+    """What `call` returns or raises. TimeLimit if it takes longer (None: never); its thread then ends with the run."""
+    if seconds is None:
+        return call()
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as error:  # raised again by who waits
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeLimit
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from apa_cli.rewards.base import Reward, Score
-from apa_cli.types import UserError
+from apa_cli.rewards.base import Reward, Score, TimeLimit, within
+from apa_cli.types import Positive, UserError
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class FunctionReward(Reward):
 
     `prompts` and `responses` are lists of texts; each further column of the data set is a list as long. A
     function without **keywords gets those columns alone whose names it takes. It returns one finite number
-    per response; it may be async, or return one coroutine per response, which then run side by side.
+    per response; it may be async, or return one coroutine per response, which then run side by side. With a
+    `timeout` each call is made in a thread of its own, which is left behind where it takes longer.
     """
 
     target: str
+    timeout: Annotated[float | None, Positive]
 
     def load(self, device: str, dtype: str) -> Score:
         function = imported(self.target)
@@ -42,7 +44,11 @@ class FunctionReward(Reward):
             wanted = {name for name in names if takes_all or name in parameters}
             table = {name: [row.get(name) for row in columns] for name in sorted(wanted)}
             try:
-                return settled(function(prompts, responses, **table))
+                return within(self.timeout, lambda: settled(function(prompts, responses, **table)))
+            except TimeLimit as error:
+                raise UserError(
+                    f"reward: {self.target} has not returned within {self.timeout:g} s (reward.timeout)"
+                ) from error
             except UserError:
                 raise
             except Exception as error:
@@ -53,13 +59,14 @@ class FunctionReward(Reward):
 
 
 def settled(result: Any) -> Any:
-    """What a function returned; coroutines, one or a list of them, have run to their end."""
+    """What a function returned; coroutines, one or a list of them, and a generator have run to their end."""
 
     async def wait() -> Any:
         value = await result if inspect.isawaitable(result) else result
         return list(await asyncio.gather(*value)) if pending(value) else value
 
-    return asyncio.run(wait()) if inspect.isawaitable(result) or pending(result) else result
+    value = asyncio.run(wait()) if inspect.isawaitable(result) or pending(result) else result
+    return list(value) if inspect.isgenerator(value) else value
 
 
 def pending(value: Any) -> bool:

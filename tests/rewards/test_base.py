@@ -54,7 +54,7 @@ def test_anything_else_is_one_line_that_names_it(result, message):
 
 
 def test_a_reward_needs_no_model_unless_it_says_so():
-    reward = FunctionReward("file.py:name")
+    reward = FunctionReward("file.py:name", None)
     assert not reward.lacks_model
     with pytest.raises(TypeError, match="FunctionReward takes no model"):
         reward.with_model("folder")

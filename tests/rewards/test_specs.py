@@ -26,7 +26,7 @@ def parts(specs, **options):
 def test_a_name_is_a_yaml_and_a_mapping_changes_its_keys():
     first, second, third = parts("[{use: model, path: D, output: toxic, weight: -1}, vader, {use: vader, weight: 0.3}]")
     assert first.reward == ModelReward("D", "toxic", 1.0, False, None, 64, 512)
-    assert second.reward == third.reward == FunctionReward("apa_cli.rewards.vader:compound")
+    assert second.reward == third.reward == FunctionReward("apa_cli.rewards.vader:compound", None)
     assert [part.weight for part in (first, second, third)] == [-1.0, 1.0, 0.3]
 
 
@@ -130,7 +130,7 @@ def own_dir(tmp_path):
 def test_specs_find_the_users_own_yamls(own_dir):
     kind, vader = parts("[kind, vader]", extra_dir=str(own_dir))
     assert kind.reward == ModelReward("outputs/kindness", "kind", 1.0, False, None, 64, 512)
-    assert vader.reward == FunctionReward("apa_cli.rewards.vader:compound")
+    assert vader.reward == FunctionReward("apa_cli.rewards.vader:compound", None)
     with pytest.raises(ConfigError, match="no 'kind'"):
         parts("[kind]")
 

@@ -24,7 +24,7 @@ TEXTS = (["a", "b"], ["xyz", "x"], [{"topic": "tea"}, {"topic": "bread"}])
 @pytest.fixture
 def part(tmp_path):
     (tmp_path / "mine.py").write_text(SOURCE)
-    return lambda name, weight: Part(name, weight, FunctionReward(f"{tmp_path}/mine.py:{name}"))
+    return lambda name, weight: Part(name, weight, FunctionReward(f"{tmp_path}/mine.py:{name}", None))
 
 
 def scored(*parts):

@@ -1,0 +1,102 @@
+"""What is read is not trusted: whose `_target_` may be imported, and what must not be written down."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from apa_cli.types import ConfigError
+
+SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)S?$", re.IGNORECASE)
+"""The end of an environment variable's name that says that its value is a secret."""
+SHORTEST_SECRET = 8
+"""Characters; shorter values are words that may stand anywhere."""
+REFERENCE = re.compile(r"oc\.env:\s*([^,}\s]*)")
+HARMLESS = {"APA_CACHE_DIR", "HOME", "USER", "TMPDIR", "XDG_CACHE_HOME", "SLURM_JOB_ID", "SLURM_TMPDIR"}
+"""Variables of the environment that a configuration may refer to."""
+TARGET = "_target_"
+
+
+def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested mappings and lists that is neither."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from leaves(entry, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, list | tuple):
+        for number, entry in enumerate(value):
+            yield from leaves(entry, f"{place}[{number}]")
+    else:
+        yield place, value
+
+
+def targets(value: Any) -> dict[str, str]:
+    """Every `_target_` in nested mappings and lists, by the key that it stands under."""
+    return {place: str(leaf) for place, leaf in leaves(value) if place.rpartition(".")[2] == TARGET}
+
+
+def offered_targets(folders: Iterable[Path]) -> set[str]:
+    """Every `_target_` in the yaml files of these folders."""
+    found = set()
+    for folder in folders:
+        for file in folder.rglob("*.yaml"):
+            found.update(re.findall(rf"{TARGET}:\s*['\"]?([\w.]+)", file.read_text(encoding="utf-8")))
+    return found
+
+
+def check_plain(recorded: dict[str, Any], file: Path) -> None:
+    """A run writes its configuration resolved: ConfigError for one that refers to anything."""
+    for place, leaf in leaves(recorded):
+        if isinstance(leaf, str) and "${" in leaf:
+            raise ConfigError(f"run: {place} in {file} refers to {leaf!r}; no run writes that")
+
+
+def check_targets(config: dict[str, Any], offered: set[str], file: Path) -> None:
+    """ConfigError for a `_target_` that nobody offers: what a recorded configuration names alone is not imported."""
+    for place, target in targets(config).items():
+        if target not in offered:
+            raise ConfigError(
+                f"run: {place} in {file} is {target!r}, which no yaml of conf/ or --config-dir has; it is not imported "
+                f"unless a word says {place}={target}"
+            )
+
+
+def secrets() -> dict[str, str]:
+    """The environment's variables that are secrets by their names."""
+    return {
+        name: value.strip()
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST_SECRET
+    }
+
+
+def check_secrets(config: dict[str, Any]) -> None:
+    """ConfigError for a value that holds a secret of the environment: config.yaml and trackers would get it."""
+    hidden = secrets()
+    for place, leaf in leaves(config):
+        for name, value in hidden.items():
+            if isinstance(leaf, str) and value in leaf:
+                raise ConfigError(
+                    f"{place}: it holds the value of the environment variable {name}, which config.yaml and trackers "
+                    "would then hold too; keys that need a token take the variable's name"
+                )
+
+
+def check_references(config: dict[str, Any]) -> None:
+    """ConfigError for a value that is taken from the environment and may be a secret: it would be written down."""
+    for place, leaf in leaves(config):
+        if isinstance(leaf, str) and (asked := set(REFERENCE.findall(leaf)) - HARMLESS):
+            raise ConfigError(
+                f"{place}: of the environment only {', '.join(sorted(HARMLESS))} can be referred to, not "
+                f"{', '.join(sorted(asked))}, for config.yaml and trackers get the value; keys that need a token take "
+                "its variable's name"
+            )
+
+
+def without_secrets(text: str) -> str:
+    """A text with the environment's secrets taken out."""
+    for name, value in secrets().items():
+        text = text.replace(value, f"<{name}>")
+    return text
