@@ -22,7 +22,7 @@ from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.models.sharding import replicated, sharded, sharded_reference, trunks
 from apa_cli.plan import run_plan
-from apa_cli.processes import ALONE, World, use_gpu
+from apa_cli.processes import ALONE, World, gpu, use_gpu
 from apa_cli.randomness import Stream, torch_seed
 from apa_cli.rewards.base import CheckedScore, checked
 from apa_cli.run_directory import RunDirectory
@@ -41,7 +41,7 @@ def launch(settings: LaunchSettings, world: World = ALONE) -> torch.device:
     """The device to compute on, CPU threads set."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return torch.device("cuda", world.local_rank) if use_gpu(settings) else torch.device("cpu")
+    return torch.device("cuda", gpu(settings, world)) if use_gpu(settings) else torch.device("cpu")
 
 
 def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Example], list[Example]]:

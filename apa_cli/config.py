@@ -704,7 +704,7 @@ def _checked_jobs(
 
 def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
     failed: list[UserError] = []
-    inside = False
+    inside, own = False, os.getpid()
 
     def job(cfg: DictConfig) -> None:
         nonlocal inside
@@ -714,6 +714,8 @@ def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
         try:
             task(build(cfg, extra_dir))
         except UserError as error:  # Hydra would print all the job's words over its one line
+            if os.getpid() != own:  # a launcher runs the jobs of a sweep in processes of their own
+                raise UserError(f"{Path(run_directory(build(cfg, extra_dir))).name}: {error}") from None
             failed.append(error)
         inside = False
 

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from types import FrameType
 from typing import Any, TextIO, TypeVar
 
 import torch
+from filelock import FileLock, Timeout
 
 from apa_cli.settings import Device, LaunchSettings
 from apa_cli.stopping import Stopped
@@ -244,6 +246,28 @@ def leave() -> None:
 
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def gpu(settings: LaunchSettings, world: World) -> int:
+    """The number of this process's GPU: its local rank, or for a run in one process the first that no other such run
+    on this machine has; 0 where all are taken."""
+    if world.size > 1 or settings.processes != 1:
+        return world.local_rank
+    if HELD:
+        return next(iter(HELD))
+    for number in range(torch.cuda.device_count()):
+        lock = FileLock(Path(tempfile.gettempdir()) / f"apa-cli-gpu-{number}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        HELD[number] = lock
+        return number
+    return 0
+
+
+HELD: dict[int, FileLock] = {}
+"""The GPUs that this process keeps to its end: the jobs that it runs of a sweep share them."""
 
 
 # --- starting them ------------------------------------------------------------------------------------------

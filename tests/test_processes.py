@@ -284,6 +284,20 @@ def test_the_place_in_a_world_is_read_from_the_environment(variables, place, mon
         assert os.environ["MASTER_PORT"] == "20007"
 
 
+def test_runs_in_one_process_each_take_gpus_of_their_own(configured, monkeypatch, tmp_path):
+    monkeypatch.setattr(processes.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    settings, alone = configured("launch.processes=1").launch, World(0, 1, 0, None, 0.0)
+    taken = []
+    for _ in range(3):  # each as a process of its own would find it
+        monkeypatch.setattr(processes, "HELD", held := {})
+        taken.append((processes.gpu(settings, alone), held))
+    assert [number for number, _ in taken] == [0, 1, 0] and [len(held) for _, held in taken] == [1, 1, 0]
+    monkeypatch.setattr(processes, "HELD", taken[1][1])
+    assert processes.gpu(settings, alone) == 1  # the next job of a sweep in the same process
+    assert processes.gpu(settings, World(3, 8, 3, None, 0.0)) == 3
+
+
 def test_what_the_main_process_cannot_make_is_its_error(monkeypatch):
     def fail():
         raise UserError("the disk is full")

@@ -181,7 +181,7 @@ def test_a_run_leaves_tensors_and_text_and_no_pickle(run):
                 list(tensors.keys())
         else:
             file.read_text(encoding="utf-8")
-            assert file.suffix in (".json", ".jsonl", ".yaml", ".log", ".jinja")
+            assert file.name == ".lock" or file.suffix in (".json", ".jsonl", ".yaml", ".log", ".jinja")
 
 
 # --- secrets ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from apa_cli.types import ConfigError, UserError
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
+# Said of every generation step from transformers 5.24 on; the new name is unknown to older versions.
+warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
 
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
 TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
