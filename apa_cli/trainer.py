@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from apa_cli.settings import Config
 from apa_cli.stopping import Stopped, Stopping
 from apa_cli.tensor_ops import masked_mean
 from apa_cli.tracking import Tracker
-from apa_cli.types import Example, Prompt, Rollout, State, Tokens
+from apa_cli.types import Example, Prompt, Rollout, State, Tokens, UserError
 from apa_cli.update import Updater, microbatch_rows
 
 REDRAW_SECONDS = 30
@@ -248,8 +249,15 @@ class Trainer:
         self.tracker.log(metrics)
         self.console.iteration(metrics)
         if time.monotonic() - self.drawn_at > REDRAW_SECONDS and self.progress.iteration > 1:
-            draw_curves(self.directory.path)
+            self.draw()
             self.drawn_at = time.monotonic()
+
+    def draw(self) -> None:
+        """curves.png; a run goes on without it."""
+        try:
+            draw_curves(self.directory.path)
+        except OSError as error:
+            self.console.warn(f"curves.png cannot be written ({error.strerror})")
 
     def save_checkpoint(self) -> None:
         """Everything that the run's future depends on, and before it the records of what led there."""
@@ -292,6 +300,17 @@ class Trainer:
     def finish(self) -> None:
         """Writes the trained models and the last curves, and tells what came out."""
         path = self.directory.path
+        try:
+            self.save_models(path)
+        except checkpoints.WRITE_ERRORS as error:
+            raise UserError(
+                f"{path}: the trained models cannot be written ({checkpoints.reason(error)}); the checkpoint is intact"
+            ) from error
+        self.draw()
+        self.report()
+
+    def save_models(self, path: Path) -> None:
+        """model/ and, where there are critics, critic/."""
         save_model(self.model.policy, self.tokenizer, path / "model")
         if len(self.model.critics):
             (path / "critic").mkdir(exist_ok=True)
@@ -300,8 +319,6 @@ class Trainer:
             if critic.adapter is not None:
                 base = self.config.model.path
                 save_adapter(self.model.policy, path / "critic" / f"{name}_adapter", base, critic.adapter)
-        draw_curves(path)
-        self.report()
 
     def report(self) -> None:
         """Before and after replies to the same prompts, the final figures, and where everything lies."""
