@@ -20,6 +20,7 @@ from apa_cli.models.sharding import placed_like, storage, whole
 from apa_cli.types import UserError
 
 NAME = "iteration_{:06d}"
+WRITE_ERRORS = (OSError, SafetensorError)
 PATTERN = re.compile(r"iteration_(\d{6})$")
 
 
@@ -90,7 +91,7 @@ def save(folder: Path, iteration: int, tensors: dict[str, dict[str, Tensor]], st
         shutil.rmtree(target, ignore_errors=True)
         half.rename(target)
         sync(folder)
-    except (OSError, SafetensorError) as error:
+    except WRITE_ERRORS as error:
         shutil.rmtree(half, ignore_errors=True)
         raise UserError(
             f"checkpoint: {target} cannot be written ({reason(error)}); what was saved before is intact"

@@ -482,7 +482,7 @@ def compose_again(words: list[str], source: Path, extra_dir: str | None = None) 
         recorded["name"] = defaults["name"]
     for section in TARGET_SECTIONS:
         recorded[section] = _trusted(recorded[section], section, source, extra_dir)
-    cfg = OmegaConf.create(recorded)
+    cfg = OmegaConf.create(_linked(recorded, defaults, OmegaConf.create(recorded)))
     code = code_in(recorded)
     for key, _ in code:
         OmegaConf.update(cfg, key, "???", merge=False)
@@ -518,6 +518,18 @@ def _trusted(section: dict[str, Any], name: str, source: Path, extra_dir: str | 
     raise ConfigError(
         f"{name}._target_: config.yaml of {source} has {target!r} there, which no yaml in conf/ or --config-dir names"
     )
+
+
+def _linked(own: dict[str, Any], defaults: dict[str, Any], whole: DictConfig) -> dict[str, Any]:
+    """`own` with the references of the defaults, ${another.key}, wherever it has the value of that key in `whole`."""
+    linked = dict(own)
+    for key, value in own.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            linked[key] = _linked(value, default, whole)
+        elif found := re.fullmatch(r"\$\{([\w.]+)\}", str(default)):
+            linked[key] = default if OmegaConf.select(whole, found[1]) == value else value
+    return linked
 
 
 def _set_by(override: Override, new: dict[str, Any], defaults: dict[str, Any], extra_dir: str | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ system's log) it is one aligned line per iteration, the same line that run.log a
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import textwrap
@@ -97,8 +98,7 @@ class Console:
             self._live.stop()
             self._live = None
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            self._close_file()
 
     def _seconds_left(self, iteration: int) -> float | None:
         """Seconds to the last iteration at the pace so far; None until there is a pace.
@@ -130,8 +130,18 @@ class Console:
 
     def _record(self, text: str) -> None:
         if self._file is not None:
-            self._file.write(printable(text) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(printable(text) + "\n")
+                self._file.flush()
+            except OSError as error:  # a run goes on without it
+                self._close_file()
+                self._show(f"warning: run.log cannot be written ({error.strerror})", sys.stderr, style="yellow")
+
+    def _close_file(self) -> None:
+        """Closes run.log; what a full disk did not take is dropped."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._file = None
 
 
 class _LiveDisplay:

@@ -141,7 +141,7 @@ class RunDirectory:
             raise UserError(f"{file}: cannot be written ({error.strerror}); checkpoints are intact") from error
 
     def write_environment(self, **facts: Any) -> None:
-        (self.path / "environment.json").write_text(json.dumps({**environment(), **facts}, indent=2) + "\n")
+        replace_text(self.path / "environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
 
 
 def located_run(name: str) -> tuple[Path, Path | None]:
@@ -173,13 +173,17 @@ def recorded_config(directory: Path) -> dict[str, Any]:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes a file beside its place, so that it is on disk, and moves it there."""
+    """Writes a file beside its place, so that it is on disk, and moves it there. UserError where that fails."""
     beside = file.with_name(f".{file.name}.new")
-    with beside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    beside.replace(file)
+    try:
+        with beside.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        beside.replace(file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{file}: cannot be written ({error.strerror})") from error
 
 
 def as_yaml(config: dict[str, Any]) -> str:

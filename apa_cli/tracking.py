@@ -85,7 +85,8 @@ class WandbTracker(_CarefulTracker):
         self._run.define_metric("*", step_metric="samples")
 
     def log(self, metrics: dict[str, float]) -> None:
-        self._attempt(lambda: self._run.log(dict(metrics)))
+        # wandb drops a step that it has: what a resumed run repeats is there once.
+        self._attempt(lambda: self._run.log(dict(metrics), step=int(metrics["iteration"])))
 
     def summarize(self, figures: dict[str, float]) -> None:
         self._attempt(lambda: self._run.summary.update(dict(figures)))
@@ -103,7 +104,8 @@ class WandbTracker(_CarefulTracker):
         table = wandb.Table(
             columns=list(SAMPLE_KEYS), data=[[row.get(key) for key in SAMPLE_KEYS] for row in self._rows]
         )
-        self._run.log({"samples": rows[-1]["samples"], "evaluation/replies": table})
+        row = {"samples": rows[-1]["samples"], "evaluation/replies": table}
+        self._run.log(row, step=int(rows[-1]["iteration"]))
 
     def finish(self, failed: bool = False) -> None:
         self._attempt(lambda: self._run.finish(exit_code=1 if failed else 0))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -395,8 +396,15 @@ class Trainer:
         self.tracker.log(metrics)
         self.console.iteration(metrics)
         if time.monotonic() - self.drawn_at > REDRAW_SECONDS and self.progress.iteration > 1:
-            draw_curves(self.directory.path)
+            self.draw()
             self.drawn_at = time.monotonic()
+
+    def draw(self) -> None:
+        """curves.png; a run goes on without it."""
+        try:
+            draw_curves(self.directory.path)
+        except OSError as error:
+            self.console.warn(f"curves.png cannot be written ({error.strerror})")
 
     def save_checkpoint(self) -> None:
         """Everything that the run's future depends on, and before it the records of what led there."""
@@ -446,6 +454,17 @@ class Trainer:
         critics = checkpoints.module_tensors(self.model.critics)
         if not self.world.is_main:
             return
+        try:
+            self.save_models(path, policy, critics)
+        except checkpoints.WRITE_ERRORS as error:
+            raise UserError(
+                f"{path}: the trained models cannot be written ({checkpoints.reason(error)}); the checkpoint is intact"
+            ) from error
+        self.draw()
+        self.report()
+
+    def save_models(self, path: Path, policy: PreTrainedModel, critics: dict[str, Tensor]) -> None:
+        """model/ and, where there are critics, critic/."""
         save_model(policy, self.tokenizer, path / "model")
         if critics:
             (path / "critic").mkdir(exist_ok=True)
@@ -454,8 +473,6 @@ class Trainer:
             if critic.adapter is not None:
                 base = self.config.model.path
                 save_adapter(policy, path / "critic" / f"{name}_adapter", base, critic.adapter)
-        draw_curves(path)
-        self.report()
 
     def gathered_policy(self) -> PreTrainedModel:
         """The sharded policy as a whole model in full precision: the copy that samples, which is needed no more."""

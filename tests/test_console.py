@@ -5,6 +5,7 @@ import pty
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -87,6 +88,16 @@ def test_quiet_shows_nothing_but_still_logs(tmp_path, capfd):
         console.table("table", ["a"], [[1]])
     assert capfd.readouterr() == ("", "")
     assert "reward   0.512" in (tmp_path / "run.log").read_text()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file that is always full is needed")
+def test_a_log_that_cannot_be_written_is_said_once_and_the_screen_goes_on(capsys):
+    with Console(Path("/dev/full"), iterations=1) as console:
+        console.say("first")
+        console.say("second")
+    shown = capsys.readouterr()
+    assert shown.out == "first\nsecond\n"
+    assert shown.err == "warning: run.log cannot be written (No space left on device)\n"
 
 
 SCRIPT = """

@@ -420,6 +420,22 @@ def test_a_disk_that_fills_up_while_saving_costs_nothing_that_was_saved(
     assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
 
 
+def test_results_that_cannot_be_written_leave_the_checkpoint(
+    small_files, train, again, tmp_path, comparable, whole, monkeypatch
+):
+    from apa_cli.trainer import Trainer
+
+    run, writing = tmp_path / "whole", Trainer.save_models
+    monkeypatch.setattr(Trainer, "save_models", lambda *arguments: (small_files(50_000), writing(*arguments)))
+    with pytest.raises(UserError, match=r"the trained models cannot be written \(.*\); the checkpoint is intact"):
+        train(run, *WORDS, "iterations=4")
+    small_files(resource.RLIM_INFINITY)
+    monkeypatch.setattr(Trainer, "save_models", writing)
+    assert not (run / "result.json").exists()
+    again("name=whole", f"resume={run}")
+    assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+
+
 def test_a_disk_that_fills_up_while_logging_stops_the_run_in_one_line(
     small_files, stopping_at, train, again, tmp_path, comparable, whole
 ):

@@ -1,8 +1,10 @@
 """A sweep's jobs share one process, and yet each gives the numbers of a run of its own."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -63,6 +65,37 @@ def test_directories_are_named_by_the_overrides(sweep):
     assert len(names) == 2
     assert all(f"seed={seed}" in name for seed, name in enumerate(names))
     assert not any("name=" in name for name in names)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_was_stopped_does_what_is_left(small_words, run_train, comparable, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    words = [*small_words, "iterations=30", "eval_every=0", "checkpoint_every=2"]
+    (tmp_path / "mine" / "experiment" / "small.yaml").write_text(as_yaml(words))
+    command = [
+        sys.executable, "-c", "from apa_cli.train import main; main()", "--config-dir", "mine", "-m",
+        "experiment=small", "seed=0,1,2", "name=three", "resume=auto",
+    ]  # fmt: skip
+    options = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+    sweep = tmp_path / "outputs" / "sweeps" / "three"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    while not list(sweep.glob("*seed=1*/checkpoints/iteration_000002")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate()
+    assert process.returncode == 143
+    assert "stopped by SIGTERM after iteration" in said and "go on with: the same words again" in said
+    jobs = sorted(sweep.glob("*seed=*"))
+    assert [(job / "result.json").exists() for job in jobs] == [True, False]  # and the third was not begun
+    written = (jobs[0] / "model" / "model.safetensors").stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished (30 iterations), nothing is left to do") == 1
+    assert (jobs[0] / "model" / "model.safetensors").stat().st_mtime_ns == written
+    for seed, job in enumerate(sorted(sweep.glob("*seed=*"))):
+        alone = run_train(*words[-3:], f"seed={seed}", name=f"alone_{seed}")
+        assert comparable(job / "metrics.jsonl") == comparable(alone / "metrics.jsonl")
 
 
 def test_jobs_that_differ_behind_many_words_get_directories_of_their_own():

@@ -130,6 +130,7 @@ def test_without_a_key_wandb_records_offline_and_a_resumed_run_continues(bare):
     rows = history(records)
     figures = [(row["samples"], row["iteration"], row["reward/mean"]) for row in rows if "reward/mean" in row]
     assert figures == [(64, 1, 0.5), (128, 2, 1.0)]
+    assert [row["_step"] for row in rows] == [1, 2]  # by which wandb knows what a resumed run repeats
     assert [row[3] for row in last_table(bare, rows)] == ["r1", "r2"]
     summaries = [record.summary.update for record in records if record.WhichOneof("record_type") == "summary"]
     assert [(item.key, item.value_json) for update in summaries for item in update if "gain" in item.key] == [
@@ -144,6 +145,7 @@ def test_without_a_key_wandb_records_offline_and_a_resumed_run_continues(bare):
     assert (bare / "id").read_text() == run.run_id
     assert [record.run.run_id for record in resumed if record.WhichOneof("record_type") == "run"] == [run.run_id]
     assert [row[3] for row in last_table(bare, history(resumed))] == ["old r1", "r2", "r3"]
+    assert [row["_step"] for row in history(resumed)] == [2, 3]
 
 
 def why_offline(mode: str, url: str) -> str | None:
@@ -253,7 +255,7 @@ class BreakingRun:
     def define_metric(self, *_, **__):
         pass
 
-    def log(self, metrics):
+    def log(self, metrics, step):
         if self.logged:
             raise BrokenPipeError("the service is gone\nwith details")
         self.logged.append(metrics)
