@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from apa_cli.network import answers
 from apa_cli.types import UserError
 
 Say = Callable[[str], None]
@@ -267,7 +268,7 @@ def _why_offline(mode: str, settings) -> str | None:
         return "as configured"
     if not _has_key(settings.base_url, settings.api_key):
         return "no API key (`wandb login` stores one)"
-    if mode == "auto" and asked != "online" and not _answers(settings.base_url, REACH_TIMEOUT):
+    if mode == "auto" and asked != "online" and not answers(settings.base_url, REACH_TIMEOUT):
         return f"no answer from {settings.base_url}"
     return None
 
@@ -295,36 +296,6 @@ def _has_key(base_url: str, settings_key: str | None) -> bool:
         if hosts & set(stored):
             return True
     return False
-
-
-def _answers(url: str, seconds: float) -> bool:
-    """Whether a server answers at `url`, within `seconds` (through the proxy if there is one).
-
-    Asked from a thread of its own, because looking up a name may hang for longer than any timeout given.
-    """
-    import threading
-
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(_asks(url, seconds)), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers and answers[0])
-
-
-def _asks(url: str, seconds: float) -> bool:
-    import ssl
-    from urllib.error import HTTPError, URLError
-    from urllib.request import urlopen
-
-    try:
-        urlopen(url, timeout=seconds).close()
-    except HTTPError:
-        return True  # an error page is an answer
-    except URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # it is there; wandb has certificates of its own
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _recorded_rows(run_dir: Path) -> list[dict]:

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from apa_cli import tracking
+from apa_cli import network, tracking
 from apa_cli.tracking import SAMPLE_KEYS, TensorBoardTracker, Tracker, WandbTracker, make_tracker
 from apa_cli.types import UserError
 
@@ -195,14 +195,14 @@ def test_a_server_that_never_answers_holds_nothing_up(bare):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         begin = time.monotonic()
-        assert not tracking._asks(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.3)
+        assert network.asked(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.3) is None
         assert time.monotonic() - begin < 2
 
 
 def test_a_name_that_takes_long_to_look_up_holds_nothing_up(monkeypatch):
-    monkeypatch.setattr(tracking, "_asks", lambda url, seconds: time.sleep(3) or True)
+    monkeypatch.setattr(network, "asked", lambda url, seconds: time.sleep(3) or 200)
     begin = time.monotonic()
-    assert not tracking._answers("http://name", seconds=0.2)
+    assert not network.answers("http://name", seconds=0.2)
     assert time.monotonic() - begin < 2
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apa_cli.datasets.base import is_held_out
+from apa_cli.network import hub_answers
 from apa_cli.types import Example, Examples, UserError
 
 Row = dict[str, Any]
@@ -38,6 +39,8 @@ class Source:
             path, streamed = str(local.resolve()), True
         elif not HUB_NAME.fullmatch(path):
             raise UserError(f"dataset.path: there is no folder {path}")
+        if not local.is_dir():
+            hub_answers()
         with quiet("huggingface_hub"), self._readable():
             import datasets
 

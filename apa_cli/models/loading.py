@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from apa_cli.models.lora import adapter_base, is_adapter, layers, merged_tensors, save_adapter
+from apa_cli.network import hub_answers
 from apa_cli.settings import DType, ModelSettings, Quantization
 from apa_cli.types import ConfigError, UserError
 
@@ -40,6 +41,7 @@ def source(path: str, key: str) -> str:
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
         raise UserError(f"{key}: there is no folder {folder}")
+    hub_answers()
     return path
 
 
@@ -52,7 +54,7 @@ def loaded(load: Any, path: str, key: str, **options: Any) -> Any:
         raise
     except Exception as error:  # of `transformers`, safetensors, pickle, json, zipfile, the hub's client, …
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        advice = "" if Path(where).is_dir() else "; a local folder laid out as the hub's works too"
+        advice = "" if Path(where).is_dir() else f"; a local folder laid out as the hub's works too, {key}=FOLDER"
         if "trust_remote_code" in str(error) and key == "model.path":
             advice = "; model.trust_remote_code=true lets it run"
         raise UserError(f"{key}: cannot load {path}: {first}{advice}") from error

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from apa_cli.network import hub_answers
 from apa_cli.settings import LoraSettings
 from apa_cli.types import UserError
 
@@ -203,6 +204,7 @@ def hub_holds_adapter(path: str) -> bool:
     """The same for a hub id, asked once. What cannot be reached is no adapter; loading it will say what is wrong."""
     from transformers.utils import cached_file
 
+    hub_answers()
     try:
         return (
             cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False) is None
