@@ -1,6 +1,8 @@
 """apa-bench on a tiny architecture: whose work is by hand, and whose table follows from it."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from apa_cli.update import minibatch_rows
 from apa_cli.utilization import UpdateMeter
 
 CPU = torch.device("cpu")
+GROWTH = Path(__file__).parent / "benchmarks" / "growth.py"
 TOKENS = 12
 PROMPTS = [16, 28, 40, 52, 64, 76, 88, 100]
 INPUTS = [length + TOKENS - 1 for length in PROMPTS]
@@ -195,6 +198,16 @@ def test_padding_is_unknown_where_fewer_positions_were_seen_than_are_needed():
         "sampling": None,
         "update": 0.25,
     }
+
+
+def test_growth_reads_what_was_written(ppo):
+    directory, result = ppo
+    row = runpy.run_path(str(GROWTH))["read"](directory)
+    assert (row["rollout_batch"], row["microbatch"], row["max_new_tokens"]) == (8, 2, TOKENS)
+    assert row["times_floor"] == result["seconds"] / result["floor_s"]
+    assert row["peak_gib"] == result["peak_bytes"] / 2**30
+    sampling = result["phases"][0]
+    assert row["phases_times_floor"]["sampling"] == sampling["seconds"] / sampling["floor_s"]
 
 
 # Memory

@@ -40,6 +40,8 @@ def sized(line: str) -> list[str]:
     words = [word.replace(HUB_MODEL, str(SHARED / "models" / "stories15m")) for word in shlex.split(line)]
     if words[0] == "apa-eval":
         return [*words, "evaluation.prompts=4", "evaluate.best_of=[2]", "evaluate.best_of_prompts=2"]
+    if words[0] == "apa-bench":
+        return [*words, "rollout_batch=4", "minibatch=4", "sampling.max_new_tokens=4", "bench.iterations=1"]
     if words[0] not in ("apa-train", "apa-sft", "apa-reward") or any(flag in words for flag in FLAGS):
         return words
     sizes = {} if "dataset=jsonl" in words else dict(SMALL_DATA)

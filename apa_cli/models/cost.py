@@ -63,7 +63,10 @@ def weights_of(layer: nn.Linear | Conv1D) -> int:
 
 
 def watched(model: nn.Module, call: Call) -> Cost:
-    """The cost of `call(inputs)`, a pass through `model`, by the linear layers and blocks that it uses."""
+    """The cost of `call(inputs)`, a pass through `model`, by the linear layers and blocks that it uses.
+
+    Experts that a model keeps in one tensor are no linear layers, and are not counted.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     config = model.config.get_text_config()
     inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device=model.device)}
@@ -86,7 +89,8 @@ def watched(model: nn.Module, call: Call) -> Cost:
             head_forward, head_backward = 2 * size, gradients
         else:
             forward, backward = forward + 2 * size, backward + gradients
-    width = attention_width(config)
+    heads, _, size = attention_heads(config)
+    width = heads * size
     return Cost(
         linear=forward,
         linear_backward=backward,
@@ -99,19 +103,17 @@ def watched(model: nn.Module, call: Call) -> Cost:
     )
 
 
-def head_size(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def attention_width(config: PretrainedConfig) -> int:
-    """Heads times the size of a head, of one layer."""
-    return config.num_attention_heads * head_size(config)
+def attention_heads(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Heads of a layer, those that the key-value cache holds, and the size of one; 0 where a model has none."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    return heads, getattr(config, "num_key_value_heads", None) or heads, size
 
 
 def cached_numbers(config: PretrainedConfig) -> int:
     """Numbers that the key-value cache holds per position."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_size(config)
+    _, heads, size = attention_heads(config)
+    return 2 * config.num_hidden_layers * heads * size
 
 
 @contextmanager

@@ -9,8 +9,8 @@ sides in turn, `--turns` times; medians are compared. The work is made equal:
 - architecture: conf/model/NAME.yaml, random weights; policy, reference, critic and reward are four models of it;
 - prompts: the same random tokens, lengths spread evenly over 16 to 64; no response ends early on either side;
 - batches: the same responses per iteration, minibatch, microbatch and passes over them; one chunk in sampling.
-  TRL's own accumulation would make an optimiser step only every `responses / microbatch` microbatches, whatever its
-  minibatch is; it is set to one, so that both make a step for every minibatch (which here is one microbatch);
+  TRL's own accumulation makes an optimiser step only every `responses / microbatch` microbatches, whatever its
+  minibatch is; it is set so that both make a step for every minibatch, and the number of steps is checked;
 - precision: float32, or for both bfloat16 autocast over everything, with reference and reward stored in bfloat16;
 - TRL's gradient checkpointing, sample generation, reports and checkpoints are off. It logs an iteration's metrics, as
   apa-train does.
@@ -151,6 +151,8 @@ def measured_trl(arguments: argparse.Namespace, model: str) -> dict:
             callbacks=[Clock()],
         )
         trainer.accelerator.gradient_accumulation_steps = arguments.minibatch // arguments.microbatch
+        # else it would step at every microbatch of the last batch of a pass over the prompts, which here is every batch
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_with_dataloader"] = False
         precision = torch.autocast(device.type, dtype=torch.bfloat16) if low else contextlib.nullcontext()
         with contextlib.redirect_stdout(sys.stderr), precision:
             trainer.train()
