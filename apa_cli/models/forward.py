@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apa_cli.models.critic import Critic
+from apa_cli.models.head import chosen_logprobs, in_place_of, linear_head
 from apa_cli.models.lora import WithoutAdapter, active_adapter, adapter, layers
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import token_logprobs
@@ -87,7 +88,32 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 def response_logprobs(model: PreTrainedModel | WithoutAdapter, batch: Batch | Tokens, temperature: float) -> Tensor:
     """log π of each response token, [B, T] float32, 0 outside the mask."""
     rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-    return widened(token_logprobs(response_logits(model, rows, temperature), rows.response_ids), batch.mask)
+    return scored(model, rows, batch.mask, temperature)[0]
+
+
+def scored(
+    model: PreTrainedModel | WithoutAdapter, rows: Sequences, mask: Tensor, temperature: float, **options: Any
+) -> tuple[Tensor, Any]:
+    """log π of each response token, [B, T] float32, 0 outside the mask [B, T]; and what the model returned.
+
+    The tokens outside the mask never reach the output head where it is one that `linear_head` knows.
+    """
+    length = rows.response_ids.shape[1]
+    options = {**rows.inputs, "use_cache": False, "logits_to_keep": length, **options}
+    head, kept = linear_head(model), mask[:, :length]
+    if head is None:
+        output = model(**options)
+        return widened(token_logprobs(tempered(output.logits, temperature), rows.response_ids), mask), output
+
+    def logprobs(states: Tensor) -> Tensor:
+        chosen = chosen_logprobs(
+            states[:, -length:][kept], head.weight, head.bias, rows.response_ids[kept], temperature
+        )
+        return chosen.new_zeros(kept.shape).masked_scatter(kept, chosen)
+
+    with in_place_of(head, logprobs):
+        output = model(**options)
+    return widened(output.logits, mask), output
 
 
 class TrainingModel(nn.Module):
@@ -102,14 +128,12 @@ class TrainingModel(nn.Module):
     def forward(self, batch: Batch | Tokens) -> PolicyOutput:
         """Log-probs [B, T] and each critic's values [B, T] of the batch's responses."""
         rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-        length = rows.response_ids.shape[1]
         on_trunk = any(critic.on_trunk for critic in self.critics.values())
         with recomputing(self.policy):
-            output = self.policy(**rows.inputs, use_cache=False, logits_to_keep=length, output_hidden_states=on_trunk)
-        logprobs = token_logprobs(tempered(output.logits, self.temperature), rows.response_ids)
+            logprobs, output = scored(self.policy, rows, batch.mask, self.temperature, output_hidden_states=on_trunk)
         trunk = output.hidden_states[-1] if on_trunk else None
         return PolicyOutput(
-            logprobs=widened(logprobs, batch.mask),
+            logprobs=logprobs,
             values={name: self.critic_values(name, rows, batch.mask, trunk) for name in self.critics},
         )
 
