@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from apa_cli import checkpoint as checkpoints
 from apa_cli.console import Console
 from apa_cli.evaluation import MAIN, Evaluator
+from apa_cli.memory import keep_freed_blocks
 from apa_cli.models.critic import Critic, build_critic
 from apa_cli.models.forward import TrainingModel, checkpoint_activations
 from apa_cli.models.loading import TORCH_DTYPES, end_tokens, load_merged, load_policy, load_tokenizer, train_top
@@ -41,6 +42,8 @@ def launch(settings: LaunchSettings) -> torch.device:
     if settings.device is Device.cuda and not torch.cuda.is_available():
         raise UserError("launch.device: cuda was asked for, and PyTorch sees no GPU")
     use_gpu = settings.device is Device.cuda or (settings.device is Device.auto and torch.cuda.is_available())
+    if not use_gpu:
+        keep_freed_blocks()
     return torch.device("cuda" if use_gpu else "cpu")
 
 
