@@ -18,7 +18,7 @@ from apa_cli.models.critic import Critic
 from apa_cli.models.head import chosen_logprobs, in_place_of, linear_head
 from apa_cli.models.lora import WithoutAdapter, active_adapter, adapter, layers
 from apa_cli.settings import DType
-from apa_cli.tensor_ops import token_logprobs
+from apa_cli.tensor_ops import tempered, token_logprobs
 from apa_cli.types import Batch, PolicyOutput, Tokens
 
 
@@ -77,12 +77,6 @@ def response_logits(model: PreTrainedModel | WithoutAdapter, rows: Sequences, te
     length = rows.response_ids.shape[1]
     output = model(**rows.inputs, use_cache=False, logits_to_keep=length)
     return tempered(output.logits, temperature)
-
-
-def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Logits in float32 at a temperature; at 1 nothing is copied."""
-    logits = logits.float()
-    return logits if temperature == 1 else logits / temperature
 
 
 def response_logprobs(model: PreTrainedModel | WithoutAdapter, batch: Batch | Tokens, temperature: float) -> Tensor:
