@@ -5,7 +5,7 @@ The outputs for response token t come from the position before it: for the first
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +108,23 @@ def scored(
     with in_place_of(head, logprobs):
         output = model(**options)
     return widened(output.logits, mask), output
+
+
+def response_states(
+    model: PreTrainedModel | WithoutAdapter, rows: Sequences, mask: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the output head reads before each true token, [n, h] in the order of mask [B, T], and the head itself.
+
+    The head gives the logits [m, V] of m of these rows. Where `linear_head` does not know it, the rows are the logits.
+    """
+    length = rows.response_ids.shape[1]
+    inputs = {**rows.inputs, "use_cache": False, "logits_to_keep": length}
+    head, kept = linear_head(model), mask[:, :length]
+    if head is None:
+        return model(**inputs).logits[kept], lambda logits: logits
+    with in_place_of(head, lambda states: states[:, -length:][kept]):
+        states = model(**inputs).logits
+    return states, head
 
 
 class TrainingModel(nn.Module):

@@ -141,7 +141,7 @@ def _sample_chunk(
         if 2 * len(running) <= len(rows):
             kept = torch.tensor([place for place, i in enumerate(rows) if i in running], device=device)
             rows = [i for i in rows if i in running]
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)
             ids, attention, positions, draws, places = (x[kept] for x in (ids, attention, positions, draws, places))
     table = logprobs.cpu().tolist()
     return [(row, table[i][: len(row)], endings[i]) for i, row in enumerate(grown)]
