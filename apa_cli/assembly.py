@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from apa_cli import checkpoint as checkpoints
+from apa_cli.allocator import keep_freed_blocks
 from apa_cli.console import Console
 from apa_cli.evaluation import MAIN, Evaluator
 from apa_cli.memory import Halving
@@ -41,7 +42,10 @@ def launch(settings: LaunchSettings, world: World = ALONE) -> torch.device:
     """The device to compute on, CPU threads set."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return torch.device("cuda", gpu(settings, world)) if use_gpu(settings) else torch.device("cpu")
+    if use_gpu(settings):
+        return torch.device("cuda", gpu(settings, world))
+    keep_freed_blocks()
+    return torch.device("cpu")
 
 
 def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Example], list[Example]]:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.kl import exact_kl
 from apa_cli.memory import Halving
-from apa_cli.models.forward import compute_precision, response_logits, sequences, widened
+from apa_cli.models.forward import compute_precision, response_states, sequences
+from apa_cli.models.head import pieces
 from apa_cli.models.lora import WithoutAdapter
 from apa_cli.processes import ALONE, World
 from apa_cli.randomness import Stream
@@ -21,7 +22,7 @@ from apa_cli.rollout.collect import collect, concatenated
 from apa_cli.rollout.collect import widened as widened_columns
 from apa_cli.rollout.statistics import mean_interval, response_statistics
 from apa_cli.settings import DType, SamplingSettings
-from apa_cli.tensor_ops import masked_mean, token_entropy
+from apa_cli.tensor_ops import masked_mean, tempered, token_entropy
 from apa_cli.types import Prompt, Rollout
 
 MAIN = ""
@@ -149,10 +150,15 @@ class Evaluator:
                 rollout.response_ids[part].to(device), mask,
             )  # fmt: skip
             with compute_precision(device, self.dtype):
-                logits = response_logits(policy, rows, temperature)
-                ref_logits = response_logits(self.reference, rows, temperature)
-            kls.append(widened(exact_kl(logits, ref_logits), mask).cpu())
-            entropies.append(widened(token_entropy(logits), mask).cpu())
+                states, head = response_states(policy, rows, mask)
+                ref_states, ref_head = response_states(self.reference, rows, mask)
+                values = torch.empty(2, len(states), device=device)
+                for piece in pieces(len(states), policy.config.get_text_config().vocab_size):
+                    logits = tempered(head(states[piece]).float(), temperature)
+                    ref_logits = tempered(ref_head(ref_states[piece]).float(), temperature)
+                    values[:, piece] = torch.stack([exact_kl(logits, ref_logits), token_entropy(logits)])
+            kls.append(torch.zeros(mask.shape).masked_scatter(mask.cpu(), values[0].cpu()))
+            entropies.append(torch.zeros(mask.shape).masked_scatter(mask.cpu(), values[1].cpu()))
         return torch.cat(kls), torch.cat(entropies)
 
 

@@ -36,6 +36,12 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return centred.where(mask, x.new_zeros(()))
 
 
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits in float32 at a temperature; at 1 nothing is copied."""
+    logits = logits.float()
+    return logits if temperature == 1 else logits / temperature
+
+
 def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     """log softmax(logits)[token], in float32. logits [B, T, V] of any float type, token_ids [B, T] → [B, T]."""
     return logits.float().log_softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)

@@ -25,7 +25,7 @@ LEVELS = [
     ],
     ["rollout", "algorithms"],
     ["models", "datasets", "rewards"],
-    ["losses", "advantages", "kl", "tensor_ops", "randomness", "floor", "machine", "network"],
+    ["losses", "advantages", "kl", "tensor_ops", "randomness", "floor", "machine", "network", "allocator"],
     ["settings", "types"],
 ]  # fmt: skip
 """From the commands down. A room is a module or folder of apa_cli; it imports its own level and lower."""

@@ -5,7 +5,7 @@ The outputs for response token t come from the position before it: for the first
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apa_cli.models.critic import Critic
+from apa_cli.models.head import chosen_logprobs, in_place_of, linear_head
 from apa_cli.models.lora import WithoutAdapter, active_adapter, adapter, layers
 from apa_cli.settings import DType
-from apa_cli.tensor_ops import token_logprobs
+from apa_cli.tensor_ops import tempered, token_logprobs
 from apa_cli.types import Batch, PolicyOutput, Tokens
 
 
@@ -78,16 +79,52 @@ def response_logits(model: PreTrainedModel | WithoutAdapter, rows: Sequences, te
     return tempered(output.logits, temperature)
 
 
-def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Logits in float32 at a temperature; at 1 nothing is copied."""
-    logits = logits.float()
-    return logits if temperature == 1 else logits / temperature
-
-
 def response_logprobs(model: PreTrainedModel | WithoutAdapter, batch: Batch | Tokens, temperature: float) -> Tensor:
     """log π of each response token, [B, T] float32, 0 outside the mask."""
     rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-    return widened(token_logprobs(response_logits(model, rows, temperature), rows.response_ids), batch.mask)
+    return scored(model, rows, batch.mask, temperature)[0]
+
+
+def scored(
+    model: PreTrainedModel | WithoutAdapter, rows: Sequences, mask: Tensor, temperature: float, **options: Any
+) -> tuple[Tensor, Any]:
+    """log π of each response token, [B, T] float32, 0 outside the mask [B, T]; and what the model returned.
+
+    The tokens outside the mask never reach the output head where it is one that `linear_head` knows.
+    """
+    length = rows.response_ids.shape[1]
+    options = {**rows.inputs, "use_cache": False, "logits_to_keep": length, **options}
+    head, kept = linear_head(model), mask[:, :length]
+    if head is None:
+        output = model(**options)
+        return widened(token_logprobs(tempered(output.logits, temperature), rows.response_ids), mask), output
+
+    def logprobs(states: Tensor) -> Tensor:
+        chosen = chosen_logprobs(
+            states[:, -length:][kept], head.weight, head.bias, rows.response_ids[kept], temperature
+        )
+        return chosen.new_zeros(kept.shape).masked_scatter(kept, chosen)
+
+    with in_place_of(head, logprobs):
+        output = model(**options)
+    return widened(output.logits, mask), output
+
+
+def response_states(
+    model: PreTrainedModel | WithoutAdapter, rows: Sequences, mask: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What the output head reads before each true token, [n, h] in the order of mask [B, T], and the head itself.
+
+    The head gives the logits [m, V] of m of these rows. Where `linear_head` does not know it, the rows are the logits.
+    """
+    length = rows.response_ids.shape[1]
+    inputs = {**rows.inputs, "use_cache": False, "logits_to_keep": length}
+    head, kept = linear_head(model), mask[:, :length]
+    if head is None:
+        return model(**inputs).logits[kept], lambda logits: logits
+    with in_place_of(head, lambda states: states[:, -length:][kept]):
+        states = model(**inputs).logits
+    return states, head
 
 
 class TrainingModel(nn.Module):
@@ -108,18 +145,16 @@ class TrainingModel(nn.Module):
         """
         named = [name for name in self.critics if critics is None or name in critics]
         rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-        length = rows.response_ids.shape[1]
         on_trunk = any(self.critics[name].on_trunk for name in named)
-        logprobs, trunk = torch.zeros_like(rows.response_ids, dtype=torch.float32), None
+        logprobs, trunk = torch.zeros(batch.mask.shape, device=batch.mask.device), None
         if with_policy or on_trunk:
             with recomputing(self.policy):
-                output = self.policy(
-                    **rows.inputs, use_cache=False, logits_to_keep=length, output_hidden_states=on_trunk
+                logprobs, output = scored(
+                    self.policy, rows, batch.mask, self.temperature, output_hidden_states=on_trunk
                 )
-            logprobs = token_logprobs(tempered(output.logits, self.temperature), rows.response_ids)
             trunk = output.hidden_states[-1] if on_trunk else None
         return PolicyOutput(
-            logprobs=widened(logprobs, batch.mask),
+            logprobs=logprobs,
             values={name: self.critic_values(name, rows, batch.mask, trunk) for name in named},
         )
 

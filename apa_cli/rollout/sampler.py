@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.settings import SamplingSettings
+from apa_cli.tensor_ops import tempered
 
 EOS, STOP, LENGTH = "eos", "stop", "length"
 
@@ -101,16 +102,17 @@ def _sample_chunk(
     settings: SamplingSettings,
     end_tokens: frozenset[int],
 ) -> list[tuple[list[int], list[float], str]]:
+    """Each response's tokens, log-probs and ending. When half of the rows have ended, those that run go on alone."""
     device, length = model.device, uniforms.shape[1]
     ids, attention = left_padded(prompts, tokenizer.pad_token_id, device)
     draws = torch.from_numpy(uniforms).to(device)
     stops = StopStrings(tokenizer, settings.stop_strings)
-    ends = torch.tensor(sorted(end_tokens), device=device)
-    chosen: list[Tensor] = []
-    logprobs: list[Tensor] = []
     grown: list[list[int]] = [[] for _ in prompts]
     endings = [LENGTH] * len(prompts)
-    running = set(range(len(prompts)))
+    rows = list(range(len(prompts)))
+    places = torch.arange(len(prompts), device=device)
+    logprobs = torch.zeros(len(prompts), length, device=device)
+    running = set(rows)
     cache = DynamicCache(config=model.config)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     for t in range(length):
@@ -122,23 +124,26 @@ def _sample_chunk(
             use_cache=True,
             logits_to_keep=1,
         )
-        log_pi = (output.logits[:, -1].float() / settings.temperature).log_softmax(-1)
+        log_pi = tempered(output.logits[:, -1], settings.temperature).log_softmax(-1)
         token = inverse_cdf(truncated(log_pi.exp(), settings.top_k, settings.top_p), draws[:, t])
-        chosen.append(token)
-        logprobs.append(log_pi.gather(-1, token.unsqueeze(-1)).squeeze(-1))
-        ended = torch.isin(token, ends).tolist()
-        for i, token_id in enumerate(token.tolist()):
+        logprobs[places, t] = log_pi.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        for i, token_id in zip(rows, token.tolist(), strict=True):
             if i in running:
                 grown[i].append(token_id)
-                if ended[i] or stops.completed(begun[i] + grown[i]):
-                    endings[i] = EOS if ended[i] else STOP
+                if token_id in end_tokens or stops.completed(begun[i] + grown[i]):
+                    endings[i] = EOS if token_id in end_tokens else STOP
                     running.discard(i)
         if not running:
             break
         ids = token.unsqueeze(-1)
-        attention = torch.cat([attention, attention.new_ones(len(prompts), 1)], dim=1)
+        attention = torch.cat([attention, attention.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
-    table = torch.stack(logprobs, dim=1).cpu().tolist()
+        if 2 * len(running) <= len(rows):
+            kept = torch.tensor([place for place, i in enumerate(rows) if i in running], device=device)
+            rows = [i for i in rows if i in running]
+            cache.reorder_cache(kept)
+            ids, attention, positions, draws, places = (x[kept] for x in (ids, attention, positions, draws, places))
+    table = logprobs.cpu().tolist()
     return [(row, table[i][: len(row)], endings[i]) for i, row in enumerate(grown)]
 
 

@@ -251,6 +251,25 @@ def test_responses_are_those_of_a_loop_without_cache_padding_or_company(
     assert_as_step_by_step(policy, found, prompts, uniforms, {EOS}, temperature)
 
 
+def test_responses_that_have_ended_are_left_out_once_they_are_half(policy, tokenizer, prompts, uniforms):
+    seen = []
+    hook = policy.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs.get("input_ids", args[0] if args else None))),
+        with_kwargs=True,
+    )
+    try:
+        found = sample(policy, tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS, 2, 3}))
+    finally:
+        hook.remove()
+    lengths, rows = [len(tokens) for tokens in found.tokens], N
+    for t, count in enumerate(seen):
+        assert count == rows
+        running = sum(length > t + 1 for length in lengths)
+        rows = running if 2 * running <= rows else rows
+    assert len(seen) == max(lengths) and min(seen) <= N // 4
+    assert_as_step_by_step(policy, found, prompts, uniforms, {EOS, 2, 3})
+
+
 def test_several_tokens_may_end_a_response(policy, tokenizer, prompts, uniforms):
     found = sample(policy, tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS, 4}))
     assert_as_step_by_step(policy, found, prompts, uniforms, {EOS, 4})
