@@ -18,9 +18,19 @@ def keep_freed_blocks() -> bool:
     By default a tensor of more than 32 MiB is a mapping of its own, which the kernel clears page by page each time
     that one is made: a fifth of a training run on a CPU.
     """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return False
-    library = ctypes.CDLL(None) if os.name == "posix" else None
-    if not hasattr(library, "gnu_get_libc_version"):
+    library = glibc()
+    if library is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
     return bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, LARGEST))
+
+
+def give_back_freed_blocks() -> None:
+    """Freed blocks go back to the system, so that what the process holds is what it uses."""
+    library = glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def glibc() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    return library if hasattr(library, "gnu_get_libc_version") else None

@@ -73,33 +73,36 @@ def start_bench(config: Config, path: Path) -> None:
 
 @dataclass
 class Stopwatch:
-    """Seconds and peak memory of each phase."""
+    """Seconds of each phase."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         wait(self.device)
-        reset_peak(self.device)
         begun = time.perf_counter()
         yield
         wait(self.device)
         self.seconds[name] = time.perf_counter() - begun
-        self.peaks[name] = peak_bytes(self.device)
 
 
 @dataclass
-class PositionCounter:
-    """Positions that go into the models in each phase, padding included: what their embeddings are given."""
+class Observer:
+    """What would disturb the clock: each phase's peak memory, and the positions that go into the models in it.
+
+    Positions are those that the models' embeddings are given, padding included.
+    """
 
     networks: list[nn.Module]
+    device: torch.device
     counts: dict[str, int] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self.counts[name] = 0
+        reset_peak(self.device)
 
         def note(module: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
             self.counts[name] += given[0].numel()
@@ -110,6 +113,7 @@ class PositionCounter:
         finally:
             for handle in handles:
                 handle.remove()
+            self.peaks[name] = peak_bytes(self.device)
 
 
 def iterate(subject: Subject, number: int, phase: PhaseTimer) -> tuple[Rollout, Batch]:
@@ -171,10 +175,13 @@ def measured(subject: Subject) -> dict[str, Any]:
         rollout, batch = iterate(subject, number, watch)
         times.append(time.perf_counter() - begun)
         runs.append((watch, {**phase_work(subject, costs, rollout), "update": update.work(batch)}))
-    counter = PositionCounter(networks(subject))
-    rollout, batch = iterate(subject, first + settings.iterations, counter)
-    padding = padding_shares(counter.counts, needed_positions(subject, rollout))
-    rows = [phase_row(name, runs, padding[name], matrix, copy) for name in runs[0][0].seconds]
+    observer = Observer(networks(subject), device)
+    rollout, batch = iterate(subject, first + settings.iterations, observer)
+    padding = padding_shares(observer.counts, needed_positions(subject, rollout))
+    rows = [
+        phase_row(name, runs, padding[name], matrix, copy) | {"peak_bytes": observer.peaks[name]}
+        for name in runs[0][0].seconds
+    ]
     seconds, floor = statistics.median_low(times), sum(row["floor_s"] for row in rows)
     return {
         "machine": {
@@ -264,7 +271,7 @@ def phase_row(
     matrix: float,
     copy: float,
 ) -> dict[str, Any]:
-    """One phase, of the iteration in which it took the median of its times; the peak memory of all of them."""
+    """One phase, of the iteration in which it took the median of its times."""
     times = [watch.seconds[name] for watch, _ in runs]
     seconds = statistics.median_low(times)
     work = runs[times.index(seconds)][1][name]
@@ -279,7 +286,6 @@ def phase_row(
         "floor_s": floor,
         "floor_share": floor / seconds,
         "padding_share": padding,
-        "peak_bytes": max(watch.peaks[name] for watch, _ in runs),
     }
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from apa_cli.allocator import give_back_freed_blocks
+
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices that are multiplied."""
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -76,6 +78,7 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    give_back_freed_blocks()
     try:
         PEAK_RESET.write_text("5")
     except OSError:

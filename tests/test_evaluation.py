@@ -157,14 +157,14 @@ def test_padding_and_microbatches_change_no_kl(evaluator, policy, replies):
 
 def test_pieces_of_the_vocabulary_change_no_kl(evaluator, policy, replies, monkeypatch):
     monkeypatch.setattr("apa_cli.models.head.PIECE", 25)  # the logits of two tokens
-    kl, entropy = evaluator.exact(policy, replies.rollout)
+    kl, entropy = evaluator.exact(policy, replies.rollout, 2)
     torch.testing.assert_close(kl, replies.kl, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(entropy, replies.entropy, rtol=1e-4, atol=1e-6)
 
 
 def test_logits_of_a_model_that_are_more_than_its_head_are_measured_whole(evaluator, policy, replies, monkeypatch):
     monkeypatch.setattr("apa_cli.models.forward.linear_head", lambda model: None)
-    kl, entropy = evaluator.exact(policy, replies.rollout)
+    kl, entropy = evaluator.exact(policy, replies.rollout, 2)
     torch.testing.assert_close(kl, replies.kl, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(entropy, replies.entropy, rtol=1e-4, atol=1e-6)
 
