@@ -18,6 +18,7 @@ from apa_cli.evaluation import MAIN, Evaluator
 from apa_cli.memory import Halving
 from apa_cli.models.critic import Critic, build_critic
 from apa_cli.models.forward import TrainingModel, checkpoint_activations
+from apa_cli.models.head import linear_head
 from apa_cli.models.loading import TORCH_DTYPES, end_tokens, load_merged, load_policy, load_tokenizer, train_top
 from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
 from apa_cli.models.prompting import PromptFormat
@@ -33,6 +34,7 @@ from apa_cli.tracking import Tracker, make_tracker
 from apa_cli.trainer import Trainer, frozen_copy
 from apa_cli.types import ConfigError, Example, UserError
 from apa_cli.update import Updater, build_optimizer
+from apa_cli.utilization import UpdateMeter, run_matrix_rate
 
 ADAPTER_NUMBER = 1000
 """What keys the first weights of the policy's adapter; critics count from 0."""
@@ -119,7 +121,9 @@ def build_trainer(
     refreshed = config.reference.refresh_every > 0
     moving = frozen_copy(policy, TORCH_DTYPES[config.model.dtype]) if refreshed else None
     sampler, trained = policy, model
+    meter = UpdateMeter.of(model, config, world.size * run_matrix_rate(device, config.model.dtype))
     if sharding:
+        linear_head(policy)  # found out by a pass that a sharded model cannot make by itself
         sampler = frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
         reference = WithoutAdapter(sampler) if config.lora.rank else sharded_reference(reference, config.launch.frozen)
         trained = sharded(model, trunks(model))
@@ -169,6 +173,7 @@ def build_trainer(
         device=device,
         sampler=sampler,
         sampling_batch=sampling_batch,
+        update_meter=meter,
         world=world,
         moving_reference=moving,
     )

@@ -36,6 +36,7 @@ from apa_cli.tracking import make_tracker
 from apa_cli.trainer import Trainer, frozen_copy
 from apa_cli.types import ConfigError, Example, UserError
 from apa_cli.update import Updater, build_optimizer
+from apa_cli.utilization import UpdateMeter, run_matrix_rate
 
 POLICY_NUMBER, REWARD_NUMBER, PROMPTS_NUMBER = 2000, 2001, 2002
 """What keys the random weights of policy and reward model, and the prompts."""
@@ -145,6 +146,7 @@ def build_subject(
         device=device,
         sampler=policy,
         sampling_batch=sampling_batch,
+        update_meter=UpdateMeter.of(model, config, run_matrix_rate(device, config.model.dtype)),
         moving_reference=frozen_copy(policy, dtype) if config.reference.refresh_every else None,
     )
     trainer.progress.algorithm = config.algo.initial_state()

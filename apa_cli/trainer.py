@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from apa_cli.tensor_ops import masked_mean
 from apa_cli.tracking import Tracker
 from apa_cli.types import Batch, Example, Prompt, Rollout, State, Tokens, UserError
 from apa_cli.update import UnusableUpdate, Updater, microbatch_rows
-from apa_cli.utilization import UpdateMeter, run_matrix_rate
+from apa_cli.utilization import UpdateMeter
 
 REDRAW_SECONDS = 30
 """Seconds between two drawings of curves.png while a run goes on."""
@@ -96,6 +95,7 @@ class Trainer:
     """What draws: the policy itself, or under fsdp a whole copy of it, refreshed after every update."""
     sampling_batch: Halving
     """Sequences drawn side by side."""
+    update_meter: UpdateMeter
     world: World = ALONE
     moving_reference: PreTrainedModel | None = None
     """π_init of the loss where it is refreshed; kl/* stays measured against `reference`."""
@@ -240,12 +240,6 @@ class Trainer:
             "throughput/mfu": self.update_meter.utilization(batch, seconds["time/update_s"]),
             "memory/peak_gib": max(self.world.gather(peak_memory(self.device))),
         }
-
-    @cached_property
-    def update_meter(self) -> UpdateMeter:
-        """Made in the first iteration, outside of what is timed."""
-        rate = run_matrix_rate(self.device, self.config.model.dtype)
-        return UpdateMeter.of(self.model, self.config, rate * self.world.size)
 
     def sample(self, iteration: int) -> tuple[Rollout, float]:
         """This process's part of an iteration's rollout, and the share of all its prompts that were cut on the left."""
