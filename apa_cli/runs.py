@@ -17,7 +17,7 @@ from apa_cli import checkpoint as checkpoints
 from apa_cli.assembly import build_trainer, launch, load_examples, stage_progress
 from apa_cli.console import Console
 from apa_cli.plan import run_plan
-from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, differences, replace_text
+from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, replace_text
 from apa_cli.settings import Config
 from apa_cli.stages.cache import sft_model
 from apa_cli.stages.fitting import Workplace
@@ -26,9 +26,6 @@ from apa_cli.stages.sft import run_sft
 from apa_cli.stopping import Stopped, Stopping
 from apa_cli.trainer import Trainer
 from apa_cli.types import ConfigError
-
-MEASURED_BY = ("dataset", "reward", "sampling", "model", "eval_seed")
-"""Top-level keys that the evaluation depends on: where one changed, the SFT model is measured again."""
 
 
 def start(config: Config, path: Path, sweep: str | None) -> None:
@@ -47,7 +44,8 @@ def start(config: Config, path: Path, sweep: str | None) -> None:
         try:
             run(config, path, sweep, stopping)
         except Stopped as stopped:
-            how = "the same words again" if sweep else resume_command("apa-train", config, stopped_in(config, path))
+            where = directory_of(config, path, sweep)
+            how = "the same words again" if sweep else resume_command("apa-train", config, where)
             raise Stopped(f"{stopped}; go on with: {how}", stopped.status) from None
         if sweep and stopping.requested:
             raise Stopped(f"stopped by {stopping.requested} between two runs of the sweep", stopping.status())
@@ -55,9 +53,10 @@ def start(config: Config, path: Path, sweep: str | None) -> None:
 
 def run(config: Config, path: Path, sweep: str | None, stopping: Stopping) -> None:
     """One job, from its directory to its results."""
-    path, found = origin(config, path, sweep)
+    path = directory_of(config, path, sweep)
     directory = RunDirectory(path)
     with directory.held():
+        found = found_in(config, path)
         done = directory.iterations_done()
         if config.run.resume == AUTO and done is not None and done >= config.run.iterations:
             print(f"{path}: finished ({done} iterations), nothing is left to do", flush=True)
@@ -90,16 +89,22 @@ def run(config: Config, path: Path, sweep: str | None, stopping: Stopping) -> No
         torch.cuda.empty_cache()
 
 
-def origin(config: Config, path: Path, sweep: str | None) -> tuple[Path, list[Path]]:
-    """The directory to run in, and the checkpoints there that the run can go on from; none: it begins."""
+def directory_of(config: Config, path: Path, sweep: str | None) -> Path:
+    """`path`, or the directory of the run that resume=PATH names. UserError where it has no checkpoint."""
     resume = config.run.resume
-    if resume is None:
-        return path, []
-    if resume == AUTO:
-        return path, checkpoints.all_in(path / "checkpoints")
+    if resume in (None, AUTO):
+        return path
     if sweep is not None:
         raise ConfigError(f"resume: a sweep is resumed as one, with its own words and resume={AUTO}")
-    return checkpoints.located(resume)
+    return checkpoints.located(resume)[0]
+
+
+def found_in(config: Config, path: Path) -> list[Path]:
+    """The checkpoints in `path` that the run can go on from; none: it begins there."""
+    resume = config.run.resume
+    if resume is None:
+        return []
+    return checkpoints.all_in(path / "checkpoints") if resume == AUTO else checkpoints.located(resume)[1]
 
 
 def begin(directory: RunDirectory, config: Config, found: list[Path]) -> None:
@@ -107,7 +112,7 @@ def begin(directory: RunDirectory, config: Config, found: list[Path]) -> None:
     if found:
         directory.check_resume(config.raw)
         return
-    if config.run.resume == AUTO:
+    if config.run.resume == AUTO and not directory.result.exists():
         directory.clear()
     directory.claim(config.raw)
 
@@ -115,15 +120,12 @@ def begin(directory: RunDirectory, config: Config, found: list[Path]) -> None:
 def take_over(trainer: Trainer, source: RunDirectory) -> None:
     """The records up to where the state of `trainer` was saved: the run's own cut back, or another's copied."""
     config, directory, iteration = trainer.config, trainer.directory, trainer.progress.iteration
-    changed = {key.partition(".")[0] for key, _, _ in differences(source.recorded(), config.raw)}
     if source.path == directory.path:
         checkpoints.drop_after(directory.checkpoints, iteration)
         directory.cut_back(config.raw, iteration)
     else:
         directory.copy_records(source, iteration)
         trainer.console.say(f"forked from {source.path} after iteration {iteration}")
-    if changed & set(MEASURED_BY):
-        trainer.measure_reference()
 
 
 def resume_command(command: str, config: Config, path: Path) -> str:
@@ -131,10 +133,6 @@ def resume_command(command: str, config: Config, path: Path) -> str:
     words = [f"{RESUME}={path}", *(f"{key}={value}" for key, value in code_in(config.raw))]
     folder = [word for flag, word in itertools.pairwise(sys.argv) if flag in ("--config-dir", "-cd")]
     return shlex.join([command, *words, *(["--config-dir", folder[0]] if folder else [])])
-
-
-def stopped_in(config: Config, path: Path) -> Path:
-    return path if config.run.resume in (None, AUTO) else checkpoints.located(config.run.resume)[0]
 
 
 def start_sft(config: Config, path: Path) -> None:
@@ -165,9 +163,10 @@ def run_stage(config: Config, path: Path, build: Callable[[Workplace], dict[str,
     for key in (FORK, "stop_after"):
         if getattr(config.run, key) is not None:
             raise ConfigError(f"{key}: only apa-train takes it")
-    path, found = origin(config, path, None)
+    path = directory_of(config, path, None)
     directory = RunDirectory(path)
     with Stopping(None), directory.held():
+        found = found_in(config, path)
         if config.run.resume == AUTO and directory.result.is_file():
             print(f"{path}: finished, nothing is left to do", flush=True)
             return
