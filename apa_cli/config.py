@@ -455,7 +455,7 @@ def compose_again(words: list[str], source: Path, extra_dir: str | None = None) 
     for key, value in code:
         section, _, last = key.rpartition(".")
         node = OmegaConf.select(cfg, section) if section else cfg
-        if isinstance(node, DictConfig) and last in node.keys() and OmegaConf.is_missing(node, last):
+        if isinstance(node, DictConfig) and OmegaConf.is_missing(node, last):
             raise ConfigError(
                 f"{key}: config.yaml of {source} has {value!r} there, which runs code; give {key}=… if that is wanted"
             )
