@@ -5,6 +5,7 @@ Everything wrong with a configuration is found here, before torch is imported, a
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import itertools
@@ -151,8 +152,6 @@ def check_continuation(config: Config, cfg: DictConfig) -> None:
     run = config.run
     if run.resume == AUTO and "${run_name:" in str(OmegaConf.to_container(cfg, resolve=False).get("name")):
         raise ConfigError(f"{RESUME}: {AUTO} needs name=…, by which the run is found again")
-    if run.fork is not None and run.resume not in (None, AUTO):
-        raise ConfigError(f"{FORK}: give it without {RESUME}={run.resume}; a fork is a run of its own")
     if run.stop_after is not None:
         try:
             seconds(run.stop_after)
@@ -496,7 +495,8 @@ def compose_again(words: list[str], source: Path, extra_dir: str | None = None) 
     _on_top(cfg, [override for override in overrides if override not in chosen], extra_dir)
     for key, value in code:
         section, _, last = key.rpartition(".")
-        if section in cfg and OmegaConf.is_missing(cfg[section], last):
+        node = OmegaConf.select(cfg, section) if section else cfg
+        if isinstance(node, DictConfig) and OmegaConf.is_missing(node, last):
             raise ConfigError(
                 f"{key}: config.yaml of {source} has {value!r} there, which runs code; give {key}=… if that is wanted"
             )
@@ -603,6 +603,8 @@ def source_of(words: list[str], extra_dir: str | None = None) -> Path | None:
     """
     given = {each.key_or_group: each.value() for each in _parsed(words, extra_dir)}
     resume, fork, name = (given.get(key) for key in (RESUME, FORK, "name"))
+    if fork is not None and resume not in (None, AUTO):
+        raise ConfigError(f"{FORK}: give it without {RESUME}={resume}; a fork is a run of its own")
     if resume == AUTO and name is not None:
         path = Path(run_directory_name(str(name), AUTO))
         if any(path.glob("checkpoints/iteration_*")):
@@ -706,9 +708,9 @@ def _checked_jobs(
             cfg, again = compose_again(job, source, extra_dir), True
         config = build(cfg, extra_dir)
         check_subject(config, takes)
-        if multirun and config.run.fork is not None:
+        if multirun and any(word.startswith(f"{FORK}=") for word in job):
             raise ConfigError(f"{FORK}: one run is forked at a time, without -m")
-        if source is not None and config.run.resume is not None:
+        if source is not None and source == run_directory(config).expanduser():
             RunDirectory(source).check_resume(config.raw)
         checked.append((cfg, config))
     return checked, again
@@ -720,7 +722,9 @@ def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
 
     def job(cfg: DictConfig) -> None:
         nonlocal inside
-        if failed:  # of a sweep the jobs after one that failed are not begun
+        if failed:  # of a sweep the jobs after one that failed are not begun, and Hydra's folders not left behind
+            with contextlib.suppress(OSError):
+                Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir).rmdir()
             return
         inside = True
         try:

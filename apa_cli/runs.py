@@ -20,7 +20,7 @@ from apa_cli.assembly import build_trainer, launch, load_examples, stage_progres
 from apa_cli.console import Console
 from apa_cli.plan import run_plan
 from apa_cli.processes import ALONE, World, given, keep_log, started, take_part, wanted
-from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, differences, replace_text
+from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, replace_text
 from apa_cli.settings import Config
 from apa_cli.stages.cache import sft_model
 from apa_cli.stages.fitting import Workplace
@@ -29,9 +29,6 @@ from apa_cli.stages.sft import run_sft
 from apa_cli.stopping import Stopped, Stopping
 from apa_cli.trainer import Trainer
 from apa_cli.types import ConfigError
-
-MEASURED_BY = ("dataset", "reward", "sampling", "model", "eval_seed")
-"""Top-level keys that the evaluation depends on: where one changed, the SFT model is measured again."""
 
 
 def start(config: Config, path: Path, sweep: str | None) -> None:
@@ -62,7 +59,8 @@ def attend(world: World, config: Config, path: Path, sweep: str | None) -> None:
         try:
             run(world, config, path, sweep, stopping)
         except Stopped as stopped:
-            how = "the same words again" if sweep else resume_command("apa-train", config, stopped_in(config, path))
+            where = directory_of(config, path, sweep)
+            how = "the same words again" if sweep else resume_command("apa-train", config, where)
             raise Stopped(f"{stopped}; go on with: {how}", stopped.status) from None
         if sweep and stopping.requested:
             raise Stopped(f"stopped by {stopping.requested} between two runs of the sweep", stopping.status())
@@ -83,8 +81,8 @@ def run(world: World, config: Config, given_path: Path, sweep: str | None, stopp
                 checkpoint = world.from_main(lambda: checkpoints.latest_good(found, console.say) if found else None)
                 trainer = build_trainer(config, path, sweep, checkpoint, console, world)
                 trainer.stopping = stopping
-                if checkpoint is not None and world.from_main(partial(take_over, trainer, checkpoint.parent.parent)):
-                    trainer.measure_reference()
+                if checkpoint is not None:
+                    world.from_main(partial(take_over, trainer, checkpoint.parent.parent))
                 trainer.train()
             except BaseException as error:
                 if trainer is not None:
@@ -109,9 +107,10 @@ def check_shares(config: Config, processes: int) -> None:
 def taken(held: ExitStack, config: Config, path: Path, sweep: str | None) -> tuple[Path, list[Path], bool]:
     """The run's directory, kept for this process while `held` lasts; the checkpoints it can go on from; whether it
     has finished."""
-    path, found = origin(config, path, sweep)
+    path = directory_of(config, path, sweep)
     directory = RunDirectory(path)
     held.enter_context(directory.held())
+    found = found_in(config, path)
     done = directory.iterations_done()
     if config.run.resume == AUTO and done is not None and done >= config.run.iterations:
         print(f"{path}: finished ({done} iterations), nothing is left to do", flush=True)
@@ -122,16 +121,22 @@ def taken(held: ExitStack, config: Config, path: Path, sweep: str | None) -> tup
     return path, found, False
 
 
-def origin(config: Config, path: Path, sweep: str | None) -> tuple[Path, list[Path]]:
-    """The directory to run in, and the checkpoints there that the run can go on from; none: it begins."""
+def directory_of(config: Config, path: Path, sweep: str | None) -> Path:
+    """`path`, or the directory of the run that resume=PATH names. UserError where it has no checkpoint."""
     resume = config.run.resume
-    if resume is None:
-        return path, []
-    if resume == AUTO:
-        return path, checkpoints.all_in(path / "checkpoints")
+    if resume in (None, AUTO):
+        return path
     if sweep is not None:
         raise ConfigError(f"resume: a sweep is resumed as one, with its own words and resume={AUTO}")
-    return checkpoints.located(resume)
+    return checkpoints.located(resume)[0]
+
+
+def found_in(config: Config, path: Path) -> list[Path]:
+    """The checkpoints in `path` that the run can go on from; none: it begins there."""
+    resume = config.run.resume
+    if resume is None:
+        return []
+    return checkpoints.all_in(path / "checkpoints") if resume == AUTO else checkpoints.located(resume)[1]
 
 
 def begin(directory: RunDirectory, config: Config, found: list[Path]) -> None:
@@ -139,26 +144,21 @@ def begin(directory: RunDirectory, config: Config, found: list[Path]) -> None:
     if found:
         directory.check_resume(config.raw)
         return
-    if config.run.resume == AUTO:
+    if config.run.resume == AUTO and not directory.result.exists():
         directory.clear()
     directory.claim(config.raw)
 
 
-def take_over(trainer: Trainer, source_path: Path) -> bool:
-    """The records up to where the state of `trainer` was saved: the run's own cut back, or another's copied.
-
-    Returns whether what the evaluation depends on has changed.
-    """
+def take_over(trainer: Trainer, source_path: Path) -> None:
+    """The records up to where the state of `trainer` was saved: the run's own cut back, or another's copied."""
     config, directory, iteration = trainer.config, trainer.directory, trainer.progress.iteration
     source = RunDirectory(source_path)
-    changed = {key.partition(".")[0] for key, _, _ in differences(source.recorded(), config.raw)}
     if source.path == directory.path:
         checkpoints.drop_after(directory.checkpoints, iteration)
         directory.cut_back(config.raw, iteration)
     else:
         directory.copy_records(source, iteration)
         trainer.console.say(f"forked from {source.path} after iteration {iteration}")
-    return bool(changed & set(MEASURED_BY))
 
 
 def resume_command(command: str, config: Config, path: Path) -> str:
@@ -166,10 +166,6 @@ def resume_command(command: str, config: Config, path: Path) -> str:
     words = [f"{RESUME}={path}", *(f"{key}={value}" for key, value in code_in(config.raw))]
     folder = [word for flag, word in itertools.pairwise(sys.argv) if flag in ("--config-dir", "-cd")]
     return shlex.join([command, *words, *(["--config-dir", folder[0]] if folder else [])])
-
-
-def stopped_in(config: Config, path: Path) -> Path:
-    return path if config.run.resume in (None, AUTO) else checkpoints.located(config.run.resume)[0]
 
 
 def start_sft(config: Config, path: Path) -> None:
@@ -200,9 +196,10 @@ def run_stage(config: Config, path: Path, build: Callable[[Workplace], dict[str,
     for own in (FORK, "stop_after"):
         if getattr(config.run, own) is not None:
             raise ConfigError(f"{own}: only apa-train takes it")
-    path, found = origin(config, path, None)
+    path = directory_of(config, path, None)
     directory = RunDirectory(path)
     with Stopping(None), directory.held():
+        found = found_in(config, path)
         if config.run.resume == AUTO and directory.result.is_file():
             print(f"{path}: finished, nothing is left to do", flush=True)
             return

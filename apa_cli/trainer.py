@@ -6,6 +6,7 @@ It never asks which algorithm runs.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import resource
@@ -48,6 +49,9 @@ from apa_cli.types import Batch, Example, Prompt, Rollout, State, Tokens, UserEr
 from apa_cli.update import UnusableUpdate, Updater, microbatch_rows
 from apa_cli.utilization import UpdateMeter
 
+MEASURED_BY = ("dataset", "reward", "sampling", "model", "eval_seed")
+"""Top-level keys that the SFT model's held-out scores depend on."""
+
 REDRAW_SECONDS = 30
 """Seconds between two drawings of curves.png while a run goes on."""
 SCORED = ("advantages", "returns", "log_normalizer")
@@ -63,6 +67,8 @@ class Progress:
     algorithm: State = field(default_factory=dict)
     sft_scores: dict[str, list[float]] = field(default_factory=dict)
     """The SFT model's scores on the held-out prompts by reward, see `Evaluator.evaluate`."""
+    measured_by: str | None = None
+    """A digest of the settings that `sft_scores` depend on."""
     best_iteration: int | None = None
     best_reward: float | None = None
     kl: float = 0.0
@@ -197,6 +203,7 @@ class Trainer:
     def begin(self) -> None:
         """The state before the first iteration, and the SFT model's evaluation."""
         self.progress.algorithm = self.config.algo.initial_state()
+        self.progress.measured_by = measured_by(self.config.raw)
         self.log(self.evaluate())
 
     def iterate(self, iteration: int) -> dict[str, float]:
@@ -379,6 +386,7 @@ class Trainer:
         """The SFT model's scores anew, and no best score so far: what is measured by has changed."""
         with self.state_kept():
             self.progress.sft_scores = self.evaluator.replies(self.reference).scores
+        self.progress.measured_by = measured_by(self.config.raw)
         self.progress.best_reward = self.progress.best_iteration = None
 
     def log(self, metrics: dict[str, float]) -> None:
@@ -440,6 +448,8 @@ class Trainer:
             checkpoints.load_module(self.moving_reference, tensors["moving_reference"])
         state = {name: value for name, value in state.items() if name != "wandb_id"}
         self.progress = Progress(**{**state, "algorithm": {**state["algorithm"], **tensors["algorithm"]}})
+        if self.progress.measured_by != measured_by(self.config.raw):
+            self.measure_reference()
 
     def finish(self) -> None:
         """Writes the trained models and the last curves, and tells what came out."""
@@ -496,6 +506,12 @@ class Trainer:
         figures = {name: value for name, value in final.items() if name.startswith("eval/")}
         done = {"iteration": self.progress.iteration, "samples": self.progress.samples}
         replace_text(self.directory.result, json.dumps({**done, **figures}, indent=2) + "\n")
+
+
+def measured_by(raw: dict[str, Any]) -> str:
+    """A digest of the settings that the SFT model's held-out scores depend on."""
+    text = json.dumps({key: raw[key] for key in MEASURED_BY}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sampler_gap(rollout: Rollout) -> dict[str, float]:

@@ -168,8 +168,8 @@ def killing_itself(monkeypatch, name: str, times: int, after: bool) -> None:
 
 @pytest.mark.parametrize(
     ("function", "times", "after"),
-    [("save_file", 7, True), ("write", 2, True), ("prune", 2, False), ("prune", 3, True)],
-    ids=["half-written", "without-its-name", "before-pruning", "after-pruning"],
+    [("save_file", 1, True), ("save_file", 7, True), ("write", 2, True), ("prune", 2, False), ("prune", 3, True)],
+    ids=["the-first", "half-written", "without-its-name", "before-pruning", "after-pruning"],
 )
 def test_killed_while_saving(function, times, after, uninterrupted, forked, assert_equal, tmp_path, monkeypatch):
     whole, _ = uninterrupted("apa")

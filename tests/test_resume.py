@@ -231,11 +231,17 @@ def test_a_fork_goes_on_elsewhere_and_leaves_its_origin_alone(copied, again, tmp
     stored = yaml.safe_load((other / "config.yaml").read_text())
     assert (stored["name"], stored["lambda"], stored["algo"]["kl_coef"], stored["seed"]) == ("other", 0.9, 0.9, 4)
     assert before == {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    # A fork is a run like any other: with the same words it is not begun twice, and it can be resumed.
+    again(f"fork={copied}/checkpoints/iteration_000002", "name=other", "lambda=0.9", "iterations=3", "resume=auto")
+    again("resume=outputs/other", "iterations=4")
+    again("fork=outputs/other/checkpoints/iteration_000003", "name=third", "lambda=0.5", "resume=auto")
+    assert [row["iteration"] for row in comparable(Path("outputs/third/metrics.jsonl"))] == [0, 1, 2, 3, 4]
+    assert comparable(Path("outputs/third/metrics.jsonl"))[:4] == rows
 
 
 def test_what_contradicts_a_fork_is_refused(copied):
     with pytest.raises(ConfigError, match=r"^fork: give it without resume="):
-        build(compose([f"fork={copied}", f"resume={copied}"]))
+        source_of([f"fork={copied}", f"resume={copied}"])
     with pytest.raises(ConfigError, match=r"^fork: one run"):
         _checked_jobs([f"fork={copied}", "seed=0,1"], True, None, ())
 
