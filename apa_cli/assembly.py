@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli import checkpoint as checkpoints
 from apa_cli.allocator import keep_freed_blocks
@@ -112,7 +112,7 @@ def build_trainer(
     form = PromptFormat(tokenizer, config.dataset.prompt_form)
     check_training(config)
     policy = load_policy(config.model, config.model.path, frozen_base=config.lora.rank > 0)
-    check_lengths(config, policy, len(tokenizer))
+    check_lengths(config, policy, tokenizer)
     policy.to(device)
     model, reference = training_model(config, policy)
     model.to(device)
@@ -315,8 +315,8 @@ def critic_start(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def check_lengths(config: Config, policy: PreTrainedModel, vocabulary: int) -> None:
-    """Prompt and response fit the model's positions, the tokenizer its vocabulary."""
+def check_lengths(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prompt and response fit the model's positions, the tokenizer's highest token its vocabulary."""
     longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
     room = getattr(policy.config, "max_position_embeddings", None)
     if room is not None and longest > room:
@@ -324,6 +324,6 @@ def check_lengths(config: Config, policy: PreTrainedModel, vocabulary: int) -> N
             f"sampling: max_prompt_tokens {config.sampling.max_prompt_tokens} + max_new_tokens "
             f"{config.sampling.max_new_tokens} is more than the model's {room} positions"
         )
-    size = policy.get_input_embeddings().num_embeddings
-    if vocabulary > size:
-        raise ConfigError(f"model.tokenizer: it has {vocabulary} tokens, the model only {size}")
+    size, highest = policy.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if highest >= size:
+        raise ConfigError(f"model.tokenizer: its highest token is number {highest}, the model has {size}")

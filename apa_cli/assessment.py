@@ -86,7 +86,7 @@ def evaluated(config: Config, console: Console) -> dict[str, Any]:
     config = with_further_rewards(config, train, held_out, device, console)
     tokenizer = load_tokenizer(config.model, config.model.path)
     policy = load_trained(config, device)
-    check_lengths(config, policy, len(tokenizer))
+    check_lengths(config, policy, tokenizer)
     # Of model.path= alone there is nothing to compare with: it is its own reference.
     alone = config.run.run is None and config.evaluate.reference is None
     compared = config.evaluate.reference or config.model.path

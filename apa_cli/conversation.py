@@ -74,7 +74,7 @@ def start_chat(config: Config, made: Path | None) -> None:
         raise ConfigError("chat.score: the reward has no model; give reward.path=…")
     device = launch(config.launch)
     policy, tokenizer = load_trained(config, device), load_tokenizer(config.model, config.model.path)
-    check_lengths(config, policy, len(tokenizer))
+    check_lengths(config, policy, tokenizer)
     form = PromptFormat(tokenizer, config.dataset.prompt_form)
     dialogue, templated = prompts_of(config)
     score = load_reward(config, device) if config.chat.score else None

@@ -60,6 +60,19 @@ def loaded(load: Any, path: str, key: str, **options: Any) -> Any:
         raise UserError(f"{key}: cannot load {path}: {first}{advice}") from error
 
 
+def whole(load: Any) -> Any:
+    """`load`, a model's, but ValueError where its files lack weights: `transformers` makes random ones then."""
+
+    def checked(where: str, **options: Any) -> PreTrainedModel:
+        model, info = load(where, output_loading_info=True, **options)
+        if lacking := sorted(info["missing_keys"]):
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise ValueError(f"its weights lack {lacking[0]}{more}")
+        return model
+
+    return checked
+
+
 def load_tokenizer(settings: ModelSettings, path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a pad token (its own, or its end-of-sequence or unknown token)."""
     key = "model.tokenizer" if settings.tokenizer else "model.path"
@@ -72,6 +85,8 @@ def load_tokenizer(settings: ModelSettings, path: str) -> PreTrainedTokenizerBas
         key,
         trust_remote_code=settings.trust_remote_code,
     )
+    if tokenizer.pad_token is None and tokenizer.eos_token is None and tokenizer.unk_token is None:
+        raise UserError(f"{key}: the tokenizer of {where} has neither a pad, an end nor an unknown token")
     return with_pad(tokenizer)
 
 
@@ -95,7 +110,7 @@ def load_policy(settings: ModelSettings, path: str, frozen_base: bool = False) -
     }
     if settings.quantization is not Quantization.none:
         options["quantization_config"] = quantization_config(settings)
-    model = load_merged(AutoModelForCausalLM.from_pretrained, path, "model.path", **options).eval()
+    model = load_merged(whole(AutoModelForCausalLM.from_pretrained), path, "model.path", **options).eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights for a CPU, in evaluation mode, into a form without gradients

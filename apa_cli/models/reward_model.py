@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from apa_cli.models.loading import TORCH_DTYPES, load_merged, loaded, source, with_pad
+from apa_cli.models.loading import TORCH_DTYPES, load_merged, loaded, source, whole, with_pad
 from apa_cli.models.lora import adapter_base, is_adapter
 from apa_cli.settings import DType, ModelSettings
 from apa_cli.types import UserError
@@ -30,15 +30,19 @@ def load_reward_model(path: str, device: str, dtype: str) -> tuple[PreTrainedMod
     """
     words, options = path, {"dtype": TORCH_DTYPES[DType(dtype)], "trust_remote_code": False}
     source(path, "reward.path")
+    load = whole(AutoModelForSequenceClassification.from_pretrained)
     if is_adapter(path):
         check_adapter(path)
-        options["num_labels"] = 1
+        load, options["num_labels"] = AutoModelForSequenceClassification.from_pretrained, 1  # the head is the adapter's
         words = path if file_of(path, "tokenizer_config.json") else adapter_base(path)
-    model = load_merged(AutoModelForSequenceClassification.from_pretrained, path, "reward.path", **options)
+    model = load_merged(load, path, "reward.path", **options)
     own = {"padding_side": "right", "trust_remote_code": False}
     tokenizer = with_pad(loaded(AutoTokenizer.from_pretrained, words, "reward.path", **own))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by `transformers` where there is none
         raise UserError(f"reward.path: {words} holds no tokenizer")
+    highest, size = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if highest >= size:
+        raise UserError(f"reward.path: the highest token of {words} is number {highest}, the model has {size}")
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.to(device).eval().requires_grad_(False), tokenizer
 
@@ -113,6 +117,12 @@ def build_reward_model(
         )
     torch.nn.init.zeros_(model.score.weight)
     return model.eval()
+
+
+def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int) -> int:
+    """Tokens that a text may have: `longest`, or as many as the model and its tokenizer have room for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return min(longest, tokenizer.model_max_length, positions or longest)
 
 
 def text_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, longest: int) -> list[int]:

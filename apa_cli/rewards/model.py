@@ -35,15 +35,22 @@ class ModelReward(Reward):
         return replace(self, path=path)
 
     def load(self, device: str, dtype: str) -> Score:
-        from apa_cli.models.reward_model import load_reward_model, output_number, score_mean, score_texts
+        from apa_cli.models.reward_model import (
+            load_reward_model,
+            longest_text,
+            output_number,
+            score_mean,
+            score_texts,
+        )
 
         model, tokenizer = load_reward_model(self.path, device, self.dtype.value if self.dtype else dtype)
         output = output_number(model, self.output, self.path)
+        longest = longest_text(model, tokenizer, self.max_tokens)
         mean = score_mean(model, self.path) if self.centered else 0.0
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             pairs = list(zip(prompts, responses, strict=True))
-            values = score_texts(model, tokenizer, pairs, self.microbatch, self.max_tokens, output)
+            values = score_texts(model, tokenizer, pairs, self.microbatch, longest, output)
             return [self.scale * (value - mean) for value in values]
 
         return score
