@@ -17,6 +17,7 @@ from transformers import (
 from apa_cli.assembly import training_model
 from apa_cli.models.forward import TrainingModel, checkpoint_activations, response_logprobs
 from apa_cli.models.loading import load_policy, load_tokenizer, save_model, train_top
+from apa_cli.models.head import linear_head
 from apa_cli.models.lora import POLICY, WithoutAdapter, active_adapter, adapter, add_adapter, merged_tensors
 from apa_cli.settings import LoraSettings
 from apa_cli.trained import load_trained
@@ -190,6 +191,7 @@ def test_recomputed_activations_give_the_same_gradients(words, configured, tiny)
     found = {}
     for checkpointing in ("false", "true"):
         model, _ = parts(configured, tiny, *words, f"model.gradient_checkpointing={checkpointing}")
+        linear_head(model.policy)  # makes a pass of its own the first time
         calls = []
         block = model.policy.gpt_neox.layers[0]
         block.attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
