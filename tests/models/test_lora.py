@@ -16,8 +16,8 @@ from transformers import (
 
 from apa_cli.assembly import training_model
 from apa_cli.models.forward import TrainingModel, checkpoint_activations, response_logprobs
-from apa_cli.models.loading import load_policy, load_tokenizer, save_model, train_top
 from apa_cli.models.head import linear_head
+from apa_cli.models.loading import load_policy, load_tokenizer, save_model, train_top
 from apa_cli.models.lora import POLICY, WithoutAdapter, active_adapter, adapter, add_adapter, merged_tensors
 from apa_cli.settings import LoraSettings
 from apa_cli.trained import load_trained
