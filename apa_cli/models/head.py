@@ -46,12 +46,13 @@ class ChosenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         """states [N, h], weight [V, h], bias [V], token_ids [N] → [N]; `keep` where a backward pass may follow."""
         logprobs = torch.empty(len(states), device=states.device)
+        low = weight.to(states.dtype)
         room = KEPT // (len(weight) * states.element_size()) if keep else 0
         kept: list[Tensor] = []
         spare = None
         for part in pieces(len(states), len(weight)):
             held = part.stop <= room
-            logits = head_logits(states[part], weight, bias, out=None if held else spare)
+            logits = head_logits(states[part], low, bias, out=None if held else spare)
             logprobs[part] = to_difference(logits, token_ids[part], temperature)
             if held:
                 kept.append(logits)
@@ -66,6 +67,7 @@ class ChosenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, bias, token_ids, *kept = ctx.saved_tensors
         to_states, to_weight, to_bias = ctx.needs_input_grad[:3]
+        low = weight.to(states.dtype)
         scale = (-gradient / ctx.temperature).unsqueeze(-1)
         of_states = torch.empty_like(states) if to_states else None
         of_weight = torch.zeros_like(weight) if to_weight else None
@@ -75,10 +77,10 @@ class ChosenLogprobs(torch.autograd.Function):
             if number < len(kept):
                 difference = kept[number]
             else:
-                difference = spare = head_logits(states[part], weight, bias, out=spare)
+                difference = spare = head_logits(states[part], low, bias, out=spare)
                 to_difference(difference, token_ids[part], ctx.temperature)
             if to_states:
-                of_states[part] = scale[part] * (difference @ weight.to(difference.dtype))
+                of_states[part] = scale[part] * (difference @ low)
             scaled = (scale[part] * states[part]).to(difference.dtype)
             if to_weight and weight.dtype is difference.dtype:
                 of_weight.addmm_(difference.T, scaled)
@@ -90,12 +92,11 @@ class ChosenLogprobs(torch.autograd.Function):
 
 
 def head_logits(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """states · weightᵀ + bias [n, V] in the states' dtype; written over `out` [m ≥ n, V] where there is one."""
+    """states · weightᵀ + bias [n, V], states and weight of one dtype; over `out` [m ≥ n, V] where there is one."""
     out = states.new_empty(len(states), len(weight)) if out is None else out[: len(states)]
-    weight = weight.to(states.dtype).T
     if bias is None:
-        return torch.mm(states, weight, out=out)
-    return torch.addmm(bias.to(states.dtype), states, weight, out=out)
+        return torch.mm(states, weight.T, out=out)
+    return torch.addmm(bias.to(states.dtype), states, weight.T, out=out)
 
 
 def to_difference(logits: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
@@ -107,10 +108,9 @@ def to_difference(logits: Tensor, token_ids: Tensor, temperature: float) -> Tens
     if temperature != 1:
         wide = wide.div_(temperature) if wide is logits else wide / temperature
     chosen = token_ids.unsqueeze(-1)
-    highest, where = wide.max(-1, keepdim=True)
-    above = wide.gather(-1, chosen) - highest
+    above = wide.gather(-1, chosen) - wide.amax(-1, keepdim=True)
     torch.softmax(wide, -1, out=wide)
-    logprobs = above + wide.gather(-1, where).log()
+    logprobs = above + wide.amax(-1, keepdim=True).log()
     wide.scatter_add_(-1, chosen, wide.new_full(chosen.shape, -1.0))
     if wide is not logits:
         logits.copy_(wide)

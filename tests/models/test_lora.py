@@ -191,7 +191,7 @@ def test_recomputed_activations_give_the_same_gradients(words, configured, tiny)
     found = {}
     for checkpointing in ("false", "true"):
         model, _ = parts(configured, tiny, *words, f"model.gradient_checkpointing={checkpointing}")
-        linear_head(model.policy)  # finds out by a pass of its own
+        linear_head(model.policy)  # makes a pass of its own the first time
         calls = []
         block = model.policy.gpt_neox.layers[0]
         block.attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
