@@ -112,7 +112,7 @@ def build_subject(
     seed = torch_seed(config.run.seed, Stream.initialization, POLICY_NUMBER)
     options = {"attn_implementation": config.model.attention, "dtype": dtype if config.lora.rank else torch.float32}
     policy = random_model(AutoModelForCausalLM, architecture, seed, device, **options)
-    check_lengths(config, policy, len(tokenizer))
+    check_lengths(config, policy, tokenizer)
     model, reference = training_model(config, policy)
     model.to(device)
     reward, rows = None, getattr(config.reward, "microbatch", config.run.microbatch)
