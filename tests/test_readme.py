@@ -58,6 +58,7 @@ def test_the_readme_has_commands_and_none_is_unknown():
     names = {shlex.split(line)[0] for line in commands()}
     assert names == {
         "make", "pip", "apa-train", "apa-sft", "apa-reward", "apa-compare", "apa-eval", "apa-export", "apa-chat",
+        "apa-bench",
     }  # fmt: skip
 
 
