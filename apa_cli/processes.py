@@ -37,6 +37,8 @@ PAUSE = 3.0
 be heard first."""
 GRACE = 1.0
 """Seconds that the others have to end after one process failed; then they are killed."""
+START = 600.0
+"""Seconds that processes have to start."""
 WEEK = 7 * 86400.0
 """Seconds."""
 POLL = 0.2
@@ -233,7 +235,10 @@ def join(settings: LaunchSettings, rank: int, size: int, local_rank: int, port: 
         if port is None:
             options: dict[str, Any] = {"init_method": "env://"}
         else:
-            options = {"store": dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timeout)}
+            store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timedelta(seconds=START))
+            store.set(f"started {rank}", "")
+            store.wait([f"started {number}" for number in range(size)])  # importing takes its time
+            options = {"store": store}
         if use_gpu(settings):
             torch.cuda.set_device(local_rank)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **options)
