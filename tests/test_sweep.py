@@ -107,3 +107,19 @@ def test_jobs_that_differ_behind_many_words_get_directories_of_their_own():
 
 def test_a_path_among_the_overrides_makes_no_nested_folders():
     assert "/" not in directory_name("model.path=some/where,seed=0")
+
+
+@pytest.mark.slow
+def test_jobs_side_by_side_are_the_same_runs_and_a_failure_is_one_line(sweep, comparable):
+    words = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "experiment=small", "seed=0,1"]
+    command = [sys.executable, "-c", "from apa_cli.train import main; main()", "--config-dir", "mine", *words]
+    options = {"cwd": sweep, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "name=beside"], check=False, **options)
+    assert done.returncode == 0, done.stderr
+    jobs = [sorted((sweep / "outputs" / "sweeps" / name).glob("*/metrics.jsonl")) for name in ("pair", "beside")]
+    assert len(jobs[0]) == len(jobs[1]) == 2
+    for one, other in zip(*jobs, strict=True):
+        assert comparable(one) == comparable(other)
+    done = subprocess.run([*command, "name=wrong", "reward.target=nowhere.py:f"], check=False, **options)
+    assert done.returncode == 1
+    assert "apa-train: " in done.stderr.splitlines()[-1] and "no file nowhere.py" in done.stderr.splitlines()[-1]
