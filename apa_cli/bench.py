@@ -10,7 +10,7 @@ def bench(config: Config) -> None:
     """One benchmark in a directory of its own."""
     from apa_cli.benchmark import start_bench
 
-    start_bench(config, run_directory())
+    start_bench(config, run_directory(config))
 
 
 def main() -> None:
