@@ -285,6 +285,8 @@ def check_training(config: Config) -> None:
     if config.model.quantization is not Quantization.none:
         if not lora:
             raise ConfigError("model.quantization: only a frozen base can be quantized; give lora=default")
+        if config.reference.refresh_every:
+            raise ConfigError("model.quantization: a quantized reference cannot be refreshed; leave refresh_every 0")
         if config.critic.kind is CriticKind.separate:
             raise ConfigError("model.quantization: the critic shares the base; give critic=adapter or critic=head")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +12,10 @@ import torch
 from apa_cli.types import UserError
 
 T = TypeVar("T")
+
+
+class OutOfMemoryElsewhere(torch.OutOfMemoryError):
+    """Another process has run out of memory, and this one does the work again with it."""
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -39,12 +44,14 @@ class Halving:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if self.size <= self.smallest:
+                if self.size <= self.smallest and not isinstance(error, OutOfMemoryElsewhere):
                     raise self.exhausted() from error
+            gc.collect()  # what the attempt held may be held by its traceback
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.size = max(self.smallest, self.size // 2)
-            self.say(f"out of memory: {self.key} is {self.size} from here on, which changes no result")
+            if self.size > self.smallest:
+                self.size = max(self.smallest, self.size // 2)
+                self.say(f"out of memory: {self.key} is {self.size} from here on, which changes no result")
 
     def exhausted(self) -> UserError:
         return UserError(

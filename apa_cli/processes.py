@@ -46,7 +46,11 @@ POLL = 0.2
 
 
 class ContactLost(UserError):
-    """Another process is gone or silent. Where it has said why, this need not be shown."""
+    """Another process is gone. Where it has said why, this need not be shown."""
+
+
+class Silent(ContactLost):
+    """Another process does not answer, and nobody else says so."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class World:
         return value
 
     def meet(self, timeout: float) -> None:
-        """Waits for all processes, at most `timeout` seconds. UserError naming those that did not come in time."""
+        """Waits for all processes, at most `timeout` seconds. Silent naming those that did not come in time."""
         if self.size == 1:
             return
         import torch.distributed as dist
@@ -111,7 +115,7 @@ class World:
             dist.monitored_barrier(self.group, timedelta(seconds=timeout), wait_all_ranks=True)
         except RuntimeError as error:
             if silent := re.search(r"Ranks? ([\d, ]+) failed to pass", str(error)):
-                raise UserError(
+                raise Silent(
                     f"process {silent[1]} did not answer within {timeout:g} s (launch.timeout); the run ends"
                 ) from error
             raise ContactLost(f"lost contact with another process ({first_line(error)})") from error
@@ -358,6 +362,9 @@ def ending(rank: int) -> Iterator[End]:
     end, screen = End(), os.fdopen(os.dup(2), "w")
     try:
         yield end
+    except Silent as error:
+        show(screen if rank == 0 else sys.stderr, f"apa-train: {error}")
+        end.status = error.status
     except ContactLost as error:
         print(f"process {rank}: {error}", file=sys.stderr, flush=True)
         time.sleep(PAUSE)

@@ -33,7 +33,7 @@ from apa_cli.models.loading import save_model
 from apa_cli.models.lora import WithoutAdapter, save_adapter
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.models.sharding import refresh
-from apa_cli.processes import ALONE, World
+from apa_cli.processes import ALONE, ContactLost, World
 from apa_cli.randomness import Stream, generator
 from apa_cli.report.curves import draw_curves
 from apa_cli.rewards.base import Score
@@ -123,7 +123,14 @@ class Trainer:
             self.progress.iteration, self.progress.samples = iteration, iteration * run.rollout_batch
             self.progress.kl = metrics["kl/sequence"]
             self.conclude(metrics, begun)
+        if not self.world.from_main(self.evaluated):
+            self.log(self.evaluate())
         self.finish()
+
+    def evaluated(self) -> bool:
+        """Whether the records have an evaluation of the policy as it is: a shortened run may end where none was due."""
+        rows = records(self.directory.metrics)
+        return any(row["iteration"] == self.progress.iteration and "eval/reward_mean" in row for row in rows)
 
     def ended(self) -> bool:
         """Whether all iterations are done, or the KL that the run may cost is spent."""
@@ -153,9 +160,10 @@ class Trainer:
         if last or guarded or reason or self.checkpoint_due():
             self.save_checkpoint()
         if guarded:
+            self.world.meet(self.world.timeout)  # the others' end would end process 0 while it writes
             raise UserError(
                 f"{'; '.join(found.values())}. Stopped by guard.action=stop; the state after iteration {iteration} is "
-                f"saved, resume={self.directory.path} goes on from it"
+                f"saved, resume={self.directory.path} guard.action=warn goes on from it"
             )
         if reason:
             why, status = reason
@@ -189,6 +197,8 @@ class Trainer:
         """
         try:
             yield
+        except ContactLost:
+            raise
         except UserError as error:
             if not self.progress.sft_scores:  # the run has not begun
                 raise
@@ -196,6 +206,7 @@ class Trainer:
             path = self.directory.checkpoints / checkpoints.NAME.format(iteration)
             if not self.world.from_main(path.exists):
                 self.save_checkpoint()
+            self.world.meet(self.world.timeout)  # the others' end would end process 0 while it writes
             raise UserError(
                 f"{error}; the state after iteration {iteration} is saved, resume={self.directory.path} goes on from it"
             ) from error
@@ -350,9 +361,10 @@ class Trainer:
 
     def keep_fault(self, name: str, what: str, rollout: Rollout, batch: Batch | None, rows: Tensor) -> str:
         """Keeps the responses of a fault in faults/; says where, to be put behind what is wrong."""
-        if not self.world.is_main:
-            return ""
-        file = faults.keep(self.directory.path / "faults", name, what, rollout, batch, rows)
+        file = None
+        if self.world.is_main:
+            file = faults.keep(self.directory.path / "faults", name, what, rollout, batch, rows)
+        self.world.meet(self.world.timeout)  # the others' end would end process 0 while it writes
         return "" if file is None else f"; the responses are in {file}"
 
     def refresh_reference(self, iteration: int) -> None:
@@ -384,8 +396,14 @@ class Trainer:
 
     def measure_reference(self) -> None:
         """The SFT model's scores anew, and no best score so far: what is measured by has changed."""
+        drawing = self.reference
+        if hasattr(drawing, "unshard"):  # replies end at different steps, and a sharded model takes them together
+            drawing.reshard()
+            drawing = self.sampler
+            refresh(drawing, self.reference)
         with self.state_kept():
-            self.progress.sft_scores = self.evaluator.replies(self.reference).scores
+            self.progress.sft_scores = self.evaluator.replies(drawing).scores
+        self.refresh_sampler()
         self.progress.measured_by = measured_by(self.config.raw)
         self.progress.best_reward = self.progress.best_iteration = None
 
@@ -444,10 +462,11 @@ class Trainer:
         self.refresh_sampler()
         checkpoints.load_module(self.model.critics, tensors["critics"], trained_only=True)
         checkpoints.load_optimizer(self.updater.optimizer, tensors["optimizer"])
-        if self.moving_reference is not None:
+        if self.moving_reference is not None and "moving_reference" in tensors:  # else it has not moved yet
             checkpoints.load_module(self.moving_reference, tensors["moving_reference"])
         state = {name: value for name, value in state.items() if name != "wandb_id"}
-        self.progress = Progress(**{**state, "algorithm": {**state["algorithm"], **tensors["algorithm"]}})
+        algorithm = {**self.config.algo.initial_state(), **state["algorithm"], **tensors["algorithm"]}
+        self.progress = Progress(**{**state, "algorithm": algorithm})
         if self.progress.measured_by != measured_by(self.config.raw):
             self.measure_reference()
 

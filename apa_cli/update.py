@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from apa_cli.algorithms.base import Algorithm
-from apa_cli.memory import Halving, out_of_memory
+from apa_cli.memory import Halving, OutOfMemoryElsewhere, out_of_memory
 from apa_cli.models.forward import TrainingModel, compute_precision
 from apa_cli.models.sharding import whole
 from apa_cli.processes import ALONE, World
@@ -224,7 +224,12 @@ class Updater:
                 raise
             full = error
         if self.world.any(full is not None):
-            raise full or torch.OutOfMemoryError("out of memory in another process")
+            if hasattr(self.model, "reducer"):  # DistributedDataParallel, a forward pass of which gets no backward pass
+                self.model.reducer._reset_state()
+            try:
+                raise full or OutOfMemoryElsewhere("out of memory in another process")
+            finally:
+                full = None  # the traceback holds this frame
         try:
             objective.backward()
         except RuntimeError as error:
@@ -282,6 +287,11 @@ class Updater:
             if iteration <= self.settings.critic_warmup_iterations:
                 for parameter in self.optimizer.param_groups[0]["params"]:
                     parameter.grad = None
-            self.optimizer.step()
+            try:
+                self.optimizer.step()
+            except RuntimeError as error:
+                if out_of_memory(error):  # after half a step there is nothing to do again
+                    raise UserError(f"iteration {iteration}: out of memory in the optimizer's step") from error
+                raise
         self.optimizer.zero_grad(set_to_none=True)
         return usable

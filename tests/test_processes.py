@@ -95,6 +95,45 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(
 
 
 @pytest.mark.slow
+def test_held_out_prompts_that_changed_are_answered_by_a_sharded_reference_too(run_train, assert_equal_runs):
+    shards = ["launch.strategy=fsdp", "launch.frozen=sharded", "launch.processes=2"]
+    for name, words in (("one", []), ("two", shards)):
+        run = run_train(*WORDS, *words, "iterations=1", name=name)
+        run_train(*WORDS, *words, "evaluation.prompts=4", f"name={name}", f"resume={run}", name=name)
+    assert_equal_runs(run, run.with_name("one"))
+
+
+FULL = """
+import torch
+import torch.distributed as dist
+from apa_cli.models.forward import TrainingModel
+
+forward = TrainingModel.forward
+
+
+def limited(self, batch, *arguments, **options):
+    if torch.is_grad_enabled() and dist.get_rank() == 1 and len(batch.mask) > 1:
+        raise torch.OutOfMemoryError("tried to allocate more than there is")
+    return forward(self, batch, *arguments, **options)
+
+
+TrainingModel.forward = limited
+"""
+"""In front of a reward: process 1 cannot train on two sequences at once."""
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_in_one_process_halves_the_microbatch_in_all(
+    alone, small_words, run_train, assert_equal_runs, tmp_path
+):
+    target = next(word for word in small_words if word.startswith("reward.target=")).partition("=")[2]
+    (tmp_path / "full.py").write_text(FULL + Path(target.partition(":")[0]).read_text())
+    run = run_train(*WORDS, f"reward.target={tmp_path}/full.py:vowels", "launch.processes=2")
+    assert_equal_runs(run, alone())
+    assert (run / "run.log").read_text().count("out of memory: microbatch is 1 from here on") == 1
+
+
+@pytest.mark.slow
 def test_two_agents_of_torchrun_on_one_machine(alone, small_words, assert_equal_runs, tmp_path):
     """Two nodes of one process each, over the loopback."""
     words = [*small_words, *WORDS, "name=nodes"]
