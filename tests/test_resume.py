@@ -454,3 +454,22 @@ def test_a_disk_that_fills_up_while_logging_stops_the_run_in_one_line(
     stopping_at(0, None)
     again(f"resume={run}")
     assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
+
+
+def test_a_fork_may_take_another_algorithm_and_a_reference_that_moves(run_train, records):
+    run = run_train("iterations=1", "algo=apa")
+    fork = run_train(f"fork={run}", "algo=ppo", "reference.refresh_every=1", "iterations=2", name="fork")
+    *_, first, second = records(fork / "metrics.jsonl")
+    assert first == records(run / "metrics.jsonl")[-1]
+    assert second["ppo/kl_coef"] == 0.05
+    # The loss's reference was still the SFT model when the fork began.
+    assert second["kl/refreshed"] == pytest.approx(second["kl/sequence"], rel=1e-6)
+
+
+def test_a_shortened_run_ends_with_an_evaluation_of_the_policy_that_it_leaves(run_train, records):
+    words = ["eval_every=0", "checkpoint.keep_last=3"]
+    run = run_train(*words, "iterations=3")
+    run_train(*words, "iterations=2", f"resume={run}/checkpoints/iteration_000002")
+    rows = records(run / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 2] and rows[-1]["eval/kl_exact"] > 1e-4
+    assert json.loads((run / "result.json").read_text())["eval/kl_exact"] == rows[-1]["eval/kl_exact"]
