@@ -29,6 +29,13 @@ SMALL_MODEL = {
     "model.tokenizer_vocabulary": 400,
 }  # fmt: skip
 FLAGS = ("--help", "--cfg")
+FOLDERS = {"hh": "hh-rlhf", "stack_exchange": "stack-exchange-paired"}
+ON_DISK = [f"model.path={SHARED}/models/stories15m", "dataset.train_rows=12", "dataset.test_rows=4"]
+REAL_DATA = {
+    "apa-reward": ["reward_model.batch=4", "reward_model.max_tokens=64", "reward_model.held_out=4"],
+    "apa-train": [f"{key}={value}" for key, value in SMALL.items()] + ["microbatch=4", "sampling.max_prompt_tokens=64"],
+}
+"""Sizes of the runs on real data, which take a small model and the data on disk."""
 
 
 def commands() -> list[str]:
@@ -38,6 +45,7 @@ def commands() -> list[str]:
 def sized(line: str) -> list[str]:
     """The command's words with only sizes changed, and the hub model replaced by a local copy of it."""
     words = [word.replace(HUB_MODEL, str(SHARED / "models" / "stories15m")) for word in shlex.split(line)]
+    words = [word.replace("reward.path=toxicity", f"reward.path={SHARED}/rewards/bert-tiny-toxicity") for word in words]
     if words[0] == "apa-eval":
         return [*words, "evaluation.prompts=4", "evaluate.best_of=[2]", "evaluate.best_of_prompts=2"]
     if words[0] == "apa-bench":
@@ -47,8 +55,13 @@ def sized(line: str) -> list[str]:
     sizes = {} if "dataset=jsonl" in words else dict(SMALL_DATA)
     if words[0] == "apa-train":
         given = [word.split("=")[0] for word in words]
-        longer = 2 if "resume" in given else 1
+        longer = 3 if "fork" in given else 2 if "resume" in given else 1
         sizes |= SMALL | {"iterations": 2 * longer}
+        if "resume" in given or "fork" in given:  # the run has its own model and data
+            return words + [f"{key}={value}" for key, value in sizes.items() if key not in SMALL_DATA]
+    if "model=smollm2_135m" in words:
+        dataset = next(word.partition("=")[2] for word in words if word.startswith("dataset="))
+        return [*words, *ON_DISK, f"dataset.path={SHARED}/data/{FOLDERS[dataset]}", *REAL_DATA[words[0]]]
     if not any(word.startswith("model=") or "stories_vader" in word for word in words):
         sizes |= SMALL_MODEL
     return words + [f"{key}={value}" for key, value in sizes.items()]
@@ -66,7 +79,7 @@ def test_sizes_are_all_that_is_overridden():
     for line in commands():
         words = sized(line)
         for before, after in zip(shlex.split(line), words, strict=False):
-            assert before == after or HUB_MODEL in before
+            assert before == after or HUB_MODEL in before or before == "reward.path=toxicity"
 
 
 @pytest.mark.slow
