@@ -446,15 +446,16 @@ class Trainer:
         tensors["algorithm"] = {name: value for name, value in algorithm.items() if isinstance(value, Tensor)}
         if not self.world.is_main:
             return
-        settings = self.config.checkpoint
         path = checkpoints.save(self.directory.checkpoints, self.progress.iteration, tensors, state)
-        checkpoints.prune(
-            self.directory.checkpoints,
-            settings.keep_last,
-            self.progress.best_iteration if settings.keep_best else None,
-        )
+        self.prune_checkpoints()
         self.stopping.longest_save = max(self.stopping.longest_save or 0.0, time.monotonic() - begun)
         self.console.say(f"checkpoint: {path}")
+
+    def prune_checkpoints(self) -> None:
+        """Leaves those that `checkpoint` asks for."""
+        settings = self.config.checkpoint
+        best = self.progress.best_iteration if settings.keep_best else None
+        checkpoints.prune(self.directory.checkpoints, settings.keep_last, best)
 
     def load_checkpoint(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
         """Takes up where `save_checkpoint` left off."""
@@ -477,6 +478,7 @@ class Trainer:
         critics = checkpoints.module_tensors(self.model.critics)
         if not self.world.is_main:
             return
+        self.prune_checkpoints()  # a run that was killed between its last save and this has not done it
         try:
             self.save_models(path, policy, critics)
         except checkpoints.WRITE_ERRORS as error:
