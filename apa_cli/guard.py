@@ -26,7 +26,7 @@ def signs(settings: GuardSettings, metrics: Mapping[str, float], watch: Watch) -
     blind = watch.blind + 1 if explained is not None and explained <= settings.min_explained_variance else 0
     if settings.max_kl is not None and kl > settings.max_kl:
         found["max_kl"] = (
-            f"kl/sequence is {kl:.1f} nats, above guard.max_kl {settings.max_kl:g}: the policy has left its reference, "
+            f"kl/sequence is {kl:.3g} nats, above guard.max_kl {settings.max_kl:g}: the policy has left its reference, "
             "and its score may no longer mean anything. Try another lambda, a lower optimizer.lr, or stop_at_kl"
         )
     if entropy < settings.min_entropy:

@@ -228,6 +228,11 @@ def code_in(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+def resume_words(config: dict[str, Any], path: Path) -> list[str]:
+    """The words with which the run in `path` goes on."""
+    return [f"{RESUME}={path}", *(f"{key}={value}" for key, value in code_in(config))]
+
+
 def covers(key: str, dotted: str) -> bool:
     """Whether `key` is that dotted key, or a section it is in."""
     return dotted == key or dotted.startswith(f"{key}.")

@@ -20,7 +20,7 @@ from apa_cli.assembly import build_trainer, launch, load_examples, stage_progres
 from apa_cli.console import Console
 from apa_cli.plan import run_plan
 from apa_cli.processes import ALONE, World, given, keep_log, started, take_part, wanted
-from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, replace_text
+from apa_cli.run_directory import AUTO, FORK, RunDirectory, differences, replace_text, resume_words
 from apa_cli.settings import Config
 from apa_cli.stages.cache import sft_model
 from apa_cli.stages.fitting import Workplace
@@ -153,17 +153,21 @@ def take_over(trainer: Trainer, source_path: Path) -> None:
     """The records up to where the state of `trainer` was saved: the run's own cut back, or another's copied."""
     config, directory, iteration = trainer.config, trainer.directory, trainer.progress.iteration
     source = RunDirectory(source_path)
+    changed = [f"{key} {old!r} → {new!r}" for key, old, new in differences(source.recorded(), config.raw)]
     if source.path == directory.path:
         checkpoints.drop_after(directory.checkpoints, iteration)
         directory.cut_back(config.raw, iteration)
+        trainer.console.say(f"goes on after iteration {iteration}")
     else:
         directory.copy_records(source, iteration)
         trainer.console.say(f"forked from {source.path} after iteration {iteration}")
+    if changed:
+        trainer.console.say(f"from iteration {iteration + 1} on: {', '.join(changed)}")
 
 
 def resume_command(command: str, config: Config, path: Path) -> str:
     """The words with which the run in `path` goes on."""
-    words = [f"{RESUME}={path}", *(f"{key}={value}" for key, value in code_in(config.raw))]
+    words = resume_words(config.raw, path)
     folder = [word for flag, word in itertools.pairwise(sys.argv) if flag in ("--config-dir", "-cd")]
     return shlex.join([command, *words, *(["--config-dir", folder[0]] if folder else [])])
 

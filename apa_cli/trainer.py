@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import resource
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ from apa_cli.rewards.base import Score
 from apa_cli.rollout.collect import collect, concatenated
 from apa_cli.rollout.sampler import LENGTH
 from apa_cli.rollout.statistics import rollout_statistics
-from apa_cli.run_directory import RunDirectory, records, replace_text
+from apa_cli.run_directory import RunDirectory, records, replace_text, resume_words
 from apa_cli.settings import Config, GuardAction, NonFinite
 from apa_cli.stopping import Stopped, Stopping
 from apa_cli.tensor_ops import masked_mean
@@ -152,10 +153,10 @@ class Trainer:
         new, watch = unreported(found, watch)
         self.progress.watch = asdict(watch)
         self.log(metrics)
-        for text in new.values():
+        guarded = bool(found) and not last and self.config.guard.action is GuardAction.stop
+        for text in () if guarded else new.values():
             self.console.warn(text)
         self.stopping.longest_iteration = max(self.stopping.longest_iteration, time.monotonic() - begun)
-        guarded = bool(found) and not last and self.config.guard.action is GuardAction.stop
         reason = None if last else self.stop_reason()
         if last or guarded or reason or self.checkpoint_due():
             self.save_checkpoint()
@@ -163,7 +164,7 @@ class Trainer:
             self.world.meet(self.world.timeout)  # the others' end would end process 0 while it writes
             raise UserError(
                 f"{'; '.join(found.values())}. Stopped by guard.action=stop; the state after iteration {iteration} is "
-                f"saved, resume={self.directory.path} guard.action=warn goes on from it"
+                f"saved; go on with {self.resume_words()} guard.action=warn"
             )
         if reason:
             why, status = reason
@@ -173,6 +174,9 @@ class Trainer:
                 f"kl/sequence is {self.progress.kl:.2f} nats, which is stop_at_kl {run.stop_at_kl:g} or more: the run "
                 f"ends with iteration {iteration}"
             )
+
+    def resume_words(self) -> str:
+        return shlex.join(resume_words(self.config.raw, self.directory.path))
 
     def stop_reason(self) -> tuple[str, int] | None:
         """Why the run is to end after this iteration, and with which status; None where it goes on.
@@ -208,7 +212,7 @@ class Trainer:
                 self.save_checkpoint()
             self.world.meet(self.world.timeout)  # the others' end would end process 0 while it writes
             raise UserError(
-                f"{error}; the state after iteration {iteration} is saved, resume={self.directory.path} goes on from it"
+                f"{error}; the state after iteration {iteration} is saved; go on with {self.resume_words()}"
             ) from error
 
     def begin(self) -> None:

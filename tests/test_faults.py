@@ -84,7 +84,7 @@ def test_a_run_whose_reward_failed_goes_on_as_if_it_had_not(
 ):
     said = ended(run_train, *WORDS, faulty(call))
     assert "raised KeyError: 'no such word' (reward.py, line " in said
-    assert f"the state after iteration {saved} is saved, resume={tmp_path}/run goes on from it" in said
+    assert f"the state after iteration {saved} is saved; go on with resume={tmp_path}/run reward.target=" in said
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == [f"iteration_{saved:06d}"]
     run = run_train(*WORDS, faulty(), f"resume={tmp_path}/run")
     assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")

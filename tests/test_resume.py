@@ -464,6 +464,7 @@ def test_a_fork_may_take_another_algorithm_and_a_reference_that_moves(run_train,
     assert second["ppo/kl_coef"] == 0.05
     # The loss's reference was still the SFT model when the fork began.
     assert second["kl/refreshed"] == pytest.approx(second["kl/sequence"], rel=1e-6)
+    assert "from iteration 2 on: " in (log := (fork / "run.log").read_text()) and "reference.refresh_every 0 → 1" in log
 
 
 def test_a_shortened_run_ends_with_an_evaluation_of_the_policy_that_it_leaves(run_train, records):
@@ -471,5 +472,6 @@ def test_a_shortened_run_ends_with_an_evaluation_of_the_policy_that_it_leaves(ru
     run = run_train(*words, "iterations=3")
     run_train(*words, "iterations=2", f"resume={run}/checkpoints/iteration_000002")
     rows = records(run / "metrics.jsonl")
+    assert "goes on after iteration 2" in (run / "run.log").read_text()
     assert [row["iteration"] for row in rows] == [0, 1, 2, 2] and rows[-1]["eval/kl_exact"] > 1e-4
     assert json.loads((run / "result.json").read_text())["eval/kl_exact"] == rows[-1]["eval/kl_exact"]
