@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from apa_cli.models.head import linear_head
 from apa_cli.models.loading import TORCH_DTYPES, end_tokens, load_merged, load_policy, load_tokenizer, train_top
 from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
 from apa_cli.models.prompting import PromptFormat
-from apa_cli.models.sharding import replicated, sharded, sharded_reference, trunks
+from apa_cli.models.sharding import replicated, sharded, sharded_reference, sharded_reward, trained_blocks
 from apa_cli.plan import run_plan
 from apa_cli.processes import ALONE, World, gpu, use_gpu
 from apa_cli.randomness import Stream, torch_seed
-from apa_cli.rewards.base import CheckedScore, checked
+from apa_cli.rewards.base import CheckedScore, Placement, checked
 from apa_cli.run_directory import RunDirectory
-from apa_cli.settings import Config, CriticInit, CriticKind, LaunchSettings, Quantization, Strategy
+from apa_cli.settings import Config, CriticInit, CriticKind, Frozen, LaunchSettings, Quantization, Strategy
 from apa_cli.stages.cache import resolved, reward_model
 from apa_cli.tracking import Tracker, make_tracker
 from apa_cli.trainer import Trainer, frozen_copy
@@ -116,7 +117,8 @@ def build_trainer(
     policy.to(device)
     model, reference = training_model(config, policy)
     model.to(device)
-    score = load_reward(config, device)
+    place = placement(config, device, world)
+    score = load_reward(config, place)
     ends = end_tokens(policy, tokenizer)
     refreshed = config.reference.refresh_every > 0
     moving = frozen_copy(policy, TORCH_DTYPES[config.model.dtype]) if refreshed else None
@@ -126,7 +128,7 @@ def build_trainer(
         linear_head(policy)  # found out by a pass that a sharded model cannot make by itself
         sampler = frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
         reference = WithoutAdapter(sampler) if config.lora.rank else sharded_reference(reference, config.launch.frozen)
-        trained = sharded(model, trunks(model))
+        trained = sharded(model, trained_blocks(model))
     elif world.size > 1:
         trained = replicated(model, device)
     microbatch, sampling_batch = halvings(config, console, sharding)
@@ -135,7 +137,7 @@ def build_trainer(
         config.model.dtype, device, microbatch, world,
     )  # fmt: skip
     evaluator = build_evaluator(
-        config, held_out, form, reference, ends, score, device, microbatch, sampling_batch, world
+        config, held_out, form, reference, ends, score, place, microbatch, sampling_batch, world
     )
     wandb_id, loaded_state = None, None
     if resume is not None:
@@ -206,9 +208,17 @@ def with_further_rewards(
     return replace(config, evaluation=replace(config.evaluation, rewards=rewards))
 
 
-def load_reward(config: Config, device: torch.device) -> CheckedScore:
+def placement(config: Config, device: torch.device, world: World = ALONE) -> Placement:
+    """How the models of rewards are held: with fsdp as `launch.frozen` says, else whole."""
+    spread, frozen = None, config.launch.frozen
+    if world.size > 1 and config.launch.strategy is Strategy.fsdp and frozen is not Frozen.replicated:
+        spread = partial(sharded_reward, frozen=frozen, world=world)
+    return Placement(str(device), config.model.dtype.value, spread)
+
+
+def load_reward(config: Config, place: Placement) -> CheckedScore:
     """The reward that the run trains on."""
-    return checked(config.reward.load(str(device), config.model.dtype.value))
+    return checked(config.reward.load(place))
 
 
 def build_evaluator(
@@ -218,14 +228,14 @@ def build_evaluator(
     reference: PreTrainedModel | WithoutAdapter,
     ends: frozenset[int],
     score: CheckedScore,
-    device: torch.device,
+    place: Placement,
     microbatch: Halving,
     sampling_batch: Halving,
     world: World = ALONE,
 ) -> Evaluator:
     """The evaluation on the first `evaluation.prompts` held-out prompts."""
     fixed, longest = held_out[: config.evaluation.prompts], config.sampling.max_prompt_tokens
-    further = {part.name: part.load(str(device), config.model.dtype.value) for part in config.evaluation.rewards}
+    further = {part.name: part.load(place) for part in config.evaluation.rewards}
     return Evaluator(
         prompts=[form.prompt(example, place, 0, longest)[0] for place, example in enumerate(fixed)],
         sources=[example.prompt for example in fixed],

@@ -20,6 +20,7 @@ from apa_cli.assembly import (
     launch,
     load_examples,
     load_reward,
+    placement,
     stage_progress,
     with_further_rewards,
 )
@@ -91,9 +92,10 @@ def evaluated(config: Config, console: Console) -> dict[str, Any]:
     alone = config.run.run is None and config.evaluate.reference is None
     compared = config.evaluate.reference or config.model.path
     reference = policy if alone else load_reference(config, compared, device)
+    place = placement(config, device)
     evaluator = build_evaluator(
         config, held_out, PromptFormat(tokenizer, config.dataset.prompt_form), reference,
-        end_tokens(policy, tokenizer), load_reward(config, device), device,
+        end_tokens(policy, tokenizer), load_reward(config, place), place,
         *halvings(config, console, fixed=False),
     )  # fmt: skip
     console.say(f"{len(evaluator.prompts)} held-out prompts, eval_seed {config.run.eval_seed}")

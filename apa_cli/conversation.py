@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from apa_cli.assembly import check_lengths, launch, load_reward
+from apa_cli.assembly import check_lengths, launch, load_reward, placement
 from apa_cli.console import printable
 from apa_cli.datasets.dialogue import dialogue_text
 from apa_cli.models.forward import compute_precision
@@ -77,7 +77,7 @@ def start_chat(config: Config, made: Path | None) -> None:
     check_lengths(config, policy, tokenizer)
     form = PromptFormat(tokenizer, config.dataset.prompt_form)
     dialogue, templated = prompts_of(config)
-    score = load_reward(config, device) if config.chat.score else None
+    score = load_reward(config, placement(config, device)) if config.chat.score else None
     conversation = Conversation(config, policy, form, end_tokens(policy, tokenizer), dialogue, templated, score)
     print(f"{config.run.run or config.model.path}: {COMMANDS}; {kept_words(dialogue)}", file=sys.stderr)
     asks = "> " if sys.stdin.isatty() else ""

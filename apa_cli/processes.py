@@ -53,6 +53,10 @@ class Silent(ContactLost):
     """Another process does not answer, and nobody else says so."""
 
 
+class FailedElsewhere(Exception):
+    """What another process could not do, so that what all do together cannot be done."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all of a run; every process calls the same methods in the same order."""
@@ -98,12 +102,20 @@ class World:
         value, error = None, None
         try:
             value = work()
+        except FailedElsewhere as told_before:
+            raise UserError(str(told_before)) from told_before
         except UserError as found:
             error = found
         for rank, text in enumerate(self.gather(None if error is None else str(error))):
             if text is not None:
                 raise UserError(f"process {rank}: {text}") from error
         return value
+
+    def ready(self) -> None:
+        """Before a step amid `together` that all processes take alike: FailedElsewhere where one has failed."""
+        for rank, text in enumerate(self.gather(None)):
+            if text is not None:
+                raise FailedElsewhere(f"process {rank}: {text}")
 
     def meet(self, timeout: float) -> None:
         """Waits for all processes, at most `timeout` seconds. Silent naming those that did not come in time."""

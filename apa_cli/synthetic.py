@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from apa_cli.assembly import build_evaluator, check_lengths, halvings, training_model
+from apa_cli.assembly import build_evaluator, check_lengths, halvings, placement, training_model
 from apa_cli.console import Console
 from apa_cli.datasets.base import PromptForm
 from apa_cli.models.cost import cached_numbers
@@ -142,7 +142,9 @@ def build_subject(
         model=model,
         reference=reference,
         updater=updater,
-        evaluator=build_evaluator(no_rewards, [], form, reference, ends, score, device, microbatch, sampling_batch),
+        evaluator=build_evaluator(
+            no_rewards, [], form, reference, ends, score, placement(config, device), microbatch, sampling_batch
+        ),
         device=device,
         sampler=policy,
         sampling_batch=sampling_batch,
@@ -198,6 +200,6 @@ def text_score(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
     def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
         if model is None:
             return [float(number % 2) for number in range(len(responses))]
-        return score_texts(model, tokenizer, list(zip(prompts, responses, strict=True)), rows, longest)
+        return score_texts(model, tokenizer, list(zip(prompts, responses, strict=True)), rows, longest, model.device)
 
     return score

@@ -95,6 +95,25 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_classifier(tiny, tmp_path_factory):
+    """make_classifier(seed, **configuration) → the folder of a GPT-NeoX classifier with the tiny model's tokenizer."""
+
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    def make(seed=0, **changes):
+        folder = tmp_path_factory.mktemp("classifier")
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(tiny, **{"num_labels": 2, **changes})
+        torch.nn.init.normal_(model.score.weight)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def small_words(tiny, tmp_path_factory) -> list[str]:
     """The words of a small run on the tiny model with a deterministic reward function."""
     file = tmp_path_factory.mktemp("rewards") / "vowels.py"

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassificatio
 from apa_cli import network
 from apa_cli.config import build, compose
 from apa_cli.models.loading import load_policy, load_tokenizer
+from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
 from apa_cli.types import UserError
 
@@ -77,7 +78,7 @@ def test_a_damaged_reward_model(damage, tiny, tmp_path):
         without(model / "model.safetensors", "score.weight")  # it would be random
     else:
         DAMAGES[damage](model)
-    message = said(lambda: ModelReward(str(model), 0, 1.0, False, None, 4, 64).load("cpu", "float32"))
+    message = said(lambda: ModelReward(str(model), 0, 1.0, False, None, 4, 64).load(Placement("cpu", "float32")))
     assert message.startswith("reward.path: ") and str(model) in message
 
 
@@ -92,7 +93,7 @@ def test_texts_longer_than_the_reward_models_positions_lose_prompt_text(tiny, tm
     config = GPT2Config(vocab_size=600, n_embd=32, n_layer=1, n_head=2, n_positions=16, num_labels=1, pad_token_id=1)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
-    score = ModelReward(str(tmp_path / "model"), 0, 1.0, False, None, 4, 512).load("cpu", "float32")
+    score = ModelReward(str(tmp_path / "model"), 0, 1.0, False, None, 4, 512).load(Placement("cpu", "float32"))
     (long,) = score(["tea " * 100], [" Yes, do! Yes, do! Yes, do! Yes, do!"], [{}])
     (longer,) = score(["bread " * 100 + "tea " * 100], [" Yes, do! Yes, do! Yes, do! Yes, do!"], [{}])
     assert long == pytest.approx(longer, rel=1e-6)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from apa_cli.config import build, compose, compose_run
 from apa_cli.models.loading import load_policy
+from apa_cli.rewards.base import Placement
 from apa_cli.rewards.gptj_rm import GPTJReward
 from apa_cli.types import ConfigError, UserError
 
@@ -156,7 +157,7 @@ def test_the_published_reward_models_pickle_runs_nothing(tiny, tmp_path):
     sizes = {"vocab_size": 600, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
     reward = GPTJReward(str(tmp_path), "hf_ckpt.pt", str(tiny), sizes, None, 8, 64)
     with pytest.raises(UserError, match=r"^reward\.file: .* is no file of tensors") as caught:
-        reward.load("cpu", "float32")
+        reward.load(Placement("cpu", "float32"))
     assert "\n" not in str(caught.value) and not (tmp_path / "sprung").exists()
 
 

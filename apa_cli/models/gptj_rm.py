@@ -33,7 +33,7 @@ class GPTJRewardModel(nn.Module):
     def __init__(self, body: GPTJModel, head: Tensor):
         super().__init__()
         self.body = body
-        self.head = nn.Parameter(head)
+        self.register_buffer("head", head)  # no parameter, for its precision is another
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
@@ -42,7 +42,7 @@ class GPTJRewardModel(nn.Module):
 
 
 def load_gptj_rm(
-    path: str, file: str, tokenizer: str, architecture: dict[str, Any], longest: int, device: str, dtype: str
+    path: str, file: str, tokenizer: str, architecture: dict[str, Any], longest: int, dtype: str
 ) -> tuple[GPTJRewardModel, PreTrainedTokenizerBase]:
     """The frozen model, its body in the compute dtype and its head in float32, and the tokenizer."""
     words = loaded(AutoTokenizer.from_pretrained, tokenizer, "reward.tokenizer", trust_remote_code=False)
@@ -64,7 +64,7 @@ def load_gptj_rm(
     head = tensors.pop(HEAD).float()
     weights = {name.removeprefix(BODY): tensor for name, tensor in tensors.items()}
     body = GPTJModel.from_pretrained(None, config=config, state_dict=weights, dtype=TORCH_DTYPES[DType(dtype)])
-    return GPTJRewardModel(body, head).to(device).eval().requires_grad_(False), words
+    return GPTJRewardModel(body, head).eval().requires_grad_(False), words
 
 
 def checkpoint_file(path: str, file: str) -> Path:
@@ -123,8 +123,9 @@ def score_texts_at_end(
     pairs: list[tuple[str, str]],
     microbatch: int,
     longest: int,
+    device: torch.device | str,
 ) -> list[float]:
     """The score of each (prompt, response): that of its text's tokens and the end-of-text token after them."""
     end = tokenizer.eos_token_id
     rows = [[*text_tokens(tokenizer, prompt, response, longest - 1), end] for prompt, response in pairs]
-    return in_batches(rows, microbatch, end, model.head.device, lambda inputs: model(**inputs))
+    return in_batches(rows, microbatch, end, device, lambda inputs: model(**inputs))

@@ -23,8 +23,8 @@ from apa_cli.settings import DType, ModelSettings
 from apa_cli.types import UserError
 
 
-def load_reward_model(path: str, device: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A frozen classifier in the compute dtype, and its tokenizer padding on the right.
+def load_reward_model(path: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A frozen classifier on the CPU in the compute dtype, and its tokenizer padding on the right.
 
     A LoRA adapter is merged into its base model; where it has no tokenizer of its own, the base model's is taken.
     """
@@ -44,7 +44,7 @@ def load_reward_model(path: str, device: str, dtype: str) -> tuple[PreTrainedMod
     if highest >= size:
         raise UserError(f"reward.path: the highest token of {words} is number {highest}, the model has {size}")
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval().requires_grad_(False), tokenizer
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def check_adapter(path: str) -> None:
@@ -165,10 +165,11 @@ def score_texts(
     pairs: list[tuple[str, str]],
     microbatch: int,
     longest: int,
+    device: torch.device | str,
     output: int = 0,
 ) -> list[float]:
     """The given output of the classifier on each (prompt, response)."""
     rows = [text_tokens(tokenizer, prompt, response, longest) for prompt, response in pairs]
     return in_batches(
-        rows, microbatch, tokenizer.pad_token_id, model.device, lambda inputs: model(**inputs).logits[:, output]
+        rows, microbatch, tokenizer.pad_token_id, device, lambda inputs: model(**inputs).logits[:, output]
     )

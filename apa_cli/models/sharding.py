@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from apa_cli.models.forward import TrainingModel
 from apa_cli.models.loading import blocks
+from apa_cli.processes import World
 from apa_cli.settings import Frozen
 from apa_cli.types import UserError
 
@@ -26,8 +28,12 @@ def replicated(model: TrainingModel, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, **{option: False})
 
 
-def sharded(model: nn.Module, trunks: Iterable[nn.Module], offloaded: bool = False) -> nn.Module:
-    """Spreads every block of the trunks, then what is left of the model, over all processes; in place.
+def sharded(
+    model: nn.Module, blocks: Iterable[nn.Module], offloaded: bool = False, head_stays: bool = True
+) -> nn.Module:
+    """Spreads each of the blocks, then what is left of the model, over all processes; in place.
+
+    `head_stays`: what is left stays whole after a forward pass, for the backward pass or for use of the output head.
 
     UserError for weights of two precisions in one block, which FSDP2 does not take.
     """
@@ -36,25 +42,40 @@ def sharded(model: nn.Module, trunks: Iterable[nn.Module], offloaded: bool = Fal
     options = {"offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())} if offloaded else {}
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
         raise UserError("launch.strategy: fsdp needs all weights in one precision; with lora give model.dtype=float32")
-    for trunk in trunks:
-        for block in blocks(trunk):
-            fully_shard(block, **options)
-    return fully_shard(model, **options)
+    for block in blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, reshard_after_forward=not head_stays, **options)
 
 
-def trunks(model: TrainingModel) -> Iterator[nn.Module]:
-    """The policy's trunk and those of critics that have one of their own."""
-    yield model.policy.base_model
+def trained_blocks(model: TrainingModel) -> Iterator[nn.Module]:
+    """The blocks of the policy's trunk and of those critics that have one of their own."""
+    yield from blocks(model.policy.base_model)
     for critic in model.critics.values():
         if critic.backbone is not None:
-            yield critic.backbone
+            yield from blocks(critic.backbone)
 
 
 def sharded_reference(reference: PreTrainedModel, frozen: Frozen) -> PreTrainedModel:
     """The reference as `launch.frozen` says."""
     if frozen is Frozen.replicated:
         return reference
-    return sharded(reference, [reference.base_model], frozen is Frozen.offloaded)
+    return sharded(reference, blocks(reference.base_model), frozen is Frozen.offloaded)
+
+
+def sharded_reward(model: nn.Module, frozen: Frozen, world: World) -> Callable[..., Any]:
+    """A reward model spread over the processes, which all call it as often; a failure of one before that ends all.
+
+    It may be any classifier: where no stack of blocks is found, the whole of it is gathered in each pass.
+    """
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
+    spread = sharded(model, stacks[0] if stacks else [], frozen is Frozen.offloaded, head_stays=False)
+
+    def forward(**inputs: Any) -> Any:
+        world.ready()
+        return spread(**inputs)
+
+    return forward
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -28,6 +28,21 @@ CheckedScore = Callable[[list[str], list[str], list[dict[str, Any]]], Scores]
 """The same, with one finite number per response for certain."""
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a reward's models compute, in which precision, and how they are held there."""
+
+    device: str
+    dtype: str
+    """"float32" or "bfloat16"."""
+    spread: Callable[[Any], Any] | None = None
+    """Spreads a model over the processes and returns it, to be called by all of them alike; None: each holds it."""
+
+    def put(self, model: Any) -> Any:
+        """The model, a `torch.nn.Module` on the CPU, as it is held."""
+        return model.to(self.device) if self.spread is None else self.spread(model)
+
+
 class Reward(ABC):
     """A reward is a frozen dataclass of its settings that loads into a function of texts."""
 
@@ -41,8 +56,8 @@ class Reward(ABC):
         raise TypeError(f"{type(self).__name__} takes no model")
 
     @abstractmethod
-    def load(self, device: str, dtype: str) -> Score:
-        """Whatever is needed is loaded once; `device` and `dtype` ("float32", "bfloat16") are for models."""
+    def load(self, place: Placement) -> Score:
+        """Whatever is needed is loaded once; `place` is for models."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +72,10 @@ class Part:
         """The same part on the model in a folder, if it lacks one; else itself."""
         return Part(self.name, self.weight, self.reward.with_model(path)) if self.reward.lacks_model else self
 
-    def load(self, device: str, dtype: str) -> CheckedScore:
+    def load(self, place: Placement) -> CheckedScore:
         """Its scores, unweighted; an error names the part."""
         with self.named():
-            score = checked(self.reward.load(device, dtype))
+            score = checked(self.reward.load(place))
 
         def with_name(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
             with self.named():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any
 
-from apa_cli.rewards.base import Reward, Score, Scores
+from apa_cli.rewards.base import Placement, Reward, Score, Scores
 from apa_cli.rewards.model import ModelReward
 from apa_cli.settings import DType
 from apa_cli.types import AtLeastOne, ConfigError, NonNegative
@@ -40,9 +40,9 @@ class EnsembleReward(Reward):
         if not self.paths:
             raise ConfigError("reward=ensemble: paths needs at least one model")
 
-    def load(self, device: str, dtype: str) -> Score:
+    def load(self, place: Placement) -> Score:
         shared = (self.output, self.scale, self.centered, self.dtype, self.microbatch, self.max_tokens)
-        models = [ModelReward(path, *shared).load(device, dtype) for path in self.paths]
+        models = [ModelReward(path, *shared).load(place) for path in self.paths]
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
             rows = [model(prompts, responses, columns) for model in models]

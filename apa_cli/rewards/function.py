@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from apa_cli.rewards.base import Reward, Score, TimeLimit, within
+from apa_cli.rewards.base import Placement, Reward, Score, TimeLimit, within
 from apa_cli.types import Positive, UserError
 
 
@@ -29,7 +29,7 @@ class FunctionReward(Reward):
     target: str
     timeout: Annotated[float | None, Positive]
 
-    def load(self, device: str, dtype: str) -> Score:
+    def load(self, place: Placement) -> Score:
         function = imported(self.target)
         parameters = inspect.signature(function).parameters
         optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)

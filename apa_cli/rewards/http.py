@@ -17,7 +17,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from apa_cli.rewards.base import Reward, Score, TimeLimit, within
+from apa_cli.rewards.base import Placement, Reward, Score, TimeLimit, within
 from apa_cli.types import AtLeastOne, ConfigError, NonNegative, Positive, UserError
 
 PRINTABLE = set(map(chr, range(33, 127)))
@@ -72,7 +72,7 @@ class HTTPReward(Reward):
         if self.token_env is not None and parts.scheme == "http" and host not in THIS_MACHINE:
             raise ConfigError(f"reward.url: a token is sent over https only, or within this machine; got {self.url}")
 
-    def load(self, device: str, dtype: str) -> Score:
+    def load(self, place: Placement) -> Score:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "apa-cli"}
         if self.token_env is not None:
             headers["Authorization"] = f"Bearer {token(self.token_env)}"

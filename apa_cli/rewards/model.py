@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from apa_cli.rewards.base import Reward, Score
+from apa_cli.rewards.base import Placement, Reward, Score
 from apa_cli.settings import DType
 from apa_cli.types import AtLeastOne
 
@@ -34,7 +34,7 @@ class ModelReward(Reward):
     def with_model(self, path: str) -> ModelReward:
         return replace(self, path=path)
 
-    def load(self, device: str, dtype: str) -> Score:
+    def load(self, place: Placement) -> Score:
         from apa_cli.models.reward_model import (
             load_reward_model,
             longest_text,
@@ -43,14 +43,15 @@ class ModelReward(Reward):
             score_texts,
         )
 
-        model, tokenizer = load_reward_model(self.path, device, self.dtype.value if self.dtype else dtype)
+        model, tokenizer = load_reward_model(self.path, self.dtype.value if self.dtype else place.dtype)
         output = output_number(model, self.output, self.path)
         longest = longest_text(model, tokenizer, self.max_tokens)
         mean = score_mean(model, self.path) if self.centered else 0.0
+        model = place.put(model)
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             pairs = list(zip(prompts, responses, strict=True))
-            values = score_texts(model, tokenizer, pairs, self.microbatch, longest, output)
+            values = score_texts(model, tokenizer, pairs, self.microbatch, longest, place.device, output)
             return [self.scale * (value - mean) for value in values]
 
         return score

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from apa_cli.rewards.base import Reward, Score, Scores
+from apa_cli.rewards.base import Placement, Reward, Score, Scores
 from apa_cli.settings import RewardSpecs
 from apa_cli.types import ConfigError
 
@@ -30,8 +30,8 @@ class SumReward(Reward):
     def with_model(self, path: str) -> SumReward:
         return replace(self, parts=[part.with_model(path) for part in self.parts])
 
-    def load(self, device: str, dtype: str) -> Score:
-        loaded = [(part, part.load(device, dtype)) for part in self.parts]
+    def load(self, place: Placement) -> Score:
+        loaded = [(part, part.load(place)) for part in self.parts]
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
             total, parts = [0.0] * len(responses), {}

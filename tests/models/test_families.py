@@ -17,6 +17,7 @@ from transformers import (
 
 from apa_cli.config import build, compose
 from apa_cli.models.loading import end_tokens
+from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
 from apa_cli.stages.fitting import Workplace
 from apa_cli.stages.reward_model import run_reward
@@ -124,7 +125,7 @@ def test_every_family_makes_a_reward_model(name, family, tmp_path):
     place = Workplace(torch.device("cpu"), tmp_path / "model", lambda text: None, lambda *progress: None)
     report = run_reward(config, rows[:16], rows[16:], 0, place)
     assert report["accuracy"] == 1.0
-    score = ModelReward(str(tmp_path / "model"), 0, 1.0, False, None, 4, 40).load("cpu", "float32")
+    score = ModelReward(str(tmp_path / "model"), 0, 1.0, False, None, 4, 40).load(Placement("cpu", "float32"))
     good, bad = score(["Is 3 a number?"] * 2, [" Yes, it is.", " No."], [{}, {}])
     assert good > bad
 

@@ -20,22 +20,6 @@ def texts():
 
 
 @pytest.fixture(scope="session")
-def make_classifier(tiny, tmp_path_factory):
-    """make_classifier(seed, **configuration) → the folder of a GPT-NeoX classifier with the tiny model's tokenizer."""
-
-    def make(seed=0, **changes):
-        folder = tmp_path_factory.mktemp("classifier")
-        torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(tiny, **{"num_labels": 2, **changes})
-        torch.nn.init.normal_(model.score.weight)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def classifier(make_classifier):
     """Two outputs, `bad` and `good`."""
     return make_classifier(id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})

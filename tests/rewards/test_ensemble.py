@@ -2,7 +2,7 @@
 
 import pytest
 
-from apa_cli.rewards.base import checked
+from apa_cli.rewards.base import Placement, checked
 from apa_cli.rewards.ensemble import EnsembleReward, Reduce
 from apa_cli.rewards.model import ModelReward
 from apa_cli.types import ConfigError, UserError
@@ -41,7 +41,7 @@ def folders(make_classifier):
 
 def test_each_model_scores_and_is_a_part(folders, texts, by_hand):
     own = [[by_hand(path, p + r, 1) for p, r, _ in zip(*texts, strict=True)] for path in folders]
-    scores = ensemble(folders, Reduce.mean, output="good", scale=-2.0).load("cpu", "float32")(*texts)
+    scores = ensemble(folders, Reduce.mean, output="good", scale=-2.0).load(Placement("cpu", "float32"))(*texts)
     assert list(scores.parts) == ["model_1", "model_2", "model_3"]
     for name, values in zip(scores.parts, own, strict=True):
         assert scores.parts[name] == pytest.approx([-2 * value for value in values], rel=0, abs=1e-5)
@@ -51,7 +51,7 @@ def test_each_model_scores_and_is_a_part(folders, texts, by_hand):
 
 def test_the_minimum_is_over_models_after_scaling(folders, texts, by_hand):
     own = [[by_hand(path, p + r, 0) for p, r, _ in zip(*texts, strict=True)] for path in folders]
-    scores = ensemble(folders, Reduce.min, scale=-1.0).load("cpu", "float32")(*texts)
+    scores = ensemble(folders, Reduce.min, scale=-1.0).load(Placement("cpu", "float32"))(*texts)
     assert scores.values == pytest.approx([-max(values) for values in zip(*own, strict=True)], rel=0, abs=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_a_score_that_is_no_number_is_not_hidden_by_the_others(monkeypatch):
         return lambda *texts: own
 
     monkeypatch.setattr(ModelReward, "load", load)
-    score = checked(ensemble(["a", "b"], Reduce.min).load("cpu", "float32"))
+    score = checked(ensemble(["a", "b"], Reduce.min).load(Placement("cpu", "float32")))
     with pytest.raises(UserError, match="score of response 0 is nan"):
         score(["p", "p"], ["x", "y"], [{}, {}])
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from apa_cli.rewards.base import checked
+from apa_cli.rewards.base import Placement, checked
 from apa_cli.rewards.function import FunctionReward
 from apa_cli.types import UserError
 
@@ -75,7 +75,7 @@ def file(tmp_path):
 
 
 def call(target):
-    return FunctionReward(str(target), None).load("cpu", "float32")(PROMPTS, RESPONSES, COLUMNS)
+    return FunctionReward(str(target), None).load(Placement("cpu", "float32"))(PROMPTS, RESPONSES, COLUMNS)
 
 
 def test_a_function_in_a_file_gets_prompts_and_responses(file):
@@ -101,8 +101,8 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "same.py").write_text(f"def score(prompts, responses):\n    return [{number}] * 2\n")
-    first = FunctionReward(f"{tmp_path}/1/same.py:score", None).load("cpu", "float32")
-    second = FunctionReward(f"{tmp_path}/2/same.py:score", None).load("cpu", "float32")
+    first = FunctionReward(f"{tmp_path}/1/same.py:score", None).load(Placement("cpu", "float32"))
+    second = FunctionReward(f"{tmp_path}/2/same.py:score", None).load(Placement("cpu", "float32"))
     assert first(PROMPTS, RESPONSES, COLUMNS) == [1, 1] and second(PROMPTS, RESPONSES, COLUMNS) == [2, 2]
 
 
@@ -134,7 +134,7 @@ def test_all_columns_with_keywords_and_none_where_a_row_lacks_one(file):
 def test_what_is_not_there_is_said_in_one_line(target, message, file):
     target = target.format(file=file, folder=file.parent)
     with pytest.raises(UserError, match=message) as error:
-        FunctionReward(target, None).load("cpu", "float32")
+        FunctionReward(target, None).load(Placement("cpu", "float32"))
     assert "\n" not in str(error.value) and str(error.value).startswith("reward.target")
 
 
@@ -149,7 +149,7 @@ def test_what_is_not_there_is_said_in_one_line(target, message, file):
 def test_a_file_that_cannot_be_imported(source, message, tmp_path):
     (tmp_path / "bad.py").write_text(source)
     with pytest.raises(UserError, match=message) as error:
-        FunctionReward(f"{tmp_path}/bad.py:f", None).load("cpu", "float32")
+        FunctionReward(f"{tmp_path}/bad.py:f", None).load(Placement("cpu", "float32"))
     assert "\n" not in str(error.value)
 
 
@@ -193,14 +193,14 @@ def test_a_users_own_error_passes_unchanged(file):
 
 
 def test_the_wrong_number_of_scores(file):
-    score = checked(FunctionReward(f"{file}:too_few", None).load("cpu", "float32"))
+    score = checked(FunctionReward(f"{file}:too_few", None).load(Placement("cpu", "float32")))
     with pytest.raises(UserError, match="2 responses were given, 1 scores came back"):
         score(PROMPTS, RESPONSES, COLUMNS)
 
 
 def test_vader_scores_replies_alone_and_with_the_right_sign():
     pytest.importorskip("vaderSentiment")
-    score = FunctionReward("apa_cli.rewards.vader:compound", None).load("cpu", "float32")
+    score = FunctionReward("apa_cli.rewards.vader:compound", None).load(Placement("cpu", "float32"))
     replies = [
         "I love this wonderful day!",
         "I hate this horrible, awful day.",
@@ -219,13 +219,13 @@ def test_a_call_that_takes_too_long_is_left_behind(tmp_path):
         "\n\ndef failing(prompts, responses):\n    raise ValueError('no')\n"
     )
     begun = time.monotonic()
-    score = FunctionReward(f"{tmp_path}/slow.py:slow", 0.2).load("cpu", "float32")
+    score = FunctionReward(f"{tmp_path}/slow.py:slow", 0.2).load(Placement("cpu", "float32"))
     with pytest.raises(UserError, match=r"slow\.py:slow has not returned within 0\.2 s \(reward\.timeout\)$"):
         score(PROMPTS, RESPONSES, COLUMNS)
     assert time.monotonic() - begun < 2
-    quick = FunctionReward(f"{tmp_path}/slow.py:quick", 5.0).load("cpu", "float32")
+    quick = FunctionReward(f"{tmp_path}/slow.py:quick", 5.0).load(Placement("cpu", "float32"))
     assert quick(PROMPTS, RESPONSES, COLUMNS) == [1, 1]
-    failing = FunctionReward(f"{tmp_path}/slow.py:failing", 5.0).load("cpu", "float32")
+    failing = FunctionReward(f"{tmp_path}/slow.py:failing", 5.0).load(Placement("cpu", "float32"))
     with pytest.raises(UserError, match=r"raised ValueError: no \(slow\.py, line 14\)"):
         failing(PROMPTS, RESPONSES, COLUMNS)
 
@@ -243,7 +243,7 @@ def test_a_call_that_takes_too_long_is_left_behind(tmp_path):
 )
 def test_whatever_a_function_returns_is_scores_or_one_line(body, tmp_path):
     (tmp_path / "odd.py").write_text(f"def odd(prompts, responses):\n    return {body}\n")
-    score = checked(FunctionReward(f"{tmp_path}/odd.py:odd", None).load("cpu", "float32"))
+    score = checked(FunctionReward(f"{tmp_path}/odd.py:odd", None).load(Placement("cpu", "float32")))
     with pytest.raises(UserError, match=r"^reward: ") as caught:
         score(PROMPTS, RESPONSES, COLUMNS)
     assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPTJConfig, GPTJModel
 
+from apa_cli.rewards.base import Placement
 from apa_cli.rewards.gptj_rm import GPTJReward
 from apa_cli.settings import DType
 from apa_cli.types import UserError
@@ -54,7 +55,7 @@ def reward(path, words, file="hf_ckpt.pt", dtype=None, microbatch=3, max_tokens=
 
 
 def scored(path, words, texts, **settings):
-    return reward(path, words, **settings).load("cpu", "float32")(*texts)
+    return reward(path, words, **settings).load(Placement("cpu", "float32"))(*texts)
 
 
 def refused(path, words, texts, **settings):
@@ -115,8 +116,8 @@ def test_half_precision_weights_are_widened(parts, words, texts, tmp_path):
 
 def test_its_precision_is_its_own_or_the_runs(words, checkpoint, texts):
     exact = scored(checkpoint, words, texts)
-    own = reward(checkpoint, words, dtype=DType.bfloat16).load("cpu", "float32")(*texts)
-    runs = reward(checkpoint, words).load("cpu", "bfloat16")(*texts)
+    own = reward(checkpoint, words, dtype=DType.bfloat16).load(Placement("cpu", "float32"))(*texts)
+    runs = reward(checkpoint, words).load(Placement("cpu", "bfloat16"))(*texts)
     # bfloat16 keeps 8 bits; the scores are sums of 32 products of size 1.
     assert own == runs != exact and own == pytest.approx(exact, rel=0, abs=0.5)
 

@@ -11,6 +11,7 @@ from ssl import PROTOCOL_TLS_SERVER, SSLContext
 
 import pytest
 
+from apa_cli.rewards.base import Placement
 from apa_cli.rewards.http import HTTPReward
 from apa_cli.types import ConfigError, UserError
 
@@ -92,7 +93,7 @@ def reward(url, **changes):
 
 
 def score(url, **changes):
-    return reward(url, **changes).load("cpu", "float32")(PROMPTS, RESPONSES, COLUMNS)
+    return reward(url, **changes).load(Placement("cpu", "float32"))(PROMPTS, RESPONSES, COLUMNS)
 
 
 def failure(answers, context=None, **changes) -> tuple[str, Server, float]:
@@ -268,7 +269,7 @@ def test_a_score_that_is_not_finite_is_named(number, shown):
 
     answer = f'{{"scores": [1, {number}, 2, 3, 4]}}'.encode()
     with serving(lambda *_: (200, {}, answer)) as server, pytest.raises(UserError, match=shown):
-        checked(reward(server.url, batch=5).load("cpu", "float32"))(PROMPTS, RESPONSES, COLUMNS)
+        checked(reward(server.url, batch=5).load(Placement("cpu", "float32")))(PROMPTS, RESPONSES, COLUMNS)
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path):
@@ -294,7 +295,7 @@ def test_the_token_goes_into_the_header_and_into_no_message(monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "hush\nhush")
     for variable in ("MY_TOKEN", "NO_SUCH_VARIABLE"):
         with pytest.raises(UserError, match=rf"reward\.token_env: the environment has no {variable}") as caught:
-            reward("https://127.0.0.1/", token_env=variable).load("cpu", "float32")
+            reward("https://127.0.0.1/", token_env=variable).load(Placement("cpu", "float32"))
         assert "hush" not in str(caught.value)
 
 

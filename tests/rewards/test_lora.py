@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
 from apa_cli.types import UserError
 
@@ -48,7 +49,7 @@ def expected(tiny, adapter, texts):
 
 
 def score(path, texts):
-    return ModelReward(str(path), 0, 1.0, False, None, 3, 64).load("cpu", "float32")(*texts)
+    return ModelReward(str(path), 0, 1.0, False, None, 3, 64).load(Placement("cpu", "float32"))(*texts)
 
 
 def copied(adapter, folder, **changes):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
 from apa_cli.settings import DType
 from apa_cli.types import UserError
@@ -24,7 +25,7 @@ def reward(path, output=0, scale=1.0, centered=False, dtype=None, microbatch=64,
 
 
 def scored(path, prompts=PROMPTS, responses=RESPONSES, **settings):
-    score = reward(path, **settings).load("cpu", "float32")
+    score = reward(path, **settings).load(Placement("cpu", "float32"))
     return score(prompts, responses, [{}] * len(prompts))
 
 
@@ -131,9 +132,9 @@ def test_a_score_is_scaled_after_its_mean_is_taken_off(make_classifier):
 
 def test_its_precision_is_its_own_or_the_runs(classifier):
     exact = scored(classifier)
-    rounded = reward(classifier, dtype=DType.bfloat16).load("cpu", "float32")(PROMPTS, RESPONSES, [{}] * 4)
-    runs = reward(classifier).load("cpu", "bfloat16")(PROMPTS, RESPONSES, [{}] * 4)
-    own = reward(classifier, dtype=DType.float32).load("cpu", "bfloat16")(PROMPTS, RESPONSES, [{}] * 4)
+    rounded = reward(classifier, dtype=DType.bfloat16).load(Placement("cpu", "float32"))(PROMPTS, RESPONSES, [{}] * 4)
+    runs = reward(classifier).load(Placement("cpu", "bfloat16"))(PROMPTS, RESPONSES, [{}] * 4)
+    own = reward(classifier, dtype=DType.float32).load(Placement("cpu", "bfloat16"))(PROMPTS, RESPONSES, [{}] * 4)
     assert own == exact and rounded == runs != exact
     # bfloat16 keeps 8 bits, so a sum of some tens of rounded terms is off by a few hundredths.
     assert rounded == pytest.approx(exact, rel=0.05, abs=0.1)
@@ -145,6 +146,6 @@ def test_a_folder_without_a_model(tmp_path):
 
 
 def test_nothing_of_it_is_trained(classifier):
-    score = reward(classifier).load("cpu", "float32")
+    score = reward(classifier).load(Placement("cpu", "float32"))
     model = next(cell.cell_contents for cell in score.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())

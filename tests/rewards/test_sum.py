@@ -2,7 +2,7 @@
 
 import pytest
 
-from apa_cli.rewards.base import Part, checked
+from apa_cli.rewards.base import Part, Placement, checked
 from apa_cli.rewards.function import FunctionReward
 from apa_cli.rewards.model import ModelReward
 from apa_cli.rewards.sum import SumReward
@@ -28,7 +28,7 @@ def part(tmp_path):
 
 
 def scored(*parts):
-    return checked(SumReward(list(parts)).load("cpu", "float32"))(*TEXTS)
+    return checked(SumReward(list(parts)).load(Placement("cpu", "float32")))(*TEXTS)
 
 
 def test_the_sum_is_weighted_and_its_parts_are_not(part):
