@@ -212,7 +212,7 @@ def placement(config: Config, device: torch.device, world: World = ALONE) -> Pla
     """How the models of rewards are held: with fsdp as `launch.frozen` says, else whole."""
     spread, frozen = None, config.launch.frozen
     if world.size > 1 and config.launch.strategy is Strategy.fsdp and frozen is not Frozen.replicated:
-        spread = partial(sharded_reward, frozen=frozen, world=world)
+        spread = partial(sharded_reward, frozen=frozen, ready=world.ready)
     return Placement(str(device), config.model.dtype.value, spread)
 
 

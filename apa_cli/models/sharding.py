@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from apa_cli.models.forward import TrainingModel
 from apa_cli.models.loading import blocks
-from apa_cli.processes import World
 from apa_cli.settings import Frozen
 from apa_cli.types import UserError
 
@@ -62,8 +61,8 @@ def sharded_reference(reference: PreTrainedModel, frozen: Frozen) -> PreTrainedM
     return sharded(reference, blocks(reference.base_model), frozen is Frozen.offloaded)
 
 
-def sharded_reward(model: nn.Module, frozen: Frozen, world: World) -> Callable[..., Any]:
-    """A reward model spread over the processes, which all call it as often; a failure of one before that ends all.
+def sharded_reward(model: nn.Module, frozen: Frozen, ready: Callable[[], None]) -> Callable[..., Any]:
+    """A reward model spread over the processes, which all call it as often; `ready` raises where one cannot.
 
     It may be any classifier: where no stack of blocks is found, the whole of it is gathered in each pass.
     """
@@ -72,7 +71,7 @@ def sharded_reward(model: nn.Module, frozen: Frozen, world: World) -> Callable[.
     spread = sharded(model, stacks[0] if stacks else [], frozen is Frozen.offloaded, head_stays=False)
 
     def forward(**inputs: Any) -> Any:
-        world.ready()
+        ready()
         return spread(**inputs)
 
     return forward

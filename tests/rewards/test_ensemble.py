@@ -58,7 +58,7 @@ def test_the_minimum_is_over_models_after_scaling(folders, texts, by_hand):
 def test_a_score_that_is_no_number_is_not_hidden_by_the_others(monkeypatch):
     values = iter([[1.0, 2.0], [float("nan"), 3.0]])
 
-    def load(reward, device, dtype):
+    def load(reward, place):
         own = next(values)
         return lambda *texts: own
 
