@@ -18,8 +18,7 @@ from apa_cli.console import Console
 from apa_cli.evaluation import MAIN, Evaluator
 from apa_cli.memory import Halving
 from apa_cli.models.critic import Critic, build_critic
-from apa_cli.models.forward import TrainingModel, checkpoint_activations
-from apa_cli.models.head import linear_head
+from apa_cli.models.forward import TrainingModel, checkpoint_activations, examine
 from apa_cli.models.loading import TORCH_DTYPES, end_tokens, load_merged, load_policy, load_tokenizer, train_top
 from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
 from apa_cli.models.prompting import PromptFormat
@@ -125,7 +124,7 @@ def build_trainer(
     sampler, trained = policy, model
     meter = UpdateMeter.of(model, config, world.size * run_matrix_rate(device, config.model.dtype))
     if sharding:
-        linear_head(policy)  # found out by a pass that a sharded model cannot make by itself
+        examine([policy, reference, *model.backbones()])
         sampler = frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
         reference = WithoutAdapter(sampler) if config.lora.rank else sharded_reference(reference, config.launch.frozen)
         trained = sharded(model, trained_blocks(model))

@@ -150,8 +150,8 @@ class Evaluator:
                 rollout.response_ids[part].to(device), mask,
             )  # fmt: skip
             with compute_precision(device, self.dtype):
-                states, head = response_states(policy, rows, mask)
-                ref_states, ref_head = response_states(self.reference, rows, mask)
+                states, head = response_states(policy, rows)
+                ref_states, ref_head = response_states(self.reference, rows)
                 values = torch.empty(2, len(states), device=device)
                 for piece in pieces(len(states), policy.config.get_text_config().vocab_size):
                     logits = tempered(head(states[piece]).float(), temperature)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ def value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
 
 
 class Critic(nn.Module):
-    """V(s): [B, T] from the positions before each response token, computed in float32 after the backbone.
+    """V(s) at the positions before response tokens, computed in float32 after the backbone.
 
     Without a backbone of its own it reads the policy's trunk: as the policy has it, or under `adapter`.
     """
@@ -42,11 +44,14 @@ class Critic(nn.Module):
         """Whether it reads the hidden states that the policy's own forward pass computes."""
         return self.backbone is None and self.adapter is None
 
-    def forward(self, inputs: dict[str, Tensor], length: int, trunk: Tensor | None = None) -> Tensor:
-        """Values [B, length] at the last `length` positions; `trunk` [B, S, h] is used where there is no backbone."""
+    def forward(self, inputs: dict[str, Any], read: Callable[[Tensor], Tensor], trunk: Tensor | None = None) -> Tensor:
+        """Values [n] of those n positions that `read` picks out of hidden states [B, S, h].
+
+        The states are those of its backbone for the inputs, or where it has none `trunk`.
+        """
         hidden = trunk if self.backbone is None else self.backbone(**inputs, use_cache=False).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden[:, -length:].float()).squeeze(-1)
+            return self.head(read(hidden).float()).squeeze(-1)
 
 
 def build_critic(

@@ -5,9 +5,10 @@ The outputs for response token t come from the position before it: for the first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from apa_cli.models.critic import Critic
 from apa_cli.models.head import chosen_logprobs, in_place_of, linear_head
 from apa_cli.models.lora import WithoutAdapter, active_adapter, adapter, layers
+from apa_cli.models.packing import packed_inputs, packs
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import tempered, token_logprobs
 from apa_cli.types import Batch, PolicyOutput, Tokens
@@ -38,14 +40,75 @@ class Sequences:
     position_ids: Tensor
     response_ids: Tensor
     """[B, T'], T' ≤ T"""
+    mask: Tensor
+    """[B, T'], the n response tokens that count"""
 
     @property
-    def inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Any]:
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "position_ids": self.position_ids,
         }
+
+    @property
+    def logits_to_keep(self) -> int:
+        """The last columns of the outputs, which predict the response; for a model's argument of this name."""
+        return self.response_ids.shape[1]
+
+    def read(self, outputs: Tensor) -> Tensor:
+        """Those of a model's outputs [B, S, …] that predict the tokens of the mask, [n, …] in its order."""
+        return outputs[:, -self.logits_to_keep :][self.mask]
+
+    @cached_property
+    def packed(self) -> Packed | None:
+        """The same without padding; None where there is none, or a row without a prompt."""
+        prompts = self.attention_mask.shape[1] - self.logits_to_keep + 1
+        before = self.attention_mask[:, :prompts].sum(1)
+        columns = torch.arange(self.logits_to_keep, device=self.mask.device)
+        lengths = before + (self.mask * columns).amax(1)
+        true = self.position_ids < lengths.unsqueeze(1)
+        true[:, :prompts] &= self.attention_mask[:, :prompts].bool()
+        if bool(true.all()) or int(before.min()) == 0:
+            return None
+        first = lengths.cumsum(0) - lengths
+        return Packed(
+            packed_inputs(self.input_ids[true], self.position_ids[true], lengths.tolist()),
+            ((first + before - 1).unsqueeze(1) + columns)[self.mask],
+        )
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Prompts and responses one behind the other, see `packing`."""
+
+    inputs: dict[str, Any]
+    places: Tensor
+    """[n], where the outputs predict the tokens of the mask"""
+
+    logits_to_keep = 0
+    """All of them."""
+
+    def read(self, outputs: Tensor) -> Tensor:
+        """Those of a model's outputs [1, S, …] that predict the tokens of the mask, [n, …] in its order."""
+        return outputs[0, self.places]
+
+
+def taken(model: nn.Module | WithoutAdapter, rows: Sequences) -> Sequences | Packed:
+    """The rows in the form that costs the model least."""
+    return rows.packed or rows if packs(model) else rows
+
+
+def examine(models: Iterable[PreTrainedModel | WithoutAdapter]) -> None:
+    """Finds out by passes of their own what is to be known of models; sharded ones could not make them."""
+    for model in models:
+        linear_head(model)
+        packs(model)
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """values [n] at the places of the mask [B, T'], 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def sequences(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor) -> Sequences:
@@ -63,6 +126,7 @@ def sequences(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mas
         attention_mask=attention.long(),
         position_ids=(attention.long().cumsum(1) - 1).clamp(min=0),
         response_ids=response_ids,
+        mask=mask[:, :length],
     )
 
 
@@ -87,43 +151,43 @@ def response_logprobs(model: PreTrainedModel | WithoutAdapter, batch: Batch | To
 
 def scored(
     model: PreTrainedModel | WithoutAdapter, rows: Sequences, mask: Tensor, temperature: float, **options: Any
-) -> tuple[Tensor, Any]:
-    """log π of each response token, [B, T] float32, 0 outside the mask [B, T]; and what the model returned.
+) -> tuple[Tensor, Any, Sequences | Packed]:
+    """log π of each response token, [B, T] float32, 0 outside the mask [B, T]; what the model returned, and for what.
 
     The tokens outside the mask never reach the output head where it is one that `linear_head` knows.
     """
-    length = rows.response_ids.shape[1]
-    options = {**rows.inputs, "use_cache": False, "logits_to_keep": length, **options}
-    head, kept = linear_head(model), mask[:, :length]
+    head = linear_head(model)
+    given = rows if head is None else taken(model, rows)
+    options = {**given.inputs, "use_cache": False, "logits_to_keep": given.logits_to_keep, **options}
     if head is None:
         output = model(**options)
-        return widened(token_logprobs(tempered(output.logits, temperature), rows.response_ids), mask), output
+        logits = tempered(output.logits, temperature)
+        return widened(token_logprobs(logits, rows.response_ids), mask), output, given
 
     def logprobs(states: Tensor) -> Tensor:
-        chosen = chosen_logprobs(
-            states[:, -length:][kept], head.weight, head.bias, rows.response_ids[kept], temperature
-        )
-        return chosen.new_zeros(kept.shape).masked_scatter(kept, chosen)
+        token_ids = rows.response_ids[rows.mask]
+        chosen = chosen_logprobs(given.read(states), head.weight, head.bias, token_ids, temperature)
+        return spread(chosen, rows.mask)
 
     with in_place_of(head, logprobs):
         output = model(**options)
-    return widened(output.logits, mask), output
+    return widened(output.logits, mask), output, given
 
 
 def response_states(
-    model: PreTrainedModel | WithoutAdapter, rows: Sequences, mask: Tensor
+    model: PreTrainedModel | WithoutAdapter, rows: Sequences
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What the output head reads before each true token, [n, h] in the order of mask [B, T], and the head itself.
+    """What the output head reads before each true token, [n, h] in the order of the mask, and the head itself.
 
     The head gives the logits [m, V] of m of these rows. Where `linear_head` does not know it, the rows are the logits.
     """
-    length = rows.response_ids.shape[1]
-    inputs = {**rows.inputs, "use_cache": False, "logits_to_keep": length}
-    head, kept = linear_head(model), mask[:, :length]
+    head = linear_head(model)
+    given = rows if head is None else taken(model, rows)
+    options = {**given.inputs, "use_cache": False, "logits_to_keep": given.logits_to_keep}
     if head is None:
-        return model(**inputs).logits[kept], lambda logits: logits
-    with in_place_of(head, lambda states: states[:, -length:][kept]):
-        states = model(**inputs).logits
+        return given.read(model(**options).logits), lambda logits: logits
+    with in_place_of(head, given.read):
+        states = model(**options).logits
     return states, head
 
 
@@ -146,27 +210,35 @@ class TrainingModel(nn.Module):
         named = [name for name in self.critics if critics is None or name in critics]
         rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
         on_trunk = any(self.critics[name].on_trunk for name in named)
-        logprobs, trunk = torch.zeros(batch.mask.shape, device=batch.mask.device), None
+        logprobs, given, trunk = torch.zeros(batch.mask.shape, device=batch.mask.device), rows, None
         if with_policy or on_trunk:
             with recomputing(self.policy):
-                logprobs, output = scored(
+                logprobs, output, given = scored(
                     self.policy, rows, batch.mask, self.temperature, output_hidden_states=on_trunk
                 )
             trunk = output.hidden_states[-1] if on_trunk else None
         return PolicyOutput(
             logprobs=logprobs,
-            values={name: self.critic_values(name, rows, batch.mask, trunk) for name in named},
+            values={name: self.critic_values(name, rows, batch.mask, given, trunk) for name in named},
         )
 
-    def critic_values(self, name: str, rows: Sequences, mask: Tensor, trunk: Tensor | None) -> Tensor:
-        """One critic's values [B, T]; `trunk` [B, S, h] is what the policy's own pass computed, if it did."""
+    def critic_values(
+        self, name: str, rows: Sequences, mask: Tensor, given: Sequences | Packed, trunk: Tensor | None
+    ) -> Tensor:
+        """One critic's values [B, T]; `trunk` is what the policy's own pass computed from `given`, if it did."""
         critic = self.critics[name]
-        length = rows.response_ids.shape[1]
         if critic.adapter is not None:
+            given = taken(self.policy, rows)
             with adapter(self.policy, critic.adapter), recomputing(self.policy):
-                trunk = self.policy.base_model(**rows.inputs, use_cache=False).last_hidden_state
+                trunk = self.policy.base_model(**given.inputs, use_cache=False).last_hidden_state
+        elif critic.backbone is not None:
+            given = taken(critic.backbone, rows)
         with recomputing(critic):
-            return widened(critic(rows.inputs, length, trunk), mask)
+            return widened(spread(critic(given.inputs, given.read, trunk), rows.mask), mask)
+
+    def backbones(self) -> list[PreTrainedModel]:
+        """The trunks of those critics that have one of their own."""
+        return [critic.backbone for critic in self.critics.values() if critic.backbone is not None]
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What the optimizer's first group trains: neither critics nor their adapters on the policy's base."""

@@ -49,9 +49,8 @@ def sharded(
 def trained_blocks(model: TrainingModel) -> Iterator[nn.Module]:
     """The blocks of the policy's trunk and of those critics that have one of their own."""
     yield from blocks(model.policy.base_model)
-    for critic in model.critics.values():
-        if critic.backbone is not None:
-            yield from blocks(critic.backbone)
+    for backbone in model.backbones():
+        yield from blocks(backbone)
 
 
 def sharded_reference(reference: PreTrainedModel, frozen: Frozen) -> PreTrainedModel:

@@ -1,0 +1,103 @@
+"""Sequences of different lengths in one row, one behind the other, so that nothing is computed for padding.
+
+On a CPU. Only attention looks from one position to another; it is taken sequence by sequence, the rest of the model
+over all positions at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from apa_cli.models.lora import WithoutAdapter
+
+ATTENTION = "sdpa_by_sequence"
+"""The name in `transformers` of `attention`."""
+
+_calls: list[bool] = []
+"""For each call of `attention` with several sequences, whether it was all that the layer asked for."""
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention as `transformers` has it; with `sequence_lengths` causal in each sequence alone.
+
+    query, key, value [1, heads, Σ lengths, dim] → [1, Σ lengths, heads, dim].
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    lengths = options.pop("sequence_lengths", None)
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    options.pop("is_causal", None)
+    _calls.append(options.get("sliding_window") is None and options.get("position_bias") is None)
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    results = [sdpa_attention_forward(module, *part, None, is_causal=True, **options)[0] for part in parts]
+    return torch.cat(results, dim=1), None
+
+
+def packed_inputs(input_ids: Tensor, position_ids: Tensor, lengths: list[int]) -> dict[str, Any]:
+    """Model inputs of tokens [Σ lengths] that lie one sequence behind the other."""
+    return {
+        "input_ids": input_ids.unsqueeze(0),
+        "position_ids": position_ids.unsqueeze(0),
+        # A mask of four dimensions is handed on as it is: none is made, and none is read.
+        "attention_mask": input_ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+        "sequence_lengths": lengths,
+    }
+
+
+_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What `packs` found out."""
+
+
+def packs(model: nn.Module | WithoutAdapter) -> bool:
+    """Whether packed sequences give what each gives alone; the model then takes them from here on.
+
+    That is found out by passes over two short sequences: all layers must call `attention`, with nothing that it does
+    not know, and nothing else may look from one sequence into the other.
+    """
+    whole = model.model if isinstance(model, WithoutAdapter) else model
+    trunk = getattr(whole, "base_model", whole)
+    if trunk not in _packs:
+        _packs[trunk] = (
+            trunk.device.type == "cpu" and trunk.config._attn_implementation in ("sdpa", ATTENTION) and tried(trunk)
+        )
+    return _packs[trunk]
+
+
+@torch.no_grad()
+def tried(trunk: nn.Module) -> bool:
+    """`packs`, found out; where it is so the trunk's attention is `attention` afterwards, else what it was."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = trunk.config.get_text_config()
+    if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
+        return False  # a short sequence would not show what they do
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    config._attn_implementation = ATTENTION
+    size = config.vocab_size
+    ids = torch.tensor([1, 2, 3, 4, 5]) % size
+    places = torch.tensor([0, 1, 2, 0, 1])
+    _calls.clear()
+    try:
+        together = trunk(**packed_inputs(ids, places, [3, 2]), use_cache=False).last_hidden_state[0]
+        known = len(_calls) == config.num_hidden_layers and all(_calls)
+        alone = [
+            trunk(input_ids=part.unsqueeze(0), attention_mask=torch.ones(1, len(part)), use_cache=False)
+            for part in ids.split([3, 2])
+        ]
+        apart = torch.cat([output.last_hidden_state[0] for output in alone])
+        near = 1e-4 if apart.dtype is torch.float32 else 0.05
+        found = known and float((together - apart).abs().max()) <= near * float(apart.abs().max())
+    except Exception:  # whatever a model does with inputs that it does not know
+        found = False
+    if not found:
+        config._attn_implementation = "sdpa"
+    return found
