@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from apa_cli.settings import SamplingSettings
 from apa_cli.tensor_ops import tempered
@@ -113,7 +115,7 @@ def _sample_chunk(
     places = torch.arange(len(prompts), device=device)
     logprobs = torch.zeros(len(prompts), length, device=device)
     running = set(rows)
-    cache = DynamicCache(config=model.config)
+    cache = roomy_cache(model.config)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     for t in range(length):
         output = model(
@@ -145,6 +147,41 @@ def _sample_chunk(
             ids, attention, positions, draws, places = (x[kept] for x in (ids, attention, positions, draws, places))
     table = logprobs.cpu().tolist()
     return [(row, table[i][: len(row)], endings[i]) for i, row in enumerate(grown)]
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, heads, S, dim] with room behind them, so that another token's do not move those before."""
+
+    ROOM = 128
+    """Tokens."""
+    rooms: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """What was held with these behind it."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held, count = self.get_seq_length(), key_states.shape[-2]
+        moved = self.rooms is None or self.keys.data_ptr() != self.rooms[0].data_ptr()  # new, or rows were left out
+        if moved or held + count > self.rooms[0].shape[-2]:
+            rooms = tuple(
+                new.new_empty(*new.shape[:2], held + count + self.ROOM, new.shape[3])
+                for new in (key_states, value_states)
+            )
+            if held:
+                for room, states in zip(rooms, (self.keys, self.values), strict=True):
+                    room[:, :, :held] = states
+            self.rooms = rooms
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, held : held + count] = states
+        self.keys, self.values = (room[:, :, : held + count] for room in self.rooms)
+        return self.keys, self.values
+
+
+def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A cache of `RoomyLayer`s; layers of a kind of their own stay as they are."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def left_padded(rows: list[list[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
