@@ -30,7 +30,7 @@ test: install ## the quick tests, one process per core
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-bench: bench-floor bench-trl bench-growth ## every figure of the README's speed tables (an hour or two on 2 cores)
+bench: bench-floor bench-trl bench-growth bench-head bench-processes ## every figure of the README's speed tables (an hour or two on 2 cores)
 
 # One iteration's work in all of them: 32 responses after prompts of 16 to 64 tokens.
 BENCH_WORK := sampling.max_prompt_tokens=64 rollout_batch=32 minibatch=8 epochs=2 sampling.stop_strings=[]
@@ -58,6 +58,14 @@ bench-growth: install ## samples per second and memory against response length, 
 	$(BENCH) model=pythia_14m rollout_batch=8,16,32,64,128,256 bench.iterations=1 name=bench_batch $(ARGS)
 	$(BENCH) model=pythia_14m,pythia_70m,pythia_160m rollout_batch=8 bench.iterations=1 name=bench_size $(ARGS)
 	$(BIN)/python tests/benchmarks/growth.py outputs/sweeps/bench_length outputs/sweeps/bench_batch outputs/sweeps/bench_size --out $(OUT)/growth.json
+
+bench-head: install ## memory of log-probs in pieces against logits of a whole batch
+	$(BIN)/python tests/benchmarks/head.py $(ARGS)
+
+bench-processes: install ## one process against two, each with all cores
+	rm -rf outputs/sweeps/bench_processes
+	$(BIN)/apa-train -m launch.processes=1,2 iterations=8 eval_every=0 checkpoint_every=0 name=bench_processes $(ARGS)
+	$(BIN)/python tests/benchmarks/processes.py outputs/sweeps/bench_processes
 
 check: install ## lint and formatting, as CI does
 	$(BIN)/ruff check apa_cli tests

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apa_cli.config import command, run_directory
+from apa_cli.command import command, run_directory
 from apa_cli.settings import Config
 
 
@@ -14,4 +14,4 @@ def chat(config: Config) -> None:
 
 
 def main() -> None:
-    command("apa-chat", chat, takes=("run", "model.path"))
+    command("apa-chat", chat, takes=("run", "model.path"), scores=lambda cfg: cfg.chat.score)

@@ -1,20 +1,17 @@
-"""From the command line to a checked `Config`: the only module, with the commands, that knows Hydra and OmegaConf.
+"""From words to a checked `Config`. With `recorded` and `command` the only module that knows Hydra and OmegaConf.
 
 Everything wrong with a configuration is found here, before torch is imported, and said in one line.
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import itertools
 import math
 import os
 import re
-import sys
 import typing
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from enum import Enum
@@ -23,9 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import hydra
-import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -33,13 +28,12 @@ from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from apa_cli.help import print_help
 from apa_cli.rewards.base import Part
-from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, located_run, recorded_config
+from apa_cli.run_directory import AUTO, RESUME
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, PartSettings, RewardSpecs, RunSettings
 from apa_cli.stopping import seconds
-from apa_cli.trust import check_plain, check_references, check_secrets, check_targets, offered_targets, targets
-from apa_cli.types import ConfigError, Range, UserError
+from apa_cli.trust import check_references, check_secrets
+from apa_cli.types import ConfigError, Range
 
 LAMBDA = "lambda"
 RUN = "run"
@@ -166,11 +160,11 @@ def _value(node: DictConfig, key: Any, name: str) -> Any:
     try:
         value = node[key]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {_first_line(error)}") from error
+        raise ConfigError(f"{name}: {first_line(error)}") from error
     try:
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {_first_line(error)}") from error
+        raise ConfigError(f"{name}: {first_line(error)}") from error
 
 
 def _target(path: Any, section: str) -> type:
@@ -179,7 +173,7 @@ def _target(path: Any, section: str) -> type:
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{section}._target_: cannot import {path!r} ({_first_line(error)})") from error
+        raise ConfigError(f"{section}._target_: cannot import {path!r} ({first_line(error)})") from error
     if not (isinstance(found, type) and is_dataclass(found)):
         raise ConfigError(f"{section}._target_: {path} is not a dataclass")
     return found
@@ -244,12 +238,12 @@ def _part_names(parts: list[PartSettings], where: str) -> list[str]:
 
 def _reward(name: str, given: dict[str, Any], place: str, cfg: DictConfig, extra_dir: str | None) -> Any:
     """The typed reward of conf/reward/NAME.yaml, or of the user's own folder, with these of its keys changed."""
-    options = _groups(extra_dir)["reward"]
+    options = groups_of(extra_dir)["reward"]
     if name not in options:
         raise ConfigError(f"{place}: {_no_option(name, options)}")
     node = compose([f"+reward={name}"], extra_dir, None).reward
-    known = {f"{place}.{key}" for key in [*(f.name for f in fields(PartSettings)), *_keys(node)]}
-    for key in _keys(OmegaConf.create(given)):
+    known = {f"{place}.{key}" for key in [*(f.name for f in fields(PartSettings)), *keys_of(node)]}
+    for key in keys_of(OmegaConf.create(given)):
         above = key.rpartition(".")[0]
         if f"{place}.{key}" not in known and (not above or OmegaConf.select(node, above)):
             raise ConfigError(unknown_key(f"{place}.{key}", OmegaConf.create(), sorted(known)))
@@ -312,7 +306,7 @@ def unknown_key(key: str, cfg: DictConfig, near: list[str] | None = None) -> str
     """One line that names a key that does not exist, and the nearest one that does."""
     if key == LAMBDA:
         return f"{LAMBDA}: the algorithm of this run has none"
-    keys = [k for k in [*(near or []), *_keys(cfg)] if k != key]
+    keys = [k for k in [*(near or []), *keys_of(cfg)] if k != key]
     same_end = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     same_section = [k for k in keys if "." in key and k.rpartition(".")[0] == key.rpartition(".")[0]]
     within = difflib.get_close_matches(key, same_section, n=1, cutoff=0.85)
@@ -324,7 +318,7 @@ def unknown_key(key: str, cfg: DictConfig, near: list[str] | None = None) -> str
     return f"unknown key '{key}'" + (f"; did you mean '{close[0]}'?" if close else "; --help lists the keys")
 
 
-def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+def keys_of(cfg: DictConfig, prefix: str = "") -> list[str]:
     """All dotted keys of a configuration."""
     names = []
     for key in cfg:
@@ -332,11 +326,11 @@ def _keys(cfg: DictConfig, prefix: str = "") -> list[str]:
         names.append(name)
         node = cfg._get_node(key)
         if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key) and not node._is_none():
-            names += _keys(node, f"{name}.")
+            names += keys_of(node, f"{name}.")
     return [name for name in names if not name.endswith("_target_")]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -358,20 +352,20 @@ def compose(overrides: list[str], extra_dir: str | None = None, config_name: str
         with hydra.initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
             return hydra.compose(config_name, overrides=[*overrides, *extra])
     except Exception as error:  # Hydra's own, OmegaConf's, and whatever a list where a name is needed leads to
-        raise ConfigError(_explained(error, overrides, extra_dir, config_name)) from error
+        raise ConfigError(explained(error, overrides, extra_dir, config_name)) from error
     finally:
         GlobalHydra.instance().hydra = running
 
 
-def _explained(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
+def explained(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
     """What is wrong with these words, in one line: a group's option, a key, or whatever Hydra says first."""
-    groups = _groups(extra_dir)
+    groups = groups_of(extra_dir)
     plain = []
     for word in overrides:
         try:
             parsed = OverridesParser.create().parse_override(word)
         except HydraException as parse_error:
-            return f"cannot read {word!r}: {_first_line(parse_error)}; words have the form key=value"
+            return f"cannot read {word!r}: {first_line(parse_error)}; words have the form key=value"
         if parsed.key_or_group in groups:
             options, chosen = groups[parsed.key_or_group], parsed.value()
             if not isinstance(chosen, str):
@@ -387,15 +381,15 @@ def _explained(error: Exception, overrides: list[str], extra_dir: str | None, co
     except ConfigError as base_error:
         return str(base_error)
     if base is not None:
-        known = [*_keys(base), *groups]
+        known = [*keys_of(base), *groups]
         for word in overrides:
             key = OverridesParser.create().parse_override(word).key_or_group
             if key not in known and not word.startswith(("+", "hydra.")) and not key.startswith("hydra."):
                 return unknown_key(key, base, list(groups))
     if "Ambiguous value" in str(error):
-        return f"{_first_line(error)}: several values need -m (a sweep), a list needs brackets"
+        return f"{first_line(error)}: several values need -m (a sweep), a list needs brackets"
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    return _with_word(_first_line(cause), overrides, extra_dir, config_name)
+    return _with_word(first_line(cause), overrides, extra_dir, config_name)
 
 
 def _with_word(message: str, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
@@ -410,7 +404,7 @@ def _with_word(message: str, overrides: list[str], extra_dir: str | None, config
     return message
 
 
-def _groups(extra_dir: str | None) -> dict[str, set[str]]:
+def groups_of(extra_dir: str | None) -> dict[str, set[str]]:
     """Group → its options, in conf/ and in the user's own folder."""
     groups: dict[str, set[str]] = {}
     for root in (config_dir(), *([Path(extra_dir)] if extra_dir else [])):
@@ -426,344 +420,3 @@ def expand(overrides: list[str]) -> list[list[str]]:
     """The jobs of a sweep: one list of overrides each."""
     parsed: list[Override] = OverridesParser.create().parse_overrides(overrides)
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-
-
-def _no_sweep(error: HydraException, overrides: list[str]) -> str:
-    """Which word of a sweep it is that cannot be expanded, and why."""
-    for word in overrides:
-        try:
-            expand([word])
-        except HydraException as own:
-            return f"cannot read {word!r}: {_first_line(own)}; words have the form key=value"
-    return _first_line(error)
-
-
-# --- the settings of a run ----------------------------------------------------------------------------------
-
-
-def compose_run(words: list[str], extra_dir: str | None = None) -> DictConfig:
-    """The settings of the run that a word run=… names, the other words on top of them.
-
-    What the run does not know yet is as in conf/. `lambda` is not there: the key of the algorithm that it set is. The
-    run's config.yaml cannot have code imported that neither conf/, `extra_dir` nor a word names.
-    """
-    overrides = _overrides(words, extra_dir)
-    name = next(str(override.value()) for override in overrides if override.key_or_group == RUN)
-    directory = located_run(name)[0]
-    recorded = recorded_config(directory)
-    check_plain(recorded, directory / "config.yaml")
-    recorded["model"]["trust_remote_code"] = False  # another run's consent is none
-    defaults = typing.cast(dict, OmegaConf.to_container(compose([], extra_dir), resolve=False))
-    cfg = OmegaConf.create(_completed(recorded, defaults))
-    cfg.pop(LAMBDA, None)
-    if recorded.get("sampling", {}).get("stop_strings") == recorded.get("dataset", {}).get("stop_strings"):
-        cfg.sampling.stop_strings = defaults["sampling"]["stop_strings"]  # those of another data set, if one is given
-    _on_top(cfg, overrides, extra_dir)
-    offered = offered_targets([config_dir(), *([Path(extra_dir)] if extra_dir else [])])
-    for override in overrides:
-        offered |= set(targets({override.key_or_group: override.value()}).values())
-    check_targets(typing.cast(dict, OmegaConf.to_container(cfg, resolve=False)), offered, directory / "config.yaml")
-    return cfg
-
-
-def compose_again(words: list[str], source: Path, extra_dir: str | None = None) -> DictConfig:
-    """The settings of the run in the directory `source`, which is resumed or forked, the words on top of them.
-
-    A group=option sets all that it sets in a new run. ConfigError where the run's config.yaml names code that neither
-    conf/, `extra_dir` nor the words name: what lies in a run's directory runs nothing by itself.
-    """
-    overrides = _overrides(words, extra_dir)
-    groups = _groups(extra_dir)
-    defaults = typing.cast(dict, OmegaConf.to_container(compose([], extra_dir), resolve=False))
-    recorded = _completed(RunDirectory(source).recorded(), defaults)
-    recorded |= {key: defaults[key] for key in OF_ONE_COMMAND}
-    if any(override.key_or_group == FORK for override in overrides):
-        recorded["name"] = defaults["name"]
-    for section in TARGET_SECTIONS:
-        recorded[section] = _trusted(recorded[section], section, source, extra_dir)
-    cfg = OmegaConf.create(_linked(recorded, defaults, OmegaConf.create(recorded)))
-    code = code_in(recorded)
-    for key, _ in code:
-        OmegaConf.update(cfg, key, "???", merge=False)
-    chosen = [override for override in overrides if override.key_or_group in groups]
-    if chosen:
-        new = OmegaConf.to_container(compose([override.input_line for override in chosen], extra_dir), resolve=False)
-        own = typing.cast(dict, OmegaConf.to_container(cfg, resolve=False))
-        for override in chosen:
-            own = _taken(own, new, _set_by(override, new, defaults, extra_dir))
-        cfg = OmegaConf.create(own)
-    _on_top(cfg, [override for override in overrides if override not in chosen], extra_dir)
-    for key, value in code:
-        section, _, last = key.rpartition(".")
-        node = OmegaConf.select(cfg, section) if section else cfg
-        if isinstance(node, DictConfig) and OmegaConf.is_missing(node, last):
-            raise ConfigError(
-                f"{key}: config.yaml of {source} has {value!r} there, which runs code; give {key}=… if that is wanted"
-            )
-    return cfg
-
-
-OF_ONE_COMMAND = ("resume", "resume_changed", "stop_after", "plan")
-"""Keys that say nothing about the run, only what one command does with it."""
-
-
-def _trusted(section: dict[str, Any], name: str, source: Path, extra_dir: str | None) -> dict[str, Any]:
-    """A section whose `_target_` one of the yamls of its group has too; what `lambda` sets there is linked again."""
-    target, roots = section.get("_target_"), (config_dir(), *([Path(extra_dir)] if extra_dir else []))
-    for file in (file for root in roots for file in sorted((root / name).rglob("*.yaml"))):
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        known = content.get(name, content)
-        if target is not None and known.get("_target_") == target:
-            return section | {key: value for key, value in known.items() if value == f"${{{LAMBDA}}}"}
-    raise ConfigError(
-        f"{name}._target_: config.yaml of {source} has {target!r} there, which no yaml in conf/ or --config-dir names"
-    )
-
-
-def _linked(own: dict[str, Any], defaults: dict[str, Any], whole: DictConfig) -> dict[str, Any]:
-    """`own` with the references of the defaults, ${another.key}, wherever it has the value of that key in `whole`."""
-    linked = dict(own)
-    for key, value in own.items():
-        default = defaults.get(key)
-        if isinstance(value, dict) and isinstance(default, dict):
-            linked[key] = _linked(value, default, whole)
-        elif found := re.fullmatch(r"\$\{([\w.]+)\}", str(default)):
-            linked[key] = default if OmegaConf.select(whole, found[1]) == value else value
-    return linked
-
-
-def _set_by(override: Override, new: dict[str, Any], defaults: dict[str, Any], extra_dir: str | None) -> dict[str, Any]:
-    """The keys, nested, that group=option sets in a new run; for the group's section, which it sets as a whole, None.
-
-    A yaml without a section of its own name, an experiment, is known by what differs from the defaults.
-    """
-    group = override.key_or_group
-    if group not in new:
-        return _differing(new, defaults)
-    content = compose([f"+{override.input_line}"], extra_dir, None)
-    return typing.cast(dict, OmegaConf.to_container(content, resolve=False)) | {group: None}
-
-
-def _differing(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """The keys, nested, whose values differ; None for sections that are of two types."""
-    keys: dict[str, Any] = {}
-    for key, value in new.items():
-        other = old.get(key)
-        both = isinstance(value, dict) and isinstance(other, dict)
-        if value != other:
-            keys[key] = _differing(value, other) if both and value.get("_target_") == other.get("_target_") else None
-    return keys
-
-
-def _taken(own: dict[str, Any], new: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
-    """`own` with the values of `new` under these keys, nested."""
-    taken = dict(own)
-    for key, within in keys.items():
-        if isinstance(within, dict) and isinstance(own.get(key), dict) and isinstance(new[key], dict):
-            taken[key] = _taken(own[key], new[key], within)
-        else:
-            taken[key] = new[key]
-    return taken
-
-
-def _overrides(words: list[str], extra_dir: str | None) -> list[Override]:
-    """The words parsed. ConfigError for one that has several values, or none."""
-    overrides = _parsed(words, extra_dir)
-    for override in overrides:
-        if override.is_delete() or override.is_sweep_override():
-            raise ConfigError(f"{override.key_or_group}: one value is needed; several need -m, a list needs brackets")
-    return overrides
-
-
-def _parsed(words: list[str], extra_dir: str | None) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(words)
-    except HydraException as error:
-        raise ConfigError(_explained(error, words, extra_dir, "config")) from error
-
-
-def _on_top(cfg: DictConfig, overrides: list[Override], extra_dir: str | None) -> None:
-    """Puts words on top of a run's settings; group=option replaces that section."""
-    groups = _groups(extra_dir)
-    for override in sorted(overrides, key=lambda override: override.key_or_group not in groups):
-        key = override.key_or_group
-        if key in groups and key in cfg:
-            section = compose([override.input_line], extra_dir)[key]
-            cfg[key] = OmegaConf.to_container(section, resolve=False)
-        elif override.is_add() or key in _keys(cfg) or key.endswith("._target_"):
-            OmegaConf.update(cfg, key, override.value(), merge=True, force_add=True)
-        else:
-            raise ConfigError(unknown_key(key, cfg, [group for group in groups if group in cfg]))
-
-
-def source_of(words: list[str], extra_dir: str | None = None) -> Path | None:
-    """The directory of the run that these words resume or fork; None where they begin one of its own.
-
-    ConfigError where there is no run in it.
-    """
-    given = {each.key_or_group: each.value() for each in _parsed(words, extra_dir)}
-    resume, fork, name = (given.get(key) for key in (RESUME, FORK, "name"))
-    if fork is not None and resume not in (None, AUTO):
-        raise ConfigError(f"{FORK}: give it without {RESUME}={resume}; a fork is a run of its own")
-    if resume == AUTO and name is not None:
-        path = Path(run_directory_name(str(name), AUTO))
-        if any(path.glob("checkpoints/iteration_*")):
-            return path
-    named = {RESUME: None if resume == AUTO else resume, FORK: fork}
-    for key, value in named.items():
-        if value is not None:
-            path = Path(run_directory_name("", str(value))).expanduser()
-            if not (path / "config.yaml").is_file():
-                raise ConfigError(f"{key}: there is no run in {path}")
-            return path
-    return None
-
-
-def _completed(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`given` with the keys that it lacks taken from `defaults`, also in sections that are of one type."""
-    whole = {**defaults, **given}
-    for key, value in given.items():
-        other = defaults.get(key)
-        if isinstance(value, dict) and isinstance(other, dict) and value.get("_target_") == other.get("_target_"):
-            whole[key] = _completed(value, other) if key != "architecture" else value
-    return whole
-
-
-def _quoted(word: str) -> str:
-    """run=FOLDER in quotation marks: the folder of a job of a sweep has signs in its name that mean something here."""
-    key, _, folder = word.partition("=")
-    if key not in (RUN, RESUME, FORK) or not Path(folder).expanduser().is_dir():
-        return word
-    escaped = folder.replace("'", "\\'")
-    return f"{key}='{escaped}'"
-
-
-def check_subject(config: Config, takes: tuple[str, ...]) -> None:
-    """Only the commands that look at a model take run=, and they need one of what they take."""
-    if not takes and config.run.run is not None:
-        raise ConfigError("run: this command takes none; apa-train continues a run with resume=")
-    given = {"run": config.run.run, "model.path": config.model.path}
-    if takes and all(given[key] is None for key in takes):
-        raise ConfigError(f"run: a model is needed, give {' or '.join(f'{key}=…' for key in takes)}")
-
-
-# --- commands -----------------------------------------------------------------------------------------------
-
-
-def command(name: str, task: Callable[[Config], None], takes: tuple[str, ...] = ()) -> None:
-    """Runs one of the Hydra commands: checks all words, hands `task` a checked Config for each job.
-
-    A UserError ends in one line on stderr and its exit status; --help, --cfg, --config-dir and -m are Hydra's.
-    `takes` are the keys by which a command that looks at a model is told which, "run" and perhaps "model.path". Jobs
-    that take the settings of a run, with run=, resume= or fork=, are composed here without Hydra's own program.
-    """
-    parser = get_args_parser()
-    parser.error = refuse_flag
-    try:
-        args = parser.parse_args()
-        if args.help:
-            print_help(name, config_dir(), args.overrides)
-            return
-        jobs, again = [], False
-        if not (args.hydra_help or args.info or args.shell_completion):
-            jobs, again = _checked_jobs(args.overrides, args.multirun, args.config_dir, takes)
-        if not again:
-            _run_hydra(task, args.config_dir)
-            return
-        for cfg, config in jobs:
-            if args.cfg:
-                print(OmegaConf.to_yaml(cfg), end="")
-            else:
-                task(config)
-    except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    except KeyboardInterrupt as error:
-        print(f"{name}: {error or 'stopped by SIGINT'}", file=sys.stderr)
-        sys.exit(getattr(error, "status", 130))
-
-
-def refuse_flag(message: str) -> typing.NoReturn:
-    """In place of argparse's own usage, which is Hydra's and of many lines."""
-    raise ConfigError(f"{_first_line(ValueError(message))}; --help lists the flags and keys")
-
-
-def _checked_jobs(
-    overrides: list[str], multirun: bool, extra_dir: str | None, takes: tuple[str, ...]
-) -> tuple[list[tuple[DictConfig, Config]], bool]:
-    """Each job's configuration, and whether they take the settings of a run."""
-    overrides = [_quoted(word) for word in overrides]
-    try:
-        jobs = expand(overrides) if multirun else [overrides]
-    except HydraException as error:
-        raise ConfigError(_no_sweep(error, overrides)) from error
-    checked, again = [], False
-    for job in jobs:
-        source = None
-        if RUN in takes and any(word.startswith(f"{RUN}=") for word in job):
-            cfg, again = compose_run(job, extra_dir), True
-        elif takes or multirun or (source := source_of(job, extra_dir)) is None:
-            cfg = compose(job, extra_dir)
-        else:
-            cfg, again = compose_again(job, source, extra_dir), True
-        config = build(cfg, extra_dir)
-        check_subject(config, takes)
-        if multirun and any(word.startswith(f"{FORK}=") for word in job):
-            raise ConfigError(f"{FORK}: one run is forked at a time, without -m")
-        if source is not None and source == run_directory(config).expanduser():
-            RunDirectory(source).check_resume(config.raw)
-        checked.append((cfg, config))
-    return checked, again
-
-
-def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
-    failed: list[UserError] = []
-    inside, own = False, os.getpid()
-
-    def job(cfg: DictConfig) -> None:
-        nonlocal inside
-        if failed:  # of a sweep the jobs after one that failed are not begun, and Hydra's folders not left behind
-            with contextlib.suppress(OSError):
-                Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir).rmdir()
-            return
-        inside = True
-        try:
-            task(build(cfg, extra_dir))
-        except UserError as error:  # Hydra would print all the job's words over its one line
-            if os.getpid() != own:  # a launcher runs the jobs of a sweep in processes of their own
-                raise UserError(f"{Path(run_directory(build(cfg, extra_dir))).name}: {error}") from None
-            failed.append(error)
-        inside = False
-
-    # Hydra then hands other exceptions on instead of printing its own account of them.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        hydra.main(config_path=str(config_dir()), config_name="config", version_base=VERSION_BASE)(job)()
-    except (OSError, ValueError, HydraException) as error:
-        if inside:
-            raise
-        if isinstance(error, HydraException | ValueError):
-            raise ConfigError(_first_line(error)) from error
-        raise UserError(f"name: the directory {error.filename} cannot be made ({error.strerror})") from error
-    if failed:
-        raise failed[0]
-
-
-def run_directory(config: Config) -> Path:
-    """The directory of the job that Hydra is running, or of the run that goes on."""
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized():
-        return Path(run_directory_name(config.run.name, config.run.resume))
-    return Path(HydraConfig.get().runtime.output_dir)
-
-
-def sweep_name() -> str | None:
-    """The name of the sweep that this job belongs to, or None."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    if not HydraConfig.initialized():
-        return None
-    job = HydraConfig.get()
-    return Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None

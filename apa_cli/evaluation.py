@@ -18,8 +18,7 @@ from apa_cli.models.lora import WithoutAdapter
 from apa_cli.processes import ALONE, World
 from apa_cli.randomness import Stream
 from apa_cli.rewards.base import CheckedScore
-from apa_cli.rollout.collect import collect, concatenated
-from apa_cli.rollout.collect import widened as widened_columns
+from apa_cli.rollout.collect import collect, concatenated, extended
 from apa_cli.rollout.statistics import mean_interval, response_statistics
 from apa_cli.settings import DType, SamplingSettings
 from apa_cli.tensor_ops import masked_mean, tempered, token_entropy
@@ -108,7 +107,7 @@ class Evaluator:
         rollout = concatenated([part.rollout for part in parts], self.tokenizer.pad_token_id, count)
         width = rollout.mask.shape[1]
         kl, entropy = (
-            torch.cat([widened_columns(getattr(part, name), width, left=False, filling=0) for part in parts])[:count]
+            torch.cat([extended(getattr(part, name), width, left=False, filling=0) for part in parts])[:count]
             for name in ("kl", "entropy")
         )
         scores = {name: [value for part in parts for value in part.scores[name]][:count] for name in own.scores}

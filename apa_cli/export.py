@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apa_cli.config import command
+from apa_cli.command import command
 from apa_cli.settings import Config
 
 
@@ -14,4 +14,4 @@ def export(config: Config) -> None:
 
 
 def main() -> None:
-    command("apa-export", export, takes=("run",))
+    command("apa-export", export, takes=("run",), scores=lambda cfg: False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apa_cli.config import command, run_directory
+from apa_cli.command import command, run_directory
 from apa_cli.settings import Config
 
 

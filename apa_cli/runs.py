@@ -178,7 +178,7 @@ def start_sft(config: Config, path: Path) -> None:
     def build(place: Workplace) -> dict[str, float]:
         return run_sft(config, *load_examples(config, place.say), config.run.seed, place)
 
-    run_stage(config, path, build, "SFT", "model.path")
+    run_stage("apa-sft", config, path, build, "SFT", "model.path")
 
 
 def start_reward(config: Config, path: Path) -> None:
@@ -189,10 +189,12 @@ def start_reward(config: Config, path: Path) -> None:
         start = sft_model(config, *data, place.device, place.say, place.progress)
         return run_reward(replace(config, model=replace(config.model, path=start)), *data, config.run.seed, place)
 
-    run_stage(config, path, build, "reward model", "reward.path")
+    run_stage("apa-reward", config, path, build, "reward model", "reward.path")
 
 
-def run_stage(config: Config, path: Path, build: Callable[[Workplace], dict[str, float]], name: str, key: str) -> None:
+def run_stage(
+    command: str, config: Config, path: Path, build: Callable[[Workplace], dict[str, float]], name: str, key: str
+) -> None:
     """Runs a stage as a command of its own: model/, result.json, and what every run's directory holds.
 
     metrics.jsonl has a line per evaluation, its `iteration` the optimiser step.
@@ -202,7 +204,7 @@ def run_stage(config: Config, path: Path, build: Callable[[Workplace], dict[str,
             raise ConfigError(f"{own}: only apa-train takes it")
     path = directory_of(config, path, None)
     directory = RunDirectory(path)
-    with Stopping(None), directory.held():
+    with Stopping(None) as stopping, directory.held():
         found = found_in(config, path)
         if config.run.resume == AUTO and directory.result.is_file():
             print(f"{path}: finished, nothing is left to do", flush=True)
@@ -225,10 +227,14 @@ def run_stage(config: Config, path: Path, build: Callable[[Workplace], dict[str,
                     record=lambda row: directory.record(directory.metrics, [row]),
                     checkpoints=directory.checkpoints,
                     resume=resume,
+                    stopping=stopping,
                 )
                 result = build(place)
                 replace_text(directory.result, json.dumps(result, indent=2) + "\n")
                 console.say(f"the model is in {path / 'model'}; use it with {key}={path / 'model'}")
+        except Stopped as stopped:
+            how = resume_command(command, config, path)
+            raise Stopped(f"{stopped}; go on with: {how}", stopped.status) from None
         except BaseException:
             if not directory.checkpoints.exists():
                 directory.release()

@@ -80,7 +80,7 @@ class Stopping:
         self.requested = signal.Signals(number).name
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        text = f"\n{self.requested}: the iteration will be finished and saved first; a second signal stops at once\n"
+        text = f"\n{self.requested}: the step will be finished and saved first; a second signal stops at once\n"
         os.write(2, text.encode())  # print may be what was interrupted
 
     @property

@@ -58,7 +58,7 @@ def check_targets(config: dict[str, Any], offered: set[str], file: Path) -> None
     for place, target in targets(config).items():
         if target not in offered:
             raise ConfigError(
-                f"run: {place} in {file} is {target!r}, which no yaml of conf/ or --config-dir has; it is not imported "
+                f"{place} in {file} is {target!r}, which no yaml of conf/ or --config-dir has; it is not imported "
                 f"unless a word says {place}={target}"
             )
 

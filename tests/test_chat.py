@@ -3,15 +3,20 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
-from apa_cli.config import build, compose, compose_run
+from apa_cli.config import build, compose
 from apa_cli.conversation import Conversation, converse, prompts_of
 from apa_cli.models.loading import end_tokens, load_policy, load_tokenizer
 from apa_cli.models.prompting import PromptFormat, chat_text
+from apa_cli.recorded import compose_run
 from apa_cli.rewards.base import Scores
 from apa_cli.trained import PromptKind, an_evaluated_prompt
+
+look = partial(compose_run, scores=lambda cfg: False)
+"""compose_run for a command that asks no reward."""
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<me>"
 
@@ -146,16 +151,16 @@ def test_the_kind_of_prompts_is_read_from_the_runs_samples(prompt, kind, tmp_pat
 
 def test_a_runs_kind_decides_and_a_word_overrules_it(run_train):
     run = run_train("iterations=0")  # story openings, which are no dialogues
-    assert prompts_of(build(compose_run([f"run={run}"]))) == (False, False)
-    assert prompts_of(build(compose_run([f"run={run}", "chat.dialogue=true"]))) == (True, False)
+    assert prompts_of(build(look([f"run={run}"]))) == (False, False)
+    assert prompts_of(build(look([f"run={run}", "chat.dialogue=true"]))) == (True, False)
     assert prompts_of(build(compose(["model.path=x"]))) == (True, True)
     assert prompts_of(build(compose(["model.path=x", "chat.dialogue=false"]))) == (False, True)
 
 
-def test_through_a_pipe(run_train, tmp_path):
+def test_through_a_pipe(run_train, small_words, tmp_path):
     run = run_train("iterations=1", "optimizer.lr=1e-2", "eval_every=0")
     code = "import sys; from apa_cli.chat import main; sys.argv[0] = 'apa-chat'; main()"
-    words = [f"run={run}", "chat.score=true", "sampling.max_new_tokens=20"]
+    words = [f"run={run}", "chat.score=true", "sampling.max_new_tokens=20", small_words[-1]]
     (tmp_path / "empty").mkdir()
     done = subprocess.run(
         [sys.executable, "-c", code, *words], input="Once there was\n/quit\nnever read\n",

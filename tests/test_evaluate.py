@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from apa_cli import assessment
 from apa_cli.assessment import FIGURES, best_of_figures, compare, figures, start_evaluation
-from apa_cli.config import build, check_subject, compose, compose_run, directory_name
+from apa_cli.command import check_subject
+from apa_cli.config import build, compose, directory_name
 from apa_cli.evaluation import Replies
 from apa_cli.kl import best_of_n_bound
+from apa_cli.recorded import compose_run
 from apa_cli.tracking import Tracker
 from apa_cli.types import ConfigError, UserError
 
@@ -37,8 +39,9 @@ def report(finished):
 
 def evaluate(run, *words, file="eval.json"):
     """What apa-eval run=… writes."""
-    start_evaluation(build(compose_run([f"run={run}", *words])), None)
     directory = run.parent.parent if run.parent.name == "checkpoints" else run
+    target = yaml.safe_load((directory / "config.yaml").read_text())["reward"]["target"]
+    start_evaluation(build(compose_run([f"run={run}", f"reward.target={target}", *words])), None)
     return json.loads((directory / file).read_text())
 
 
@@ -341,7 +344,7 @@ def test_the_folder_of_a_job_of_a_sweep_and_no_heavy_package(recorded, tmp_path)
 )
 def test_wrong_words_are_one_line(words, parts, begun):
     with pytest.raises(ConfigError) as caught:
-        build(compose_run([word.format(run=begun) for word in words]))
+        build(compose_run([word.format(run=begun) for word in words], scores=lambda cfg: False))
     message = str(caught.value)
     assert "\n" not in message and all(part in message for part in parts)
 

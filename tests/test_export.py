@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apa_cli import publication
-from apa_cli.config import build, compose_run
+from apa_cli.config import build
 from apa_cli.model_card import model_card, use
 from apa_cli.publication import check, largest_difference, start_export
+from apa_cli.recorded import compose_run
 from apa_cli.trained import PromptKind
 from apa_cli.types import ConfigError, UserError
+
+look = partial(compose_run, scores=lambda cfg: False)
+"""compose_run for a command that asks no reward."""
 
 WORDS = ("iterations=2", "optimizer.lr=1e-2", "checkpoint.keep_last=9", "eval_every=1")
 LORA = ("lora=default", "lora.rank=4", "critic=adapter", "optimizer.lr=2e-2")
@@ -32,7 +37,7 @@ def lora(train, tmp_path_factory):
 
 
 def export(run, folder, *words):
-    start_export(build(compose_run([f"run={run}", f"export.folder={folder}", *words])))
+    start_export(build(look([f"run={run}", f"export.folder={folder}", *words])))
     return folder
 
 
@@ -92,12 +97,12 @@ def test_the_folder_gives_the_policys_log_probs(case, request, tiny, tmp_path, c
 def test_by_default_it_lies_in_the_run_and_another_place_must_be_empty(full, tmp_path):
     run = shutil.copytree(full, tmp_path / "run")
     words = [f"run={run}/checkpoints/iteration_000001"]
-    start_export(build(compose_run(words)))
+    start_export(build(look(words)))
     assert (run / "export_iteration_000001" / "model.safetensors").is_file()
     note = run / "export_iteration_000001" / "README.md"
     note.write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
-        start_export(build(compose_run(words)))
+        start_export(build(look(words)))
     assert note.read_text() == "mine"
 
 
@@ -201,4 +206,4 @@ def test_a_chats_prompt_is_given_to_the_template():
 
 def test_a_checkpoint_that_is_not_there(full):
     with pytest.raises(ConfigError, match="no checkpoint of one"):
-        compose_run([f"run={full}/checkpoints/iteration_000077"])
+        look([f"run={full}/checkpoints/iteration_000077"])

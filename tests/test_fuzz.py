@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from apa_cli import config
+from apa_cli.command import command as run_command
 from apa_cli.config import config_dir
 
 COMMANDS = {"apa-train": (), "apa-sft": (), "apa-reward": (), "apa-eval": ("run", "model.path"),
@@ -79,7 +79,7 @@ def answer(monkeypatch, tmp_path, capfd):
         monkeypatch.setattr(sys, "argv", [command, *given])
         status = 0
         try:
-            config.command(command, lambda settings: None, COMMANDS[command])
+            run_command(command, lambda settings: None, COMMANDS[command])
         except SystemExit as error:
             status = error.code
         return status, capfd.readouterr().err

@@ -13,7 +13,9 @@ import yaml
 
 from apa_cli import checkpoint as checkpoints
 from apa_cli import stopping
-from apa_cli.config import _checked_jobs, build, compose, compose_again, run_directory_name, source_of
+from apa_cli.command import checked_jobs
+from apa_cli.config import build, compose, run_directory_name
+from apa_cli.recorded import compose_again, source_of
 from apa_cli.run_directory import RunDirectory, code_in, rows_until
 from apa_cli.runs import resume_command, start
 from apa_cli.stopping import Stopped
@@ -54,7 +56,7 @@ def again(target, monkeypatch):
     monkeypatch.setattr("apa_cli.trainer.draw_curves", lambda directory: None)
 
     def go_on(*words: str) -> Path:
-        ((_, config),), composed_here = _checked_jobs([*words, target], False, None, ())
+        ((_, config),), composed_here = checked_jobs([*words, target], False, None, ())
         assert composed_here
         path = Path(run_directory_name(config.run.name, config.run.resume))
         start(config, path, None)
@@ -139,7 +141,7 @@ def test_a_runs_directory_names_no_code_to_run(begun, small_words):
         compose_again([f"resume={begun}"], begun)
     config["algo"]["_target_"] = "pathlib.Path"
     (begun / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match=r"^algo\._target_: .*pathlib\.Path.*no yaml"):
+    with pytest.raises(ConfigError, match=r"^algo\._target_ in .*pathlib\.Path.*no yaml"):
         compose_again([f"resume={begun}", *small_words], begun)
     assert code_in({"a": [{"use": "f", "target": "x"}], "model": {"trust_remote_code": True}, "target": None}) == [
         ("a", [{"use": "f", "target": "x"}]),
@@ -243,7 +245,7 @@ def test_what_contradicts_a_fork_is_refused(copied):
     with pytest.raises(ConfigError, match=r"^fork: give it without resume="):
         source_of([f"fork={copied}", f"resume={copied}"])
     with pytest.raises(ConfigError, match=r"^fork: one run"):
-        _checked_jobs([f"fork={copied}", "seed=0,1"], True, None, ())
+        checked_jobs([f"fork={copied}", "seed=0,1"], True, None, ())
 
 
 # --- one live run in a directory ----------------------------------------------------------------------------

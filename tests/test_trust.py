@@ -3,8 +3,11 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -13,11 +16,16 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from apa_cli.config import build, compose, compose_run
+from apa_cli import chat, evaluate, export
+from apa_cli.config import build, compose
 from apa_cli.models.loading import load_policy
+from apa_cli.recorded import compose_run
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.gptj_rm import GPTJReward
 from apa_cli.types import ConfigError, UserError
+
+look = partial(compose_run, scores=lambda cfg: False)
+"""compose_run for a command that asks no reward."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,7 @@ TRAP = "trap_module.Trap"
 )
 def test_a_target_that_only_the_runs_configuration_names_is_not_imported(key, value, tampered, trap):
     with pytest.raises(ConfigError, match=rf"_target_ in .*config\.yaml is '{TRAP}'.*it is not imported") as caught:
-        build(compose_run([tampered(key, value)]))
+        build(look([tampered(key, value)]))
     assert "\n" not in str(caught.value)
     assert not trap()
 
@@ -82,28 +90,49 @@ def test_a_target_that_only_the_runs_configuration_names_is_not_imported(key, va
 def test_one_that_is_hidden_behind_a_reference_is_not_imported_either(tampered, trap):
     hidden = "${oc.decode:'[{use: vader, _target_: trap_module.Trap}]'}"
     with pytest.raises(ConfigError, match=r"^run: evaluation\.rewards in .*config\.yaml refers to"):
-        build(compose_run([tampered("evaluation.rewards", hidden)]))
+        build(look([tampered("evaluation.rewards", hidden)]))
     assert not trap()
 
 
 def test_a_target_that_a_word_or_the_users_own_folder_names_is_imported(tampered, trap, tmp_path):
     words = [tampered("reward._target_", TRAP), f"reward._target_={TRAP}"]
     with pytest.raises(ConfigError, match=r"unknown key 'reward\."):  # the class has no such fields
-        build(compose_run(words))
+        build(look(words))
     assert trap()
     (tmp_path / "own" / "reward").mkdir(parents=True)
     (tmp_path / "own" / "reward" / "mine.yaml").write_text(f"_target_: {TRAP}\n")
-    compose_run(words[:1], str(tmp_path / "own"))
+    look(words[:1], str(tmp_path / "own"))
 
 
 def test_a_runs_own_configuration_is_taken(run):
-    assert type(build(compose_run([f"run={run}"])).algo).__name__ == "APA"
+    assert type(build(look([f"run={run}"])).algo).__name__ == "APA"
+
+
+def test_a_reward_function_is_named_again_where_it_is_asked(run, trap, tmp_path, capfd, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(re.sub(r"target: .*:vowels", "target: trap_module:Trap", text))
+    for main, words, refused in (
+        (evaluate.main, [], True),
+        (evaluate.main, ["reward=vader"], False),
+        (chat.main, ["chat.score=true"], True),
+        (chat.main, [], False),
+        (export.main, [], False),
+    ):
+        monkeypatch.setattr(sys, "argv", ["it", f"run={copy}", *words, "--cfg", "job"])
+        with pytest.raises(SystemExit) if refused else nullcontext():
+            main()
+        said = (
+            f"reward.target: config.yaml of {copy} has 'trap_module:Trap' there, which runs code; give reward.target=…"
+        )
+        assert (said in capfd.readouterr().err) == refused
+    assert not trap()
 
 
 def test_another_runs_consent_to_remote_code_is_none(tampered):
     words = [tampered("model.trust_remote_code", True)]
-    assert build(compose_run(words)).model.trust_remote_code is False
-    assert build(compose_run([*words, "model.trust_remote_code=true"])).model.trust_remote_code is True
+    assert build(look(words)).model.trust_remote_code is False
+    assert build(look([*words, "model.trust_remote_code=true"])).model.trust_remote_code is True
 
 
 def test_yaml_cannot_make_objects(run, tmp_path):
@@ -111,7 +140,7 @@ def test_yaml_cannot_make_objects(run, tmp_path):
     with (tmp_path / "copy" / "config.yaml").open("a") as file:
         file.write(f"extra: !!python/object/apply:os.system ['touch {tmp_path}/sprung']\n")
     with pytest.raises(ConfigError, match=r"config\.yaml or environment\.json of .* cannot be read"):
-        compose_run([f"run={tmp_path}/copy"])
+        look([f"run={tmp_path}/copy"])
     assert not (tmp_path / "sprung").exists()
 
 

@@ -122,7 +122,7 @@ def concatenated(parts: list[Rollout], pad: int, count: int) -> Rollout:
             return first if first is None else torch.cat(values)[:count]
         width = max(value.shape[1] for value in values)
         left, filling = name.startswith("prompt_"), pad if name.endswith("_ids") else 0
-        return torch.cat([widened(value, width, left, filling) for value in values])[:count]
+        return torch.cat([extended(value, width, left, filling) for value in values])[:count]
 
     whole = {f.name: joined(f.name, [getattr(part, f.name) for part in parts]) for f in fields(Rollout)}
     if parts[0].ref_logprobs is parts[0].init_logprobs:
@@ -130,7 +130,7 @@ def concatenated(parts: list[Rollout], pad: int, count: int) -> Rollout:
     return Rollout(**whole)
 
 
-def widened(x: Tensor, width: int, left: bool, filling: int) -> Tensor:
+def extended(x: Tensor, width: int, left: bool, filling: int) -> Tensor:
     """x [N, W] with columns of `filling` added on one side, [N, width]."""
     missing = width - x.shape[1]
     return padded(x, (missing, 0) if left else (0, missing), value=filling)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apa_cli import checkpoint as checkpoints
 from apa_cli.randomness import Stream, permutation
 from apa_cli.settings import FitSettings, Schedule
+from apa_cli.stopping import Stopped, Stopping
 from apa_cli.types import UserError
 
 POOL = 16
@@ -44,6 +45,8 @@ class Workplace:
     """Folder for checkpoints; None: none are kept."""
     resume: Path | None = None
     """The checkpoint to go on from."""
+    stopping: Stopping | None = None
+    """Who asks the stage to end early, after a step, with a checkpoint; None: nobody."""
 
 
 def factor(settings: FitSettings, step: int, total: int) -> float:
@@ -70,7 +73,8 @@ def fit(
     """Minimises `loss(indices of a batch)`, a scalar, over the weights that require a gradient.
 
     `measure()` gives held-out figures, the lower its "eval/loss" the better: every `eval_every` steps and at the
-    end. The model is left with the weights that measured best, and their figures are returned.
+    end. The model is left with the weights that measured best, and their figures are returned. `Stopped` where
+    `place.stopping` ended it before its last step, saved.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -85,6 +89,19 @@ def fit(
         checkpoints.load_module(model, tensors["model"], trained_only=True)
         checkpoints.load_optimizer(optimizer, tensors["optimizer"])
         step, best, best_tensors = state["step"], state["best"], tensors.get("best", {})
+
+    def save() -> None:
+        groups = {
+            "model": checkpoints.module_tensors(model, trained_only=True),
+            "optimizer": checkpoints.optimizer_tensors(optimizer),
+            **({"best": best_tensors} if best_tensors else {}),
+        }
+        path = checkpoints.save(place.checkpoints, step, groups, {"step": step, "best": best})
+        checkpoints.prune(place.checkpoints, 1, None)
+        place.say(f"checkpoint: {path}")
+
+    if place.stopping is not None:
+        place.stopping.listen()
     while step < total:
         epoch, first = divmod(step, steps)
         for rows in batches(lengths, settings.batch, seed, epoch)[first:]:
@@ -108,14 +125,11 @@ def fit(
                 if not best or figures["eval/loss"] < best["eval/loss"]:
                     best = figures
                     best_tensors = {n: t.clone() for n, t in checkpoints.module_tensors(model, True).items()}
-            if place.checkpoints and settings.checkpoint_every and step % settings.checkpoint_every == 0:
-                groups = {
-                    "model": checkpoints.module_tensors(model, trained_only=True),
-                    "optimizer": checkpoints.optimizer_tensors(optimizer),
-                    **({"best": best_tensors} if best_tensors else {}),
-                }
-                path = checkpoints.save(place.checkpoints, step, groups, {"step": step, "best": best})
-                checkpoints.prune(place.checkpoints, 1, None)
-                place.say(f"checkpoint: {path}")
+            why = None if place.stopping is None or step == total else place.stopping.requested
+            due = settings.checkpoint_every and step % settings.checkpoint_every == 0
+            if place.checkpoints and (due or why):
+                save()
+            if why:
+                raise Stopped(f"stopped by {why} after step {step} of {total}, saved", place.stopping.status())
     checkpoints.load_module(model, best_tensors, trained_only=True)
     return best

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from apa_cli.models.forward import response_logprobs
+from apa_cli.rollout import sampler
 from apa_cli.rollout.sampler import (
     Sampled,
     StopStrings,
@@ -268,6 +270,27 @@ def test_responses_that_have_ended_are_left_out_once_they_are_half(policy, token
         rows = running if 2 * running <= rows else rows
     assert len(seen) == max(lengths) and min(seen) <= N // 4
     assert_as_step_by_step(policy, found, prompts, uniforms, {EOS, 2, 3})
+
+
+def test_the_cache_gives_what_one_without_room_gives(policy, tokenizer, prompts, uniforms, monkeypatch):
+    """Bit for bit, with rows that are left out on the way and room that is too little from the second token on."""
+    settings, draws = replace(SETTINGS, max_new_tokens=uniforms.shape[1]), (prompts, uniforms)
+    for room in (1, 3, 128):
+        monkeypatch.setattr(sampler.RoomyLayer, "ROOM", room)
+        found = sample(policy, tokenizer, *draws, settings, frozenset({EOS, 2}))
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, "roomy_cache", lambda config: DynamicCache(config=config))
+            assert found == sample(policy, tokenizer, *draws, settings, frozenset({EOS, 2}))
+    assert len({len(tokens) for tokens in found.tokens}) > 2
+
+
+def test_keys_are_moved_once_in_as_many_tokens_as_there_is_room():
+    layer, moves = sampler.RoomyLayer(), set()
+    for _ in range(300):
+        keys, values = layer.update(torch.ones(2, 1, 1, 4), torch.zeros(2, 1, 1, 4))
+        moves.add(keys.data_ptr())
+    assert len(moves) == 3 and keys.shape == values.shape == (2, 1, 300, 4)
+    assert bool(keys.all()) and not bool(values.any())
 
 
 def test_several_tokens_may_end_a_response(policy, tokenizer, prompts, uniforms):

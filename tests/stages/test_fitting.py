@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,7 @@ from apa_cli.settings import Schedule
 from apa_cli.stages import fitting
 from apa_cli.stages.fitting import Workplace, factor, fit
 from apa_cli.stages.reward_model import pair_loss, run_reward, subset_accuracies
+from apa_cli.stopping import Stopped
 from apa_cli.types import Example, UserError
 
 CPU = torch_device("cpu")
@@ -161,6 +164,30 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(start, more, tin
     assert steps == [4, 8, 12, 15]  # 40 rows in batches of 8, three times
     with pytest.raises(UserError, match=rf"^resume: the configuration differs from the run's: {stage}.lr"):
         start(configured(f"resume={stopped}", f"{stage}.lr=1e-3"), tmp_path / "other")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_stage_after_its_step_and_it_goes_on(number, tiny, tmp_path, monkeypatch):
+    def configured(*words):
+        return build(compose([*WORDS, f"model.path={tiny}", "sft.checkpoint_every=0", *words]))
+
+    computed = fitting.factor
+
+    def interrupted(settings, step, total):
+        if step == 6:
+            os.kill(os.getpid(), number)
+        return computed(settings, step, total)
+
+    start_sft(configured(), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "factor", interrupted)
+        with pytest.raises(Stopped, match=r"after step 7 of 15, saved; go on with: apa-sft resume=") as caught:
+            start_sft(configured(), tmp_path / "stopped")
+    assert caught.value.status == 128 + number
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["iteration_000007"]
+    start_sft(configured(f"resume={tmp_path}/stopped"), tmp_path / "elsewhere")
+    for file in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 # --- the reward model ---------------------------------------------------------------------------------------
