@@ -9,7 +9,6 @@ import copy
 import hashlib
 import json
 import math
-import resource
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ from apa_cli.console import Console
 from apa_cli.datasets.base import positions
 from apa_cli.evaluation import Evaluator
 from apa_cli.guard import Watch, signs, unreported
+from apa_cli.machine import peak_bytes
 from apa_cli.memory import Halving
 from apa_cli.models.forward import TrainingModel, compute_precision, response_logprobs
 from apa_cli.models.loading import save_model
@@ -260,7 +260,7 @@ class Trainer:
             "throughput/samples_per_s": len(rollout.endings) / total,
             "throughput/tokens_per_s": tokens / total,
             "throughput/mfu": self.update_meter.utilization(batch, seconds["time/update_s"]),
-            "memory/peak_gib": max(self.world.gather(peak_memory(self.device))),
+            "memory/peak_gib": max(self.world.gather(peak_bytes(self.device))) / 2**30,
         }
 
     def sample(self, iteration: int) -> tuple[Rollout, float]:
@@ -555,13 +555,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds[name] = time.perf_counter() - begun
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: the most the GPU held in this iteration, or the most the process ever held on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

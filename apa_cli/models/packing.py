@@ -17,8 +17,8 @@ from apa_cli.models.lora import WithoutAdapter
 ATTENTION = "sdpa_by_sequence"
 """The name in `transformers` of `attention`."""
 
-_calls: list[bool] = []
-"""For each call of `attention` with several sequences, whether it was all that the layer asked for."""
+_tried: list[bool] | None = None
+"""While a model is tried: for each call of `attention` with several sequences, whether it knew all that was asked."""
 
 
 def attention(
@@ -34,7 +34,8 @@ def attention(
     if lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     options.pop("is_causal", None)
-    _calls.append(options.get("sliding_window") is None and options.get("position_bias") is None)
+    if _tried is not None:
+        _tried.append(options.get("sliding_window") is None and options.get("position_bias") is None)
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     results = [sdpa_attention_forward(module, *part, None, is_causal=True, **options)[0] for part in parts]
     return torch.cat(results, dim=1), None
@@ -73,6 +74,7 @@ def packs(model: nn.Module | WithoutAdapter) -> bool:
 @torch.no_grad()
 def tried(trunk: nn.Module) -> bool:
     """`packs`, found out; where it is so the trunk's attention is `attention` afterwards, else what it was."""
+    global _tried
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -85,10 +87,10 @@ def tried(trunk: nn.Module) -> bool:
     size = config.vocab_size
     ids = torch.tensor([1, 2, 3, 4, 5]) % size
     places = torch.tensor([0, 1, 2, 0, 1])
-    _calls.clear()
+    _tried = []
     try:
         together = trunk(**packed_inputs(ids, places, [3, 2]), use_cache=False).last_hidden_state[0]
-        known = len(_calls) == config.num_hidden_layers and all(_calls)
+        known = len(_tried) == config.num_hidden_layers and all(_tried)
         alone = [
             trunk(input_ids=part.unsqueeze(0), attention_mask=torch.ones(1, len(part)), use_cache=False)
             for part in ids.split([3, 2])
@@ -98,6 +100,7 @@ def tried(trunk: nn.Module) -> bool:
         found = known and float((together - apart).abs().max()) <= near * float(apart.abs().max())
     except Exception:  # whatever a model does with inputs that it does not know
         found = False
+    _tried = None
     if not found:
         config._attn_implementation = "sdpa"
     return found
