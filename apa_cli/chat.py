@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from apa_cli.command import command, run_directory
+from apa_cli.recorded import is_on
 from apa_cli.settings import Config
 
 
@@ -14,4 +15,4 @@ def chat(config: Config) -> None:
 
 
 def main() -> None:
-    command("apa-chat", chat, takes=("run", "model.path"), scores=lambda cfg: cfg.chat.score)
+    command("apa-chat", chat, takes=("run", "model.path"), scores=lambda cfg: is_on(cfg.chat.score))

@@ -12,7 +12,8 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import BooleanNode, DictConfig, OmegaConf
+from omegaconf.errors import ValidationError
 
 from apa_cli.config import (
     LAMBDA,
@@ -26,7 +27,7 @@ from apa_cli.config import (
     unknown_key,
 )
 from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, located_run, recorded_config
-from apa_cli.settings import TARGET_SECTIONS
+from apa_cli.settings import SECTIONS, TARGET_SECTIONS
 from apa_cli.trust import check_plain, check_targets, offered_targets, targets
 from apa_cli.types import ConfigError
 
@@ -48,12 +49,12 @@ def compose_run(
     name = next(str(override.value()) for override in overrides if override.key_or_group == RUN)
     directory = located_run(name)[0]
     recorded = recorded_config(directory)
-    check_plain(recorded, directory / "config.yaml")
+    check_plain(recorded, directory / "config.yaml", (*SECTIONS, *TARGET_SECTIONS))
     recorded["model"]["trust_remote_code"] = False  # another run's consent is none
     defaults = typing.cast(dict, OmegaConf.to_container(compose([], extra_dir), resolve=False))
     cfg = OmegaConf.create(_completed(recorded, defaults))
     cfg.pop(LAMBDA, None)
-    code = code_in(recorded)
+    code = _own_code(recorded, extra_dir)
     _take_out(cfg, code)
     if recorded.get("sampling", {}).get("stop_strings") == recorded.get("dataset", {}).get("stop_strings"):
         cfg.sampling.stop_strings = defaults["sampling"]["stop_strings"]  # those of another data set, if one is given
@@ -68,10 +69,29 @@ def compose_run(
 
 def _check_targets(cfg: DictConfig, overrides: list[Override], directory: Path, extra_dir: str | None) -> None:
     """ConfigError for a class that neither the yamls nor a word names: the run alone cannot have it imported."""
-    offered = offered_targets([config_dir(), *([Path(extra_dir)] if extra_dir else [])])
+    offered = offered_targets(_folders(extra_dir))
     for override in overrides:
         offered |= set(targets({override.key_or_group: override.value()}).values())
     check_targets(typing.cast(dict, OmegaConf.to_container(cfg, resolve=False)), offered, directory / "config.yaml")
+
+
+def _folders(extra_dir: str | None) -> list[Path]:
+    """Where the yamls are."""
+    return [config_dir(), *([Path(extra_dir)] if extra_dir else [])]
+
+
+def _own_code(recorded: dict[str, Any], extra_dir: str | None) -> list[tuple[str, Any]]:
+    """`code_in` the recorded configuration that no yaml names too."""
+    offered = offered_targets(_folders(extra_dir), "target")
+    return [(key, value) for key, value in code_in(recorded) if not (isinstance(value, str) and value in offered)]
+
+
+def is_on(value: Any) -> bool:
+    """A switch of a configuration, as its check will read it; true for what that will refuse."""
+    try:
+        return bool(BooleanNode().validate_and_convert(value))
+    except ValidationError:
+        return True
 
 
 def _take_out(cfg: DictConfig, code: list[tuple[str, Any]]) -> None:
@@ -108,14 +128,16 @@ def compose_again(words: list[str], source: Path, extra_dir: str | None = None) 
     overrides = _overrides(words, extra_dir)
     groups = groups_of(extra_dir)
     defaults = typing.cast(dict, OmegaConf.to_container(compose([], extra_dir), resolve=False))
-    recorded = _completed(RunDirectory(source).recorded(), defaults)
+    recorded = RunDirectory(source).recorded()
+    check_plain(recorded, source / "config.yaml", (*SECTIONS, *TARGET_SECTIONS))
+    recorded = _completed(recorded, defaults)
     recorded |= {key: defaults[key] for key in OF_ONE_COMMAND}
     if any(override.key_or_group == FORK for override in overrides):
         recorded["name"] = defaults["name"]
     for section in TARGET_SECTIONS:
         recorded[section] = _set_by_lambda(recorded[section], section, extra_dir)
     cfg = OmegaConf.create(_linked(recorded, defaults, OmegaConf.create(recorded)))
-    code = code_in(recorded)
+    code = _own_code(recorded, extra_dir)
     _take_out(cfg, code)
     chosen = [override for override in overrides if override.key_or_group in groups]
     if chosen:
@@ -136,7 +158,7 @@ OF_ONE_COMMAND = ("resume", "resume_changed", "stop_after", "plan")
 
 def _set_by_lambda(section: dict[str, Any], name: str, extra_dir: str | None) -> dict[str, Any]:
     """The section, what `lambda` sets in the yaml of its `_target_` linked again."""
-    target, roots = section.get("_target_"), (config_dir(), *([Path(extra_dir)] if extra_dir else []))
+    target, roots = section.get("_target_"), _folders(extra_dir)
     for file in (file for root in roots for file in sorted((root / name).rglob("*.yaml"))):
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         known = content.get(name, content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ RESUME, FORK, AUTO = "resume", "fork", "auto"
 
 CODE = ("target", "trust_remote_code")
 """Names of keys that make a run execute code of the user's; see `code_in`."""
+
+WORDS_WITH_A_MEANING = {"null", "true", "false", "yes", "no", "on", "off", "inf", "nan"}
+"""What the command line does not read as text unless it is quoted."""
 
 LOCK = ".lock"
 """The file that a live run holds locked; the lock ends with the process."""
@@ -230,7 +234,22 @@ def code_in(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 def resume_words(config: dict[str, Any], path: Path) -> list[str]:
     """The words with which the run in `path` goes on."""
-    return [f"{RESUME}={path}", *(f"{key}={value}" for key, value in code_in(config))]
+    return [f"{RESUME}={path}", *(f"{key}={worded(value)}" for key, value in code_in(config))]
+
+
+def worded(value: Any) -> str:
+    """A value of a configuration as a word of the command line gives it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {worded(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(worded, value))}]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value) and value.lower() not in WORDS_WITH_A_MEANING
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        return value if plain else f"'{quoted}'"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def covers(key: str, dotted: str) -> bool:

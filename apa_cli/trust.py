@@ -37,20 +37,23 @@ def targets(value: Any) -> dict[str, str]:
     return {place: str(leaf) for place, leaf in leaves(value) if place.rpartition(".")[2] == TARGET}
 
 
-def offered_targets(folders: Iterable[Path]) -> set[str]:
-    """Every `_target_` in the yaml files of these folders."""
+def offered_targets(folders: Iterable[Path], key: str = TARGET) -> set[str]:
+    """Every `_target_`, or value of another key for code, in the yaml files of these folders."""
     found = set()
     for folder in folders:
         for file in folder.rglob("*.yaml"):
-            found.update(re.findall(rf"{TARGET}:\s*['\"]?([\w.]+)", file.read_text(encoding="utf-8")))
+            found.update(re.findall(rf"\b{key}:\s*['\"]?([\w.:]+)", file.read_text(encoding="utf-8")))
     return found
 
 
-def check_plain(recorded: dict[str, Any], file: Path) -> None:
-    """A run writes its configuration resolved: ConfigError for one that refers to anything."""
+def check_plain(recorded: dict[str, Any], file: Path, sections: Iterable[str]) -> None:
+    """A run writes its configuration resolved, its sections as mappings: ConfigError for any other."""
+    for section in sections:
+        if not isinstance(recorded.get(section, {}), dict):
+            raise ConfigError(f"{section} in {file} is {recorded[section]!r}; no run writes that")
     for place, leaf in leaves(recorded):
         if isinstance(leaf, str) and "${" in leaf:
-            raise ConfigError(f"run: {place} in {file} refers to {leaf!r}; no run writes that")
+            raise ConfigError(f"{place} in {file} refers to {leaf!r}; no run writes that")
 
 
 def check_targets(config: dict[str, Any], offered: set[str], file: Path) -> None:

@@ -16,7 +16,7 @@ from apa_cli import stopping
 from apa_cli.command import checked_jobs
 from apa_cli.config import build, compose, run_directory_name
 from apa_cli.recorded import compose_again, source_of
-from apa_cli.run_directory import RunDirectory, code_in, rows_until
+from apa_cli.run_directory import RunDirectory, code_in, resume_words, rows_until
 from apa_cli.runs import resume_command, start
 from apa_cli.stopping import Stopped
 from apa_cli.types import ConfigError, UserError
@@ -147,6 +147,46 @@ def test_a_runs_directory_names_no_code_to_run(begun, small_words):
         ("a", [{"use": "f", "target": "x"}]),
         ("model.trust_remote_code", True),
     ]
+
+
+def test_the_words_printed_are_read_as_what_they_say():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parts = [
+        {"use": "function", "target": "/a b/it's.py:f", "weight": 1.0, "timeout": None},
+        {"use": "model", "path": "x/y-z", "scale": -0.5, "centered": True, "output": "no", "dtype": "float32"},
+    ]
+    words = resume_words({"reward": {"parts": parts}}, Path("outputs/run"))
+    parsed = OverridesParser.create().parse_overrides(words)
+    assert [each.value() for each in parsed] == ["outputs/run", parts]
+    assert resume_words({"reward": {"target": "my.py:f"}}, Path("r")) == ["resume=r", "reward.target=my.py:f"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("evaluation.rewards", "${oc.decode:'[{use: vader, _target_: pathlib.Path}]'}"),
+        ("evaluation.rewards", "${oc.decode:'[{use: function, target: \"evil:f\"}]'}"),
+        ("model", "${oc.create:{path: /evil, trust_remote_code: true}}"),
+        ("reward", "${oc.create:{target: evil}}"),
+        ("reward", 5),
+    ],
+)
+@pytest.mark.parametrize("word", ["resume", "fork"])
+def test_nothing_is_hidden_in_a_runs_configuration(word, key, value, begun, small_words):
+    config = yaml.safe_load((begun / "config.yaml").read_text())
+    section, _, last = key.rpartition(".")
+    (config[section] if section else config)[last] = value
+    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ConfigError, match=rf"^{key} in .*config\.yaml (refers to|is ).*no run writes that$"):
+        compose_again([f"{word}={begun}", *small_words[-1:]], begun)
+
+
+def test_the_packages_own_reward_function_need_not_be_named_again(begun):
+    config = yaml.safe_load((begun / "config.yaml").read_text())
+    config["reward"]["target"] = "apa_cli.rewards.vader:compound"
+    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    assert build(compose_again([f"resume={begun}"], begun)).reward.target == "apa_cli.rewards.vader:compound"
 
 
 def test_other_rewards_than_before_are_compared_with_the_sft_models_own(begun, again, whole, records):

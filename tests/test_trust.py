@@ -89,7 +89,7 @@ def test_a_target_that_only_the_runs_configuration_names_is_not_imported(key, va
 
 def test_one_that_is_hidden_behind_a_reference_is_not_imported_either(tampered, trap):
     hidden = "${oc.decode:'[{use: vader, _target_: trap_module.Trap}]'}"
-    with pytest.raises(ConfigError, match=r"^run: evaluation\.rewards in .*config\.yaml refers to"):
+    with pytest.raises(ConfigError, match=r"^evaluation\.rewards in .*config\.yaml refers to"):
         build(look([tampered("evaluation.rewards", hidden)]))
     assert not trap()
 
@@ -117,6 +117,7 @@ def test_a_reward_function_is_named_again_where_it_is_asked(run, trap, tmp_path,
         (evaluate.main, ["reward=vader"], False),
         (chat.main, ["chat.score=true"], True),
         (chat.main, [], False),
+        (chat.main, ["chat.score=no"], False),
         (export.main, [], False),
     ):
         monkeypatch.setattr(sys, "argv", ["it", f"run={copy}", *words, "--cfg", "job"])

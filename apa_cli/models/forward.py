@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from apa_cli.models.critic import Critic
 from apa_cli.models.head import chosen_logprobs, in_place_of, linear_head
 from apa_cli.models.lora import WithoutAdapter, active_adapter, adapter, layers
-from apa_cli.models.packing import packed_inputs, packs
+from apa_cli.models.packing import WORTH, packed_inputs, packs
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import tempered, token_logprobs
 from apa_cli.types import Batch, PolicyOutput, Tokens
@@ -62,14 +62,14 @@ class Sequences:
 
     @cached_property
     def packed(self) -> Packed | None:
-        """The same without padding; None where there is none, or a row without a prompt."""
+        """The same without padding; None where there is too little of it, or a row without a prompt."""
         prompts = self.attention_mask.shape[1] - self.logits_to_keep + 1
         before = self.attention_mask[:, :prompts].sum(1)
         columns = torch.arange(self.logits_to_keep, device=self.mask.device)
         lengths = before + (self.mask * columns).amax(1)
         true = self.position_ids < lengths.unsqueeze(1)
         true[:, :prompts] &= self.attention_mask[:, :prompts].bool()
-        if bool(true.all()) or int(before.min()) == 0:
+        if int((~true).sum()) < WORTH * len(true) or int(before.min()) == 0:
             return None
         first = lengths.cumsum(0) - lengths
         return Packed(

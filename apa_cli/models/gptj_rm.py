@@ -32,7 +32,7 @@ class GPTJRewardModel(nn.Module):
 
     def __init__(self, body: GPTJModel, head: Tensor):
         super().__init__()
-        self.body = body
+        self.body, self.config = body, body.config
         self.register_buffer("head", head)  # no parameter, for its precision is another
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

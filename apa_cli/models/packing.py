@@ -17,6 +17,9 @@ from apa_cli.models.lora import WithoutAdapter
 ATTENTION = "sdpa_by_sequence"
 """The name in `transformers` of `attention`."""
 
+RESTRICTIONS = ("sliding_window", "position_bias", "indices", "block_indices")
+"""What layers call the options by which they restrict attention; here none is kept to."""
+
 _tried: list[bool] | None = None
 """While a model is tried: for each call of `attention` with several sequences, whether it knew all that was asked."""
 
@@ -35,7 +38,8 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     options.pop("is_causal", None)
     if _tried is not None:
-        _tried.append(options.get("sliding_window") is None and options.get("position_bias") is None)
+        plain = attention_mask is not None and attention_mask.numel() == 1
+        _tried.append(plain and all(options.get(name) is None for name in RESTRICTIONS))
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
     results = [sdpa_attention_forward(module, *part, None, is_causal=True, **options)[0] for part in parts]
     return torch.cat(results, dim=1), None
@@ -51,6 +55,10 @@ def packed_inputs(input_ids: Tensor, position_ids: Tensor, lengths: list[int]) -
         "sequence_lengths": lengths,
     }
 
+
+WORTH = 4
+"""Positions of padding per sequence, on average, from which on packing is faster; below, taking attention apart costs
+more than it saves."""
 
 _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """What `packs` found out."""
@@ -79,22 +87,21 @@ def tried(trunk: nn.Module) -> bool:
     from transformers.masking_utils import sdpa_mask
 
     config = trunk.config.get_text_config()
-    if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")):
-        return False  # a short sequence would not show what they do
+    if any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "output_router_logits")):
+        return False  # two short sequences would not show what they do
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    config._attn_implementation = ATTENTION
-    size = config.vocab_size
-    ids = torch.tensor([1, 2, 3, 4, 5]) % size
-    places = torch.tensor([0, 1, 2, 0, 1])
+    config._attn_implementation = "sdpa"
+    ids, places = torch.tensor([1, 2, 3, 4, 5]) % config.vocab_size, torch.tensor([0, 1, 2, 0, 1])
     _tried = []
     try:
-        together = trunk(**packed_inputs(ids, places, [3, 2]), use_cache=False).last_hidden_state[0]
-        known = len(_tried) == config.num_hidden_layers and all(_tried)
         alone = [
             trunk(input_ids=part.unsqueeze(0), attention_mask=torch.ones(1, len(part)), use_cache=False)
             for part in ids.split([3, 2])
         ]
+        config._attn_implementation = ATTENTION
+        together = trunk(**packed_inputs(ids, places, [3, 2]), use_cache=False).last_hidden_state[0]
+        known = len(_tried) == config.num_hidden_layers and all(_tried)
         apart = torch.cat([output.last_hidden_state[0] for output in alone])
         near = 1e-4 if apart.dtype is torch.float32 else 0.05
         found = known and float((together - apart).abs().max()) <= near * float(apart.abs().max())

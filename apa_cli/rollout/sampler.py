@@ -161,8 +161,7 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         held, count = self.get_seq_length(), key_states.shape[-2]
-        moved = self.rooms is None or self.keys.data_ptr() != self.rooms[0].data_ptr()  # new, or rows were left out
-        if moved or held + count > self.rooms[0].shape[-2]:
+        if self.rooms is None or held + count > self.rooms[0].shape[-2]:
             rooms = tuple(
                 new.new_empty(*new.shape[:2], held + count + self.ROOM, new.shape[3])
                 for new in (key_states, value_states)
@@ -175,6 +174,11 @@ class RoomyLayer(DynamicLayer):
             room[:, :, held : held + count] = states
         self.keys, self.values = (room[:, :, : held + count] for room in self.rooms)
         return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keeps these rows."""
+        super().reorder_cache(beam_idx)
+        self.rooms = None
 
 
 def roomy_cache(config: PreTrainedConfig) -> DynamicCache:

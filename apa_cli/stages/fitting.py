@@ -125,7 +125,8 @@ def fit(
                 if not best or figures["eval/loss"] < best["eval/loss"]:
                     best = figures
                     best_tensors = {n: t.clone() for n, t in checkpoints.module_tensors(model, True).items()}
-            why = None if place.stopping is None or step == total else place.stopping.requested
+            may_stop = place.stopping is not None and place.checkpoints is not None and step < total
+            why = place.stopping.requested if may_stop else None
             due = settings.checkpoint_every and step % settings.checkpoint_every == 0
             if place.checkpoints and (due or why):
                 save()

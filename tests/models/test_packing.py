@@ -15,6 +15,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -32,7 +33,7 @@ from apa_cli.models.forward import (
     taken,
 )
 from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
-from apa_cli.models.packing import packs
+from apa_cli.models.packing import RESTRICTIONS, packs
 from apa_cli.settings import CriticInit, CriticKind, CriticSettings, HeadKind, LoraSettings
 from apa_cli.types import Tokens
 
@@ -58,6 +59,7 @@ LEFT = {
     "an attention of its own": FalconConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2
     ),
+    "a loss that reads the mask": MixtralConfig(**LLAMA, num_local_experts=2, output_router_logits=True),
     "positions read off the mask": BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2),
 }
 
@@ -180,6 +182,22 @@ def test_models_that_look_across_are_left_padded(why, rows):
 def test_another_attention_is_kept():
     model = AutoModelForCausalLM.from_config(copy.deepcopy(TAKE["llama"]), attn_implementation="eager").eval()
     assert not packs(model) and model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", RESTRICTIONS)
+def test_a_layer_that_asks_for_more_than_is_known_is_left_padded(name):
+    model = made(TAKE["llama"])
+    layer = model.model.layers[1].self_attn
+    inner = layer.forward
+    layer.forward = lambda *given, **options: inner(*given, **options, **{name: 1})
+    assert not packs(model) and model.config._attn_implementation == "sdpa"
+
+
+def test_little_padding_is_computed(rows):
+    """Taking four short sequences apart would cost more than three positions each."""
+    mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1] * 5]).bool()
+    given = sequences(rows.prompt_ids, torch.ones_like(rows.prompt_mask), rows.response_ids, mask)
+    assert taken(made(TAKE["llama"]), given) is given
 
 
 def test_a_model_whose_positions_mix_outside_of_attention_is_left_padded():
