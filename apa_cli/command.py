@@ -40,7 +40,11 @@ def command(
     try:
         args = parser.parse_args()
         if args.help:
-            print_help(name, config_dir(), args.overrides)
+            with contextlib.suppress(BrokenPipeError):  # whoever reads it has seen enough
+                print_help(name, config_dir(), args.overrides)
+                sys.stdout.flush()
+                return
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         jobs, again = [], False
         if not (args.hydra_help or args.info or args.shell_completion):

@@ -26,7 +26,7 @@ from apa_cli.config import (
     run_directory_name,
     unknown_key,
 )
-from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, located_run, recorded_config
+from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, located_run, recorded_config, worded
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS
 from apa_cli.trust import check_plain, check_targets, offered_targets, targets
 from apa_cli.types import ConfigError
@@ -115,7 +115,8 @@ def _refuse_code(cfg: DictConfig, code: list[tuple[str, Any]], directory: Path) 
     """ConfigError for the first of these keys that still needs a value."""
     for key, value in _not_named(cfg, code):
         raise ConfigError(
-            f"{key}: config.yaml of {directory} has {value!r} there, which runs code; give {key}=… if that is wanted"
+            f"{key}: config.yaml of {directory} has {value!r} there, which runs code; "
+            f"give {key}={worded(value)} if that is wanted"
         )
 
 

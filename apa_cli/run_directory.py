@@ -74,7 +74,7 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if (self.path / "config.yaml").exists():
-                raise UserError(f"name: {self.path} holds a run already; give another name=, or resume={self.path}")
+                raise UserError(f"name: {self.path} holds a run already; give another name=, or {RESUME}={AUTO}")
             replace_text(self.path / "config.yaml", as_yaml(config))
         except OSError as error:
             raise UserError(f"{self.path}: cannot write there ({error.strerror})") from error

@@ -20,7 +20,7 @@ from apa_cli.assembly import build_trainer, launch, load_examples, stage_progres
 from apa_cli.console import Console
 from apa_cli.plan import run_plan
 from apa_cli.processes import ALONE, World, given, keep_log, started, take_part, wanted
-from apa_cli.run_directory import AUTO, FORK, RunDirectory, differences, replace_text, resume_words
+from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, differences, replace_text, resume_words
 from apa_cli.settings import Config
 from apa_cli.stages.cache import sft_model
 from apa_cli.stages.fitting import Workplace
@@ -29,6 +29,8 @@ from apa_cli.stages.sft import run_sft
 from apa_cli.stopping import Stopped, Stopping
 from apa_cli.trainer import Trainer
 from apa_cli.types import ConfigError
+
+SWEEP_AGAIN = f"the same words and {RESUME}={AUTO}"
 
 
 def start(config: Config, path: Path, sweep: str | None) -> None:
@@ -60,10 +62,17 @@ def attend(world: World, config: Config, path: Path, sweep: str | None) -> None:
             run(world, config, path, sweep, stopping)
         except Stopped as stopped:
             where = directory_of(config, path, sweep)
-            how = "the same words again" if sweep else resume_command("apa-train", config, where)
+            how = SWEEP_AGAIN if sweep else resume_command("apa-train", config, where)
             raise Stopped(f"{stopped}; go on with: {how}", stopped.status) from None
+        except KeyboardInterrupt as error:
+            if sweep:
+                error.args = (f"{error}; go on with: {SWEEP_AGAIN}",)
+            raise
         if sweep and stopping.requested:
-            raise Stopped(f"stopped by {stopping.requested} between two runs of the sweep", stopping.status())
+            raise Stopped(
+                f"stopped by {stopping.requested} between two runs of the sweep; go on with: {SWEEP_AGAIN}",
+                stopping.status(),
+            )
 
 
 def run(world: World, config: Config, given_path: Path, sweep: str | None, stopping: Stopping) -> None:
@@ -199,8 +208,8 @@ def run_stage(
 
     metrics.jsonl has a line per evaluation, its `iteration` the optimiser step.
     """
-    for own in (FORK, "stop_after"):
-        if getattr(config.run, own) is not None:
+    for own in (FORK, "stop_after", "plan"):
+        if getattr(config.run, own) not in (None, False):
             raise ConfigError(f"{own}: only apa-train takes it")
     path = directory_of(config, path, None)
     directory = RunDirectory(path)

@@ -85,7 +85,7 @@ def test_a_sweep_that_was_stopped_does_what_is_left(small_words, run_train, comp
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate()
     assert process.returncode == 143
-    assert "stopped by SIGTERM after iteration" in said and "go on with: the same words again" in said
+    assert "stopped by SIGTERM after iteration" in said and "go on with: the same words and resume=auto" in said
     jobs = sorted(sweep.glob("*seed=*"))
     assert [(job / "result.json").exists() for job in jobs] == [True, False]  # and the third was not begun
     written = (jobs[0] / "model" / "model.safetensors").stat().st_mtime_ns
