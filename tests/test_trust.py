@@ -123,8 +123,10 @@ def test_a_reward_function_is_named_again_where_it_is_asked(run, trap, tmp_path,
         monkeypatch.setattr(sys, "argv", ["it", f"run={copy}", *words, "--cfg", "job"])
         with pytest.raises(SystemExit) if refused else nullcontext():
             main()
-        said = f"reward.target: config.yaml of {copy} has 'trap_module:Trap' there, which runs code; give "
+        said = (
+            f"reward.target: config.yaml of {copy} has 'trap_module:Trap' there, which runs code; give "
             "reward.target=trap_module:Trap"
+        )
         assert (said in capfd.readouterr().err) == refused
     assert not trap()
 
