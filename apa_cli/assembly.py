@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli import checkpoint as checkpoints
+from apa_cli import matmul
 from apa_cli.allocator import keep_freed_blocks
 from apa_cli.console import Console
 from apa_cli.evaluation import MAIN, Evaluator
@@ -41,9 +42,10 @@ ADAPTER_NUMBER = 1000
 
 
 def launch(settings: LaunchSettings, world: World = ALONE) -> torch.device:
-    """The device to compute on, CPU threads set."""
+    """The device to compute on; CPU threads and products set."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    matmul.use(settings.matmul)
     if use_gpu(settings):
         return torch.device("cuda", gpu(settings, world))
     keep_freed_blocks()

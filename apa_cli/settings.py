@@ -82,6 +82,14 @@ class GuardAction(Enum):
     stop = "stop"
 
 
+class Matmul(Enum):
+    """Who multiplies float32 matrices on a CPU, see `matmul`."""
+
+    auto = "auto"
+    torch = "torch"
+    onednn = "onednn"
+
+
 class Device(Enum):
     auto = "auto"
     cpu = "cpu"
@@ -223,6 +231,7 @@ class GuardSettings:
 class LaunchSettings:
     device: Device
     threads: Annotated[int | None, AtLeastOne]
+    matmul: Matmul
     processes: Annotated[int | None, AtLeastOne]
     strategy: Strategy
     frozen: Frozen

@@ -27,7 +27,7 @@ LEVELS = [
     ],
     ["rollout", "algorithms"],
     ["models", "datasets", "rewards"],
-    ["losses", "advantages", "kl", "tensor_ops", "randomness", "floor", "machine", "network", "allocator"],
+    ["losses", "advantages", "kl", "tensor_ops", "randomness", "floor", "machine", "network", "allocator", "matmul"],
     ["settings", "types"],
 ]  # fmt: skip
 """From the commands down. A room is a module or folder of apa_cli; it imports its own level and lower."""

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from apa_cli import matmul
 from apa_cli.models.lora import WithoutAdapter
 
-PIECE = 2**24
-"""Logits that are computed at a time, in numbers: 64 MiB in float32."""
+PIECE = 2**25
+"""Logits that are computed at a time, in numbers: 128 MiB in float32."""
 KEPT = 2**28
 """Bytes of logits that a forward pass leaves for its backward pass, which computes those beyond once more."""
 
@@ -46,18 +47,15 @@ class ChosenLogprobs(torch.autograd.Function):
     ) -> Tensor:
         """states [N, h], weight [V, h], bias [V], token_ids [N] → [N]; `keep` where a backward pass may follow."""
         logprobs = torch.empty(len(states), device=states.device)
-        low = weight.to(states.dtype)
+        low, offset = weight.to(states.dtype), None if bias is None else bias.to(states.dtype)
         room = KEPT // (len(weight) * states.element_size()) if keep else 0
         kept: list[Tensor] = []
-        spare = None
         for part in pieces(len(states), len(weight)):
-            held = part.stop <= room
-            logits = head_logits(states[part], low, bias, out=None if held else spare)
+            logits = nn.functional.linear(states[part], low, offset)
             logprobs[part] = to_difference(logits, token_ids[part], temperature)
-            if held:
+            if part.stop <= room:
                 kept.append(logits)
-            else:
-                spare = logits
+            del logits
         ctx.save_for_backward(states, weight, bias, token_ids, *kept)
         ctx.temperature = temperature
         return logprobs
@@ -67,36 +65,26 @@ class ChosenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, bias, token_ids, *kept = ctx.saved_tensors
         to_states, to_weight, to_bias = ctx.needs_input_grad[:3]
-        low = weight.to(states.dtype)
+        low, offset = weight.to(states.dtype), None if bias is None else bias.to(states.dtype)
         scale = (-gradient / ctx.temperature).unsqueeze(-1)
         of_states = torch.empty_like(states) if to_states else None
         of_weight = torch.zeros_like(weight) if to_weight else None
         of_bias = torch.zeros_like(bias) if to_bias else None
-        spare = None
         for number, part in enumerate(pieces(len(states), len(weight))):
             if number < len(kept):
                 difference = kept[number]
             else:
-                difference = spare = head_logits(states[part], low, bias, out=spare)
+                difference = nn.functional.linear(states[part], low, offset)
                 to_difference(difference, token_ids[part], ctx.temperature)
             if to_states:
                 of_states[part] = scale[part] * (difference @ low)
             scaled = (scale[part] * states[part]).to(difference.dtype)
-            if to_weight and weight.dtype is difference.dtype:
-                of_weight.addmm_(difference.T, scaled)
-            elif to_weight:
-                of_weight += difference.T @ scaled
+            if to_weight:
+                of_weight += (difference.T @ scaled).to(weight.dtype)
             if to_bias:
                 of_bias += difference.T @ scale[part].squeeze(-1).to(difference.dtype)
+            del difference
         return of_states, of_weight, of_bias, None, None, None
-
-
-def head_logits(states: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """states · weightᵀ + bias [n, V], states and weight of one dtype; over `out` [m ≥ n, V] where there is one."""
-    out = states.new_empty(len(states), len(weight)) if out is None else out[: len(states)]
-    if bias is None:
-        return torch.mm(states, weight.T, out=out)
-    return torch.addmm(bias.to(states.dtype), states, weight.T, out=out)
 
 
 def to_difference(logits: Tensor, token_ids: Tensor, temperature: float) -> Tensor:
@@ -125,8 +113,10 @@ def chosen_logprobs(
     states = states.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype)
     inputs = [x for x in (states, weight, bias) if x is not None]
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    more = matmul.rounded(len(states)) - len(states)
+    rows, token_ids = nn.functional.pad(states, (0, 0, 0, more)), nn.functional.pad(token_ids, (0, more))
     with torch.autocast(kind, enabled=False):
-        return ChosenLogprobs.apply(states, weight, bias, token_ids, temperature, keep)
+        return ChosenLogprobs.apply(rows, weight, bias, token_ids, temperature, keep)[: len(states)]
 
 
 # Which models

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from apa_cli import matmul
 from apa_cli.models.lora import WithoutAdapter
 
 ATTENTION = "sdpa_by_sequence"
@@ -31,22 +32,48 @@ def attention(
 
     query, key, value [1, heads, Σ lengths, dim] → [1, Σ lengths, heads, dim].
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     lengths = options.pop("sequence_lengths", None)
     if lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return in_fast_precision(module, query, key, value, attention_mask, **options), None
     options.pop("is_causal", None)
     if _tried is not None:
         plain = attention_mask is not None and attention_mask.numel() == 1
         _tried.append(plain and all(options.get(name) is None for name in RESTRICTIONS))
     parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    results = [sdpa_attention_forward(module, *part, None, is_causal=True, **options)[0] for part in parts]
-    return torch.cat(results, dim=1), None
+    return torch.cat([in_fast_precision(module, *part, None, is_causal=True, **options) for part in parts], dim=1), None
+
+
+WIDE = 128
+"""Keys up to which attention of half precision is computed in float32, which is faster on a CPU. That of one query
+always is."""
+
+
+def in_fast_precision(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+) -> Tensor:
+    """`transformers`' scaled dot-product attention; the result has the query's precision, or autocast's."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if _tried is not None or (query.shape[2] > 1 and key.shape[2] > WIDE):
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    dtype = query.dtype
+    query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(query.dtype)
+    with torch.autocast("cpu", enabled=False):
+        result, _ = sdpa_attention_forward(module, query, key, value, mask, **options)
+    return result.to(dtype)
 
 
 def packed_inputs(input_ids: Tensor, position_ids: Tensor, lengths: list[int]) -> dict[str, Any]:
-    """Model inputs of tokens [Σ lengths] that lie one sequence behind the other."""
+    """Model inputs of tokens [Σ lengths] that lie one sequence behind the other.
+
+    Behind them comes a sequence of nothing where products of a longer row are faster.
+    """
+    if more := matmul.rounded(len(input_ids)) - len(input_ids):
+        input_ids = nn.functional.pad(input_ids, (0, more))
+        position_ids = torch.cat([position_ids, torch.arange(more, device=position_ids.device)])
+        lengths = [*lengths, more]
     return {
         "input_ids": input_ids.unsqueeze(0),
         "position_ids": position_ids.unsqueeze(0),
@@ -100,7 +127,7 @@ def tried(trunk: nn.Module) -> bool:
             for part in ids.split([3, 2])
         ]
         config._attn_implementation = ATTENTION
-        together = trunk(**packed_inputs(ids, places, [3, 2]), use_cache=False).last_hidden_state[0]
+        together = trunk(**packed_inputs(ids, places, [3, 2]), use_cache=False).last_hidden_state[0, : len(ids)]
         known = len(_tried) == config.num_hidden_layers and all(_tried)
         apart = torch.cat([output.last_hidden_state[0] for output in alone])
         near = 1e-4 if apart.dtype is torch.float32 else 0.05
