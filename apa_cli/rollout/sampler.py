@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
+from apa_cli.models.packing import packs
 from apa_cli.settings import SamplingSettings
 from apa_cli.tensor_ops import tempered
 
@@ -82,6 +83,7 @@ def sample(
     `prefixes` are the tokens at the end of each prompt that belong to the response already; a stop string may begin
     in them. Prompts are sorted by length and drawn `settings.microbatch` at a time; the result does not depend on it.
     """
+    packs(model)  # finds out whether attention can be the fastest kind, which rounds in its own way: from the start on
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: dict[int, tuple[list[int], list[float], str]] = {}
     for start in range(0, len(order), settings.microbatch):

@@ -33,7 +33,7 @@ from apa_cli.models.forward import (
     taken,
 )
 from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
-from apa_cli.models.packing import RESTRICTIONS, packs
+from apa_cli.models.packing import RESTRICTIONS, attention, packs
 from apa_cli.settings import CriticInit, CriticKind, CriticSettings, HeadKind, LoraSettings
 from apa_cli.types import Tokens
 
@@ -224,3 +224,24 @@ def test_what_is_saved_says_nothing_of_it(rows, tmp_path):
     assert packs(model)
     model.save_pretrained(tmp_path)
     assert "sdpa_by_sequence" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("queries", "keys", "wide"), [(1, 300, True), (40, 40, True), (300, 300, False)])
+def test_short_attention_of_half_precision_is_computed_in_float32(queries, keys, wide, autocast):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, n, 16).bfloat16() for n in (queries, keys, keys))
+    mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=mask
+    ).transpose(1, 2)
+    module = torch.nn.Module()
+    module.is_causal = False
+    query.requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found, _ = attention(module, query, key, value, mask)
+    assert found.dtype is torch.bfloat16
+    found.sum().backward()
+    assert query.grad.dtype is torch.bfloat16 and bool(query.grad.any())
+    # computed in float32 it is the nearest number of bfloat16 everywhere
+    assert torch.equal(found, exact.bfloat16()) == wide
