@@ -87,7 +87,7 @@ def worth(first: Tensor, second: Tensor) -> bool:
 
 def rounded(positions: int) -> int:
     """How many positions a pass is to have so that its products are fast: these, or a few more."""
-    return positions if _library is None else next_shape(positions)
+    return positions if _library is None or positions <= NARROW else next_shape(positions)
 
 
 def next_shape(count: int) -> int:

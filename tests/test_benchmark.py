@@ -40,7 +40,7 @@ def benched(configured, tmp_path_factory):
 
     def run(*words: str):
         directory = tmp_path_factory.mktemp("bench") / "run"
-        start_bench(configured("bench.iterations=1", "bench.warmup=0", *words), directory)
+        start_bench(configured("bench.iterations=1", "bench.warmup=0", "launch.matmul=torch", *words), directory)
         return directory, json.loads((directory / "bench.json").read_text())
 
     return run

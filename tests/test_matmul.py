@@ -113,3 +113,9 @@ def test_where_there_is_no_onednn_it_cannot_be_asked_for(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^launch\.matmul=onednn: this PyTorch was built without oneDNN$"):
         matmul.use(Matmul.onednn)
+
+
+def test_little_is_not_made_more(monkeypatch):
+    assert matmul.rounded(70) == 70
+    monkeypatch.setattr(matmul, "_library", object())
+    assert [matmul.rounded(count) for count in (0, 1, 64, 70, 1000, 2001)] == [0, 1, 64, 96, 1024, 2048]
