@@ -59,6 +59,7 @@ def words(arguments: argparse.Namespace, algo: str, model: str) -> list[str]:
         f"epochs={arguments.epochs}",
         f"optimizer.lr={LR}",
         f"optimizer.critic_lr={LR}",
+        f"launch.matmul={arguments.matmul}",
         *([] if arguments.threads is None else [f"launch.threads={arguments.threads}"]),
     ]
 
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1, help="measured ones, after one that is not")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each side")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice where it is not given")
+    parser.add_argument("--matmul", default="auto", help="apa-train's launch.matmul; TRL has PyTorch's own products")
     parser.add_argument("--side", choices=["trl"], help="measure this one once, in this process")
     parser.add_argument("--out", type=Path, help="folder for against_trl_DTYPE.json")
     arguments = parser.parse_args()
