@@ -83,7 +83,7 @@ def sample(
     `prefixes` are the tokens at the end of each prompt that belong to the response already; a stop string may begin
     in them. Prompts are sorted by length and drawn `settings.microbatch` at a time; the result does not depend on it.
     """
-    packs(model)  # finds out whether attention can be the fastest kind, which rounds in its own way: from the start on
+    packs(model)  # found out before the first token: attention may round otherwise from then on
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: dict[int, tuple[list[int], list[float], str]] = {}
     for start in range(0, len(order), settings.microbatch):
