@@ -8,6 +8,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from apa_cli import matmul
+from apa_cli.assembly import launch
 from apa_cli.models.packing import packed_inputs
 from apa_cli.settings import Matmul
 from apa_cli.types import UserError
@@ -119,3 +120,11 @@ def test_little_is_not_made_more(monkeypatch):
     assert matmul.rounded(70) == 70
     monkeypatch.setattr(matmul, "_library", object())
     assert [matmul.rounded(count) for count in (0, 1, 64, 70, 1000, 2001)] == [0, 1, 64, 96, 1024, 2048]
+
+
+@onednn
+@pytest.mark.parametrize(("name", "wanted"), [("onednn", True), ("torch", False)])
+def test_a_command_computes_as_launch_matmul_says(configured, name, wanted):
+    launch(configured(f"launch.matmul={name}").launch)
+    layer, inputs = nn.Linear(300, 2500), torch.randn(96, 300)
+    assert products_by_onednn(lambda: layer(inputs)) == wanted

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from apa_cli.models.forward import response_logprobs
+from apa_cli.models.packing import packs
 from apa_cli.rollout import sampler
 from apa_cli.rollout.sampler import (
     Sampled,
@@ -442,3 +443,12 @@ def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(policy, 
         else:
             assert (found.tokens[i], found.endings[i]) == (tokens, free.endings[i])
     assert 0 < stopped < N
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])
+def test_a_model_that_has_computed_something_draws_as_a_new_one_does(kind, tokenizer, prompts, uniforms):
+    """A resumed run samples first, an uninterrupted one computes log-probs before; in bfloat16 rounding tells."""
+    new, used = tiny_policy(kind).bfloat16(), tiny_policy(kind).bfloat16()
+    assert packs(used)
+    first, second = (sample(model, tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS})) for model in (new, used))
+    assert first == second
