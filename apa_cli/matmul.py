@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import platform
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apa_cli.settings import Matmul
 from apa_cli.types import UserError
@@ -67,6 +68,33 @@ def addmm(bias: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha
     if plain and worth(first, second):
         return torch.ops.mkldnn._linear_pointwise(first, second.t(), bias, "none", [], "")
     return torch.addmm(bias, first, second, beta=beta, alpha=alpha, out=first.new_empty(0))
+
+
+def product_with(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """x, bias ↦ x · weightᵀ + bias by oneDNN, for x [..., in] and a weight [out, in] that stays as it is.
+
+    The weight is kept in the order in which oneDNN reads it. None where oneDNN does not multiply this precision.
+    """
+    if weight.device.type != "cpu" or not used_for(weight.dtype):
+        return None
+    ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), NARROW)
+
+    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        count = len(rows)
+        if count > NARROW and (more := next_shape(count) - count):
+            rows = nn.functional.pad(rows, (0, 0, 0, more))
+        result = torch.ops.mkldnn._linear_pointwise(rows, ordered, bias, "none", [], "")
+        return result[:count].view(*x.shape[:-1], -1)
+
+    return product
+
+
+def used_for(dtype: torch.dtype) -> bool:
+    """Whether products of this precision are oneDNN's: PyTorch asks it itself in bfloat16."""
+    if dtype is torch.bfloat16:
+        return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype is torch.float32 and _library is not None
 
 
 def worth(first: Tensor, second: Tensor) -> bool:

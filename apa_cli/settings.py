@@ -174,6 +174,7 @@ class SamplingSettings:
     top_p: Annotated[float, Probability]
     stop_strings: list[str]
     microbatch: Annotated[int, AtLeastOne]
+    cuda_graph: bool
 
 
 @dataclass(frozen=True)

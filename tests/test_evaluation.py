@@ -73,6 +73,7 @@ def evaluator() -> Evaluator:
             top_p=1.0,
             stop_strings=[],
             microbatch=3,
+            cuda_graph=True,
         ),
         end_tokens=frozenset({EOS}),
         eval_seed=SEED,

@@ -51,12 +51,15 @@ always is."""
 def in_fast_precision(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
 ) -> Tensor:
-    """`transformers`' scaled dot-product attention; the result has the query's precision, or autocast's."""
+    """`transformers`' scaled dot-product attention; the result has the query's precision, or autocast's.
+
+    Keys and values may come in another precision: a cache holds them in float32.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if _tried is not None or (query.shape[2] > 1 and key.shape[2] > WIDE):
-        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     dtype = query.dtype
+    if _tried is not None or (query.shape[2] > 1 and key.shape[2] > WIDE):
+        return sdpa_attention_forward(module, query, key.to(dtype), value.to(dtype), mask, **options)[0]
     query, key, value = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)

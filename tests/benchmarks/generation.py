@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 
 from apa_cli.models.loading import end_tokens, with_pad
 from apa_cli.randomness import Stream, uniforms
-from apa_cli.rollout.sampler import inverse_cdf, left_padded, sample
+from apa_cli.rollout.drawing import inverse_cdf
+from apa_cli.rollout.sampler import left_padded, sample
 from apa_cli.settings import SamplingSettings
 
 PROMPTS = [
@@ -40,7 +41,7 @@ def main(path: str, responses: int = 64, tokens: int = 32) -> None:
     tokenizer = with_pad(AutoTokenizer.from_pretrained(path))
     prompts = [tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"] for i in range(responses)]
     draws = uniforms(0, Stream.rollout, 0, [(i, 0) for i in range(responses)], tokens)
-    settings = SamplingSettings(64, tokens, 1.0, 0, 1.0, [], responses)
+    settings = SamplingSettings(64, tokens, 1.0, 0, 1.0, [], responses, True)
     ends = end_tokens(model, tokenizer)
     ids, mask = left_padded(prompts, tokenizer.pad_token_id)
 

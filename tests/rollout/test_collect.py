@@ -82,6 +82,7 @@ SETTINGS = SamplingSettings(
     top_p=1.0,
     stop_strings=[],
     microbatch=5,
+    cuda_graph=True,
 )
 
 

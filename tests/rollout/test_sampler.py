@@ -22,16 +22,10 @@ from transformers import (
 
 from apa_cli.models.forward import response_logprobs
 from apa_cli.models.packing import packs
-from apa_cli.rollout import sampler
-from apa_cli.rollout.sampler import (
-    Sampled,
-    StopStrings,
-    inverse_cdf,
-    left_padded,
-    right_padded,
-    sample,
-    truncated,
-)
+from apa_cli.rollout import sampler, steps
+from apa_cli.rollout.drawing import inverse_cdf, truncated
+from apa_cli.rollout.sampler import Sampled, StopStrings, left_padded, right_padded, sample
+from apa_cli.rollout.steps import RoomyLayer
 from apa_cli.settings import SamplingSettings
 from apa_cli.types import Tokens
 
@@ -160,6 +154,7 @@ SETTINGS = SamplingSettings(
     top_p=1.0,
     stop_strings=[],
     microbatch=64,
+    cuda_graph=True,
 )
 N = 24
 
@@ -277,21 +272,42 @@ def test_the_cache_gives_what_one_without_room_gives(policy, tokenizer, prompts,
     """Bit for bit, with rows that are left out on the way and room that is too little from the second token on."""
     settings, draws = replace(SETTINGS, max_new_tokens=uniforms.shape[1]), (prompts, uniforms)
     for room in (1, 3, 128):
-        monkeypatch.setattr(sampler.RoomyLayer, "ROOM", room)
+        monkeypatch.setattr(RoomyLayer, "ROOM", room)
         found = sample(policy, tokenizer, *draws, settings, frozenset({EOS, 2}))
         with monkeypatch.context() as patch:
-            patch.setattr(sampler, "roomy_cache", lambda config: DynamicCache(config=config))
+            patch.setattr(steps, "roomy_cache", lambda model: DynamicCache(config=model.config))
             assert found == sample(policy, tokenizer, *draws, settings, frozenset({EOS, 2}))
     assert len({len(tokens) for tokens in found.tokens}) > 2
 
 
-def test_keys_are_moved_once_in_as_many_tokens_as_there_is_room():
-    layer, moves = sampler.RoomyLayer(), set()
-    for _ in range(300):
-        keys, values = layer.update(torch.ones(2, 1, 1, 4), torch.zeros(2, 1, 1, 4))
-        moves.add(keys.data_ptr())
-    assert len(moves) == 3 and keys.shape == values.shape == (2, 1, 300, 4)
-    assert bool(keys.all()) and not bool(values.any())
+def test_steps_that_repeat_themselves_draw_the_same(policy, tokenizer, prompts, uniforms, monkeypatch):
+    """With rows that are left out on the way, and with steps that are taken before the last tokens are looked at."""
+    ends, settings = frozenset({EOS, 2, 3}), replace(SETTINGS, top_k=8, top_p=0.95, temperature=0.7)
+    plain = [sample(policy, tokenizer, prompts, uniforms, each, ends) for each in (SETTINGS, settings)]
+    assert sampler.AHEAD == {"cuda": 1}
+    for ahead in (0, 1):
+        for repeated in (False, True):
+            monkeypatch.setattr(sampler, "AHEAD", {"cpu": ahead})
+            monkeypatch.setattr(sampler, "repeats", lambda model, repeated=repeated: repeated)
+            for each, expected in zip((SETTINGS, settings), plain, strict=True):
+                found = sample(policy, tokenizer, prompts, uniforms, each, ends)
+                assert (found.tokens, found.endings) == (expected.tokens, expected.endings)
+                for row, others in zip(found.logprobs, expected.logprobs, strict=True):
+                    assert row == pytest.approx(others, abs=1e-5)
+            found = sample(policy, tokenizer, prompts, uniforms, SETTINGS, ends)
+            assert_as_step_by_step(policy, found, prompts, uniforms, ends)
+    built = []
+    monkeypatch.setattr(sampler, "Repeated", built.append)
+    sample(policy, tokenizer, prompts, uniforms[:, :1], SETTINGS, ends)
+    assert not built  # there is no second token
+
+
+def test_cuda_graph_false_leaves_the_trial_out(policy, tokenizer, prompts, uniforms, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sampler, "repeats", lambda model: asked.append(model) or False)
+    for cuda_graph in (False, True):
+        sample(policy, tokenizer, prompts, uniforms, replace(SETTINGS, cuda_graph=cuda_graph), frozenset({EOS}))
+    assert asked == [policy]
 
 
 def test_several_tokens_may_end_a_response(policy, tokenizer, prompts, uniforms):
