@@ -78,7 +78,10 @@ def whole(train, tmp_path_factory):
     return train(folder / "whole", *WORDS, f"reward.target={folder}/reward.py:vowels")
 
 
-@pytest.mark.parametrize(("call", "saved"), [(2, 0), (3, 1), (4, 2), (5, 2), (7, 4)])
+@pytest.mark.parametrize(
+    ("call", "saved"),
+    [(2, 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(3, 1), (4, 2), (5, 2)]), (7, 4)],
+)
 def test_a_run_whose_reward_failed_goes_on_as_if_it_had_not(
     call, saved, faulty, run_train, whole, comparable, tmp_path
 ):

@@ -113,7 +113,7 @@ def fuzz(answer, seeds) -> None:
 
 
 def test_wrong_words_end_in_one_line(answer):
-    fuzz(answer, range(150))
+    fuzz(answer, range(60))
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def assert_equal(comparable, records):
     return check
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "apa"])
+@pytest.mark.parametrize("name", ["ppo-adaptive"])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(name, uninterrupted, forked, assert_equal, tmp_path):
     whole, seconds = uninterrupted(name)
     run, words = tmp_path / "run", [*ALGORITHMS[name], *LONG]
@@ -132,6 +132,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(name, uninterrupted, forked
     assert_equal(run, whole)
 
 
+@pytest.mark.slow
 def test_the_command_itself_killed(uninterrupted, small_words, forked, assert_equal, tmp_path):
     whole, _ = uninterrupted("apa")
     words = [*small_words, *ALGORITHMS["apa"], *LONG]
@@ -168,8 +169,13 @@ def killing_itself(monkeypatch, name: str, times: int, after: bool) -> None:
 
 @pytest.mark.parametrize(
     ("function", "times", "after"),
-    [("save_file", 1, True), ("save_file", 7, True), ("write", 2, True), ("prune", 2, False), ("prune", 3, True)],
-    ids=["the-first", "half-written", "without-its-name", "before-pruning", "after-pruning"],
+    [
+        pytest.param("save_file", 1, True, id="the-first", marks=pytest.mark.slow),
+        pytest.param("save_file", 7, True, id="half-written"),
+        pytest.param("write", 2, True, id="without-its-name"),
+        pytest.param("prune", 2, False, id="before-pruning"),
+        pytest.param("prune", 3, True, id="after-pruning", marks=pytest.mark.slow),
+    ],
 )
 def test_killed_while_saving(function, times, after, uninterrupted, forked, assert_equal, tmp_path, monkeypatch):
     whole, _ = uninterrupted("apa")

@@ -14,15 +14,15 @@ from transformers.pytorch_utils import Conv1D
 from apa_cli.floor import Cost
 from apa_cli.models.critic import Critic
 from apa_cli.models.forward import TrainingModel
-from apa_cli.models.lora import WithoutAdapter, adapter
+from apa_cli.models.lora import WithoutAdapter, adapter, underlying
 
 Call = Callable[[dict[str, Tensor]], Any]
 
 
 def policy_cost(model: PreTrainedModel | WithoutAdapter) -> Cost:
     """A causal language model, its output head included."""
-    network = model.model if isinstance(model, WithoutAdapter) else model
-    return watched(network, lambda inputs: model(**inputs, use_cache=False, logits_to_keep=1))
+    whole = underlying(model)
+    return watched(whole, lambda inputs: model(**inputs, use_cache=False, logits_to_keep=1))
 
 
 def classifier_cost(model: PreTrainedModel) -> Cost:

@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apa_cli import matmul
+from apa_cli.models.lora import WithoutAdapter, underlying
 
 MOST = 2**31
 """Bytes of weights, as they are multiplied, up to which a CPU holds a second copy of them."""
 
 
 @contextmanager
-def prepared(model: PreTrainedModel) -> Iterator[None]:
+def prepared(model: PreTrainedModel | WithoutAdapter) -> Iterator[None]:
     """In the block, which computes no gradients, the model's linear layers multiply by copies of their weights.
 
     Autocast would otherwise convert them again for every token; on a CPU they are also put into the order in which
@@ -25,7 +26,7 @@ def prepared(model: PreTrainedModel) -> Iterator[None]:
     """
     kind = model.device.type
     low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    layers = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and "forward" not in vars(m)]
+    layers = [m for m in underlying(model).modules() if type(m) in (nn.Linear, Conv1D) and "forward" not in vars(m)]
     size = sum(m.weight.numel() * (low or m.weight.dtype).itemsize for m in layers)
     changed = []
     if kind != "cpu" or size <= MOST:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from apa_cli import matmul
-from apa_cli.models.lora import WithoutAdapter
+from apa_cli.models.lora import WithoutAdapter, underlying
 
 PIECE = 2**25
 """Logits that are computed at a time, in numbers: 128 MiB in float32."""
@@ -131,7 +131,7 @@ def linear_head(model: PreTrainedModel | WithoutAdapter) -> nn.Linear | None:
     Some models scale or cap them afterwards. That is found out by one pass with a single token in which the head
     returns a tensor of zeros: the model must hand on that very tensor.
     """
-    whole = model.model if isinstance(model, WithoutAdapter) else model
+    whole = underlying(model)
     head = whole.get_output_embeddings()
     if type(head) is not nn.Linear or "forward" in vars(head):
         return None

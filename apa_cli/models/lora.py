@@ -141,6 +141,11 @@ class WithoutAdapter:
         return self.model.config
 
 
+def underlying(model: nn.Module | WithoutAdapter) -> nn.Module:
+    """The model itself, whatever of it is to be computed."""
+    return model.model if isinstance(model, WithoutAdapter) else model
+
+
 @torch.no_grad()
 def merged_tensors(model: nn.Module, name: str = POLICY) -> dict[str, Tensor]:
     """The model's tensors under the names they have without adapters, adapter `name` added to them.

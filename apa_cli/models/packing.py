@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from apa_cli import matmul
-from apa_cli.models.lora import WithoutAdapter
+from apa_cli.models.lora import WithoutAdapter, underlying
 
 ATTENTION = "sdpa_by_sequence"
 """The name in `transformers` of `attention`."""
@@ -100,7 +100,7 @@ def packs(model: nn.Module | WithoutAdapter) -> bool:
     That is found out by passes over two short sequences: all layers must call `attention`, with nothing that it does
     not know, and nothing else may look from one sequence into the other.
     """
-    whole = model.model if isinstance(model, WithoutAdapter) else model
+    whole = underlying(model)
     trunk = getattr(whole, "base_model", whole)
     if trunk not in _packs:
         _packs[trunk] = (

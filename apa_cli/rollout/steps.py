@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from apa_cli.models.lora import WithoutAdapter, underlying
 from apa_cli.models.packing import packs
 from apa_cli.rollout.drawing import drawn
 from apa_cli.settings import SamplingSettings
@@ -21,7 +22,12 @@ class Growing:
     """Steps whose cache and mask grow by a token each: no more is read than there is."""
 
     def __init__(
-        self, model: PreTrainedModel, ids: Tensor, attention: Tensor, uniforms: Tensor, settings: SamplingSettings
+        self,
+        model: PreTrainedModel | WithoutAdapter,
+        ids: Tensor,
+        attention: Tensor,
+        uniforms: Tensor,
+        settings: SamplingSettings,
     ):
         """ids and attention [B, P], prompts padded on the left; uniforms [B, T], step t draws from column t."""
         self.model, self.settings = model, settings
@@ -181,12 +187,12 @@ class RoomyLayer(DynamicLayer):
         self.rooms = None
 
 
-def cache_name(model: PreTrainedModel) -> str:
+def cache_name(model: PreTrainedModel | WithoutAdapter) -> str:
     """What the model calls its argument for the cache: `transformers` renames it on the way to version 5.40."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(underlying(model).forward).parameters else "past_key_values"
 
 
-def roomy_cache(model: PreTrainedModel) -> DynamicCache:
+def roomy_cache(model: PreTrainedModel | WithoutAdapter) -> DynamicCache:
     """A cache of `RoomyLayer`s; layers of a kind of their own stay as they are."""
     cache = DynamicCache(config=model.config)
     at_least = torch.float32 if packs(model) else None  # what attention on a CPU computes in
@@ -213,11 +219,11 @@ class FixedLayer(DynamicLayer):
 
 # Which models
 
-_repeats: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_repeats: WeakKeyDictionary[PreTrainedModel | WithoutAdapter, bool] = WeakKeyDictionary()
 """What `repeats` found out."""
 
 
-def repeats(model: PreTrainedModel) -> bool:
+def repeats(model: PreTrainedModel | WithoutAdapter) -> bool:
     """Whether `Repeated` is to draw from this model: on a GPU, where a trial gives what `Growing` gives."""
     if model not in _repeats:
         _repeats[model] = model.device.type == "cuda" and tried(model)
@@ -225,7 +231,7 @@ def repeats(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def tried(model: PreTrainedModel) -> bool:
+def tried(model: PreTrainedModel | WithoutAdapter) -> bool:
     """`repeats`, found out by a few tokens after two short prompts; it is not looked at which tokens are drawn."""
     settings = SamplingSettings(
         max_prompt_tokens=3, max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, stop_strings=[], microbatch=2,

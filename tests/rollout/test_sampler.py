@@ -21,12 +21,13 @@ from transformers import (
 )
 
 from apa_cli.models.forward import response_logprobs
+from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
 from apa_cli.models.packing import packs
 from apa_cli.rollout import sampler, steps
 from apa_cli.rollout.drawing import inverse_cdf, truncated
 from apa_cli.rollout.sampler import Sampled, StopStrings, left_padded, right_padded, sample
 from apa_cli.rollout.steps import RoomyLayer
-from apa_cli.settings import SamplingSettings
+from apa_cli.settings import LoraSettings, SamplingSettings
 from apa_cli.types import Tokens
 
 close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
@@ -300,6 +301,21 @@ def test_steps_that_repeat_themselves_draw_the_same(policy, tokenizer, prompts, 
     monkeypatch.setattr(sampler, "Repeated", built.append)
     sample(policy, tokenizer, prompts, uniforms[:, :1], SETTINGS, ends)
     assert not built  # there is no second token
+
+
+def test_the_base_of_a_model_with_an_adapter_draws_as_the_base(prompts, uniforms, tokenizer, monkeypatch):
+    base, model = tiny_policy("gpt_neox"), tiny_policy("gpt_neox")
+    add_adapter(model, LoraSettings(rank=2, alpha=4.0, targets=None), POLICY, 0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    given = (tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS}))
+    expected = sample(base, *given)
+    assert sample(model, *given).tokens != expected.tokens
+    for repeated in (False, True):
+        monkeypatch.setattr(sampler, "repeats", lambda model, repeated=repeated: repeated)
+        assert sample(WithoutAdapter(model), *given).tokens == expected.tokens
 
 
 def test_cuda_graph_false_leaves_the_trial_out(policy, tokenizer, prompts, uniforms, monkeypatch):

@@ -166,7 +166,7 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(start, more, tin
         start(configured(f"resume={stopped}", f"{stage}.lr=1e-3"), tmp_path / "other")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_a_stage_after_its_step_and_it_goes_on(number, tiny, tmp_path, monkeypatch):
     def configured(*words):
         return build(compose([*WORDS, f"model.path={tiny}", "sft.checkpoint_every=0", *words]))
