@@ -15,6 +15,7 @@ import typing
 from dataclasses import fields, is_dataclass, replace
 from datetime import datetime
 from enum import Enum
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -179,6 +180,14 @@ def _target(path: Any, section: str) -> type:
     return found
 
 
+@cache
+def _schema(kind: type) -> DictConfig:
+    """The fields of a dataclass without their values. To be merged into, never written to."""
+    schema = OmegaConf.structured(kind)
+    OmegaConf.set_readonly(schema, False)
+    return schema
+
+
 def _typed(kind: type, values: dict[str, Any], section: str, cfg: DictConfig, extra_dir: str | None = None) -> Any:
     """An instance of the dataclass `kind`; ConfigError naming the key for an unknown, missing or wrong value."""
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -187,15 +196,18 @@ def _typed(kind: type, values: dict[str, Any], section: str, cfg: DictConfig, ex
     for key in values:
         if key not in named:
             raise ConfigError(unknown_key(f"{prefix}{key}", cfg, [f"{prefix}{name}" for name in named]))
-    schema = OmegaConf.structured(kind)
-    OmegaConf.set_readonly(schema, False)
+    schema = _schema(kind)
+    try:
+        schema, apart = OmegaConf.merge(schema, values), False
+    except OmegaConfBaseException:
+        apart = True  # one by one it is seen which is wrong
     for key in sorted(named, key=lambda key: (_refers(cfg, section, key), key)):
         name = _typed_by(cfg, section, key)
         if key not in values:
             raise ConfigError(f"{name}: a value is needed")
         value, hint = values[key], hints[key]
         try:
-            schema = OmegaConf.merge(schema, {key: value})
+            schema = OmegaConf.merge(schema, {key: value}) if apart else schema
         except OmegaConfBaseException as error:
             raise ConfigError(f"{name}: {value!r} is not {_described(hint)}") from error
         _check_range(name, schema[key], hint)
