@@ -157,6 +157,7 @@ def test_a_runs_kind_decides_and_a_word_overrules_it(run_train):
     assert prompts_of(build(compose(["model.path=x", "chat.dialogue=false"]))) == (False, True)
 
 
+@pytest.mark.slow
 def test_through_a_pipe(run_train, small_words, tmp_path):
     run = run_train("iterations=1", "optimizer.lr=1e-2", "eval_every=0")
     code = "import sys; from apa_cli.chat import main; sys.argv[0] = 'apa-chat'; main()"

@@ -110,15 +110,21 @@ def test_another_seed_gives_others_and_is_evaluated_on_the_same_random_numbers(
 @pytest.mark.parametrize(
     "words",
     [
-        ["algo=apa", "optimizer.schedule=linear", "optimizer.warmup_steps=3"],
-        ["algo=ppo", "algo.controller=adaptive", "algo.kl_horizon=16"],
-        ["algo=awr", "critic=head", "critic.head=mlp"],
-        ["algo=apa", "reference.refresh_every=1"],
-        ["algo=apa", "lora=default", "critic=adapter", "model.gradient_checkpointing=true", "optimizer.lr=3e-3"],
-        ["algo=awr", "lora=default", "critic=separate", "reference.refresh_every=2", "optimizer.lr=3e-3"],
-        ["algo=awr", "model.trainable_layers=1"],
+        pytest.param(words.split(), id=name, marks=[] if quick else pytest.mark.slow)
+        for name, quick, words in [
+            ("apa", True, "algo=apa optimizer.schedule=linear optimizer.warmup_steps=3"),
+            ("ppo-adaptive", True, "algo=ppo algo.controller=adaptive algo.kl_horizon=16"),
+            ("awr-head", False, "algo=awr critic=head critic.head=mlp"),
+            ("refreshed", False, "algo=apa reference.refresh_every=1"),
+            ("lora", True, "algo=apa lora=default critic=adapter model.gradient_checkpointing=true optimizer.lr=3e-3"),
+            (
+                "lora-separate",
+                False,
+                "algo=awr lora=default critic=separate reference.refresh_every=2 optimizer.lr=3e-3",
+            ),
+            ("top-layer", False, "algo=awr model.trainable_layers=1"),
+        ]
     ],
-    ids=["apa", "ppo-adaptive", "awr-head", "refreshed", "lora", "lora-separate", "top-layer"],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one(words, run_train, comparable, tmp_path):
     words = [*words, "iterations=4", "eval_every=2", "checkpoint.keep_last=4"]

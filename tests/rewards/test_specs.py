@@ -153,6 +153,7 @@ def test_the_command_checks_specs_before_anything_heavy_is_imported(own_dir, tmp
     assert line == "apa-train: reward.parts[0]: no 'kidn'; did you mean 'kind'?"
 
 
+@pytest.mark.slow
 def test_every_job_of_a_sweep_finds_the_users_own_yamls(own_dir, tmp_path):
     done = apa_train(
         "--config-dir", str(own_dir), "-m", "seed=0,1", "plan=true", "reward=sum",

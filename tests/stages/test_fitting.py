@@ -129,8 +129,15 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("start", [start_sft, start_reward])
-@pytest.mark.parametrize("more", [[], ["lora=default", "lora.rank=3"]], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        pytest.param(start_sft, [], id="sft"),
+        pytest.param(start_reward, ["lora=default", "lora.rank=3"], id="reward-lora"),
+        pytest.param(start_sft, ["lora=default", "lora.rank=3"], id="sft-lora", marks=pytest.mark.slow),
+        pytest.param(start_reward, [], id="reward", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(start, more, tiny, tmp_path, monkeypatch):
     def configured(*words):
         return build(compose([*WORDS, f"model.path={tiny}", *more, *words]))
