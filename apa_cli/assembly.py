@@ -156,6 +156,7 @@ def build_trainer(
             gpu=torch.cuda.get_device_name() if device.type == "cuda" else None,
             processes=world.size,
             threads=torch.get_num_threads(),
+            matmul=matmul.used().value,
             policy=config.model.path,
             reward=getattr(config.reward, "path", None),
         )

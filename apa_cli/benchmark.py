@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apa_cli import matmul
 from apa_cli.assembly import check_training, launch
 from apa_cli.console import Console
 from apa_cli.floor import Cost, Work, forward_work, inputs, sampling_work
@@ -28,7 +29,7 @@ from apa_cli.models.loading import TORCH_DTYPES, load_config
 from apa_cli.models.lora import WithoutAdapter
 from apa_cli.run_directory import RunDirectory, environment
 from apa_cli.runs import remove_if_empty
-from apa_cli.settings import Config, Quantization
+from apa_cli.settings import Config, Matmul, Quantization
 from apa_cli.synthetic import Subject, build_subject, check_memory, memory_estimate, memory_lines
 from apa_cli.types import Batch, ConfigError, Rollout
 from apa_cli.utilization import UpdateMeter, lengths
@@ -187,6 +188,7 @@ def measured(subject: Subject) -> dict[str, Any]:
         "machine": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
+            "matmul": matmul.used().value,
             "dtype": config.model.dtype.value,
             "matrix_flops_per_s": matrix,
             "copy_bytes_per_s": copy,
@@ -295,8 +297,10 @@ HEADER = ("", "seconds", "tokens/s", "TFLOP/s", "GB/s", "floor s", "share of flo
 def show(result: dict[str, Any], console: Console) -> None:
     """The table of phases on the screen."""
     machine = result["machine"]
+    known = (machine["device"], machine["dtype"], machine["matmul"])
+    by = " by oneDNN" if known == ("cpu", "float32", Matmul.onednn.value) else ""
     console.say(
-        f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}: matrix products at "
+        f"{machine['device']}, {machine['threads']} threads, {machine['dtype']}: matrix products{by} at "
         f"{machine['matrix_flops_per_s'] / 1e12:.4g} TFLOP/s, copies at {machine['copy_bytes_per_s'] / 1e9:.4g} GB/s"
     )
     rows = [

@@ -14,7 +14,8 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from apa_cli.config import RUN, VERSION_BASE, build, compose, config_dir, expand, first_line, run_directory_name
+from apa_cli.composing import RUN, VERSION_BASE, compose, config_dir, expand, first_line, run_directory_name
+from apa_cli.config import build
 from apa_cli.help import print_help
 from apa_cli.recorded import always, compose_again, compose_run, source_of
 from apa_cli.run_directory import FORK, RESUME, RunDirectory

@@ -42,6 +42,11 @@ def use(matmul: Matmul) -> None:
             _library.impl("addmm", addmm, "CPU")
 
 
+def used() -> Matmul:
+    """Which it is: what `Matmul.auto` became."""
+    return Matmul.torch if _library is None else Matmul.onednn
+
+
 def has_onednn() -> bool:
     """Whether this PyTorch can be asked for oneDNN's product."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -85,7 +90,7 @@ def product_with(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | 
         if count > NARROW and (more := next_shape(count) - count):
             rows = nn.functional.pad(rows, (0, 0, 0, more))
         result = torch.ops.mkldnn._linear_pointwise(rows, ordered, bias, "none", [], "")
-        return result[:count].view(*x.shape[:-1], -1)
+        return result[:count].view(*x.shape[:-1], len(weight))
 
     return product
 

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import BooleanNode, DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
-from apa_cli.config import (
+from apa_cli.composing import (
     LAMBDA,
     RUN,
     compose,

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from apa_cli import checkpoint as checkpoints
+from apa_cli import matmul
 from apa_cli.assembly import build_trainer, launch, load_examples, stage_progress
 from apa_cli.console import Console
 from apa_cli.plan import run_plan
@@ -227,7 +228,9 @@ def run_stage(
                     checkpoints.drop_after(directory.checkpoints, step)
                     directory.cut_back(config.raw, step)
                 device = launch(config.launch)
-                directory.write_environment(device=str(device), threads=torch.get_num_threads())
+                directory.write_environment(
+                    device=str(device), threads=torch.get_num_threads(), matmul=matmul.used().value
+                )
                 place = Workplace(
                     device=device,
                     folder=path / "model",

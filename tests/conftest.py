@@ -125,7 +125,8 @@ def small_words(tiny, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="session")
 def configured(small_words):
     """configured(*words) → the checked Config of a small run with these words on top."""
-    from apa_cli.config import build, compose
+    from apa_cli.composing import compose
+    from apa_cli.config import build
 
     def make(*words: str):
         return build(compose(overriding([*small_words, *words])))

@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 
-from apa_cli.config import build, compose
+from apa_cli.composing import compose
+from apa_cli.config import build
 from apa_cli.conversation import Conversation, converse, prompts_of
 from apa_cli.models.loading import end_tokens, load_policy, load_tokenizer
 from apa_cli.models.prompting import PromptFormat, chat_text

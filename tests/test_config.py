@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apa_cli import config as configuration
-from apa_cli.config import build, compose, config_dir, expand
+from apa_cli import composing
+from apa_cli.composing import compose, config_dir, expand
+from apa_cli.config import build
 from apa_cli.types import ConfigError
 
 CONF = config_dir()
@@ -178,13 +179,13 @@ def test_a_sweep_is_every_combination():
 
 
 def test_directory_names_have_no_separators():
-    assert configuration.directory_name("model.path=/a/b,seed=0") == "model.path=_a_b,seed=0"
+    assert composing.directory_name("model.path=/a/b,seed=0") == "model.path=_a_b,seed=0"
 
 
 def test_a_resumed_run_stays_in_its_directory():
-    assert configuration.run_directory_name("new", None) == "outputs/new"
-    assert configuration.run_directory_name("new", "outputs/old") == "outputs/old"
-    assert configuration.run_directory_name("new", "outputs/old/checkpoints/iteration_000004") == "outputs/old"
+    assert composing.run_directory_name("new", None) == "outputs/new"
+    assert composing.run_directory_name("new", "outputs/old") == "outputs/old"
+    assert composing.run_directory_name("new", "outputs/old/checkpoints/iteration_000004") == "outputs/old"
 
 
 LOADED = "import sys; heavy = {'torch', 'transformers', 'wandb', 'matplotlib', 'datasets', 'accelerate'}"
@@ -193,7 +194,7 @@ LOADED = "import sys; heavy = {'torch', 'transformers', 'wandb', 'matplotlib', '
 def test_checking_words_loads_no_heavy_package(tmp_path):
     code = (
         f"{LOADED}\nimport apa_cli.train, apa_cli.sft, apa_cli.reward, apa_cli.compare\n"
-        "from apa_cli.config import build, compose\n"
+        "from apa_cli.composing import compose\nfrom apa_cli.config import build\n"
         "for words in ([], ['algo=ppo'], ['algo=awr', 'reward=vader', 'dataset=story_openings']):\n"
         "    build(compose(words))\n"
         "print(sorted(heavy & set(sys.modules)))"

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 from apa_cli import network
-from apa_cli.config import build, compose
+from apa_cli.composing import compose
+from apa_cli.config import build
 from apa_cli.models.loading import load_policy, load_tokenizer
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from apa_cli import assessment
 from apa_cli.assessment import FIGURES, best_of_figures, compare, figures, start_evaluation
 from apa_cli.command import check_subject
-from apa_cli.config import build, compose, directory_name
+from apa_cli.composing import compose, directory_name
+from apa_cli.config import build
 from apa_cli.evaluation import Replies
 from apa_cli.kl import best_of_n_bound
 from apa_cli.recorded import compose_run

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from apa_cli.command import command as run_command
-from apa_cli.config import config_dir
+from apa_cli.composing import config_dir
 
 COMMANDS = {"apa-train": (), "apa-sft": (), "apa-reward": (), "apa-eval": ("run", "model.path"),
             "apa-export": ("run",), "apa-chat": ("run", "model.path")}  # fmt: skip

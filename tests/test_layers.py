@@ -19,6 +19,7 @@ LEVELS = [
     ["command"],
     ["recorded"],
     ["config", "help"],
+    ["composing"],
     [
         "runs", "assembly", "trainer", "update", "processes", "memory", "evaluation", "checkpoint",
         "run_directory", "plan", "tracking", "console", "report", "stages", "trained", "assessment", "publication",
@@ -139,7 +140,7 @@ def test_nobody_asks_which_algorithm_runs(file):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_only_those_that_read_words_know_hydra(file):
-    if room(file) in ("config", "recorded", "command", *COMMANDS):
+    if room(file) in ("composing", "config", "recorded", "command", *COMMANDS):
         return
     assert not [name for name, _ in imports(parsed(file)) if name.split(".")[0] in ("hydra", "omegaconf")]
 

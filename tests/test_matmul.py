@@ -1,6 +1,7 @@
 """oneDNN's products are PyTorch's, but for rounding, and it is used where it is wanted."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -128,3 +129,28 @@ def test_a_command_computes_as_launch_matmul_says(configured, name, wanted):
     launch(configured(f"launch.matmul={name}").launch)
     layer, inputs = nn.Linear(300, 2500), torch.randn(96, 300)
     assert products_by_onednn(lambda: layer(inputs)) == wanted
+    assert matmul.used() is Matmul(name)
+
+
+def test_a_run_says_who_multiplied(run_train):
+    run = run_train("iterations=0", "launch.matmul=torch")
+    assert json.loads((run / "environment.json").read_text())["matmul"] == "torch"
+
+
+@onednn
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(0,), (2, 3), (5, 33)])
+def test_a_weight_that_stays_is_multiplied_as_any(rows, dtype):
+    """Few rows, and a number of them that is rounded up."""
+    torch.manual_seed(0)
+    weight, bias, x = (torch.randn(shape).to(dtype) for shape in ((40, 24), (40,), (*rows, 24)))
+    assert dtype is torch.bfloat16 or matmul.product_with(weight) is None
+    matmul.use(Matmul.onednn)
+    product = matmul.product_with(weight)
+    if product is None:
+        pytest.skip("no products of bfloat16 here")
+    for offset in (bias, None):
+        expected = nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
+        found = product(x, offset)
+        assert found.shape == expected.shape and found.dtype is dtype
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 if dtype is torch.float32 else 0.1)

@@ -5,7 +5,8 @@ from functools import cache
 
 import pytest
 
-from apa_cli.config import build, compose
+from apa_cli.composing import compose
+from apa_cli.config import build
 
 
 @dataclass(frozen=True)

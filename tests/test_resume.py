@@ -14,7 +14,8 @@ import yaml
 from apa_cli import checkpoint as checkpoints
 from apa_cli import stopping
 from apa_cli.command import checked_jobs
-from apa_cli.config import build, compose, run_directory_name
+from apa_cli.composing import compose, run_directory_name
+from apa_cli.config import build
 from apa_cli.recorded import compose_again, source_of
 from apa_cli.run_directory import RunDirectory, code_in, resume_words, rows_until
 from apa_cli.runs import resume_command, start

@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from apa_cli.config import directory_name
+from apa_cli.composing import directory_name
 
 
 def as_yaml(words: list[str]) -> str:

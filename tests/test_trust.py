@@ -17,7 +17,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from apa_cli import chat, evaluate, export
-from apa_cli.config import build, compose
+from apa_cli.composing import compose
+from apa_cli.config import build
 from apa_cli.models.loading import load_policy
 from apa_cli.recorded import compose_run
 from apa_cli.rewards.base import Placement

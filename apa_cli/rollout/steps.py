@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -69,7 +70,7 @@ class Repeated:
     """
 
     def __init__(self, begun: Growing):
-        """Goes on where `begun` is, after one step at least."""
+        """Goes on where `begun` is, after one step at least; what it holds goes over to this."""
         self.model, self.settings, self.uniforms = begun.model, begun.settings, begun.uniforms
         self.cache_name = begun.cache_name
         device, total = begun.ids.device, self.uniforms.shape[1]
@@ -85,13 +86,15 @@ class Repeated:
         self.cache = DynamicCache()
         self.cache.layers = [FixedLayer(layer, self.left, self.place) for layer in begun.cache.layers]
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.recording = device.type in RECORDING
 
     def step(self) -> tuple[Tensor, Tensor]:
         """The next token of each row, [B] int64, and its log π, [B], in memory that the next step writes to."""
         if self.graph is not None:
             self.graph.replay()
-        elif self.ids.device.type == "cuda" and self.left > 2:
+        elif self.recording and self.left > 2:
             self.graph = recorded(self)
+            self.recording = self.graph is not None
         else:
             self.compute()
         self.left -= 1
@@ -122,24 +125,56 @@ class Repeated:
         self.tokens, self.logprobs, self.mask = self.tokens[rows], self.logprobs[rows], self.mask[rows]
 
 
-def recorded(steps: Repeated) -> torch.cuda.CUDAGraph:
-    """Computes a step and records it, as a graph that computes further ones.
+RECORDING = {"cuda"}
+"""Kinds of devices that can record."""
 
-    Both on a stream of their own, so that what libraries keep for a stream is there before the recording. Errors are
-    those of this thread alone: another may ask the GPU something meanwhile, as NCCL's does.
+_last: dict[torch.device, torch.cuda.CUDAGraph] = {}
+"""The last graph of each device. The next one is recorded in its memory, which would not be used again otherwise."""
+
+
+def recorded(steps: Repeated) -> torch.cuda.CUDAGraph | None:
+    """Computes a step and records it, as a graph that computes further ones; None where it cannot be recorded.
+
+    Both on a stream of their own, so that what libraries keep for a stream is there before the recording.
     """
-    graph, stream = torch.cuda.CUDAGraph(), side_stream(steps.ids.device)
-    current = torch.cuda.current_stream(steps.ids.device)
+    device = steps.ids.device
+    stream, current = side_stream(device), torch.cuda.current_stream(device)
+    if device not in _last:
+        torch.cuda.empty_cache()  # which cannot be done while one records
+    graph = torch.cuda.CUDAGraph()
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        steps.compute()
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
+    try:
+        with torch.cuda.stream(stream):
             steps.compute()
-        finally:
-            graph.capture_end()
-    current.wait_stream(stream)
+            logits = steps.logits
+            if not captured(graph, steps.compute, _last.get(device)):
+                steps.logits = logits
+                return None
+            steps.logits.copy_(logits)  # the graph's own, which nothing was computed into yet
+    finally:
+        current.wait_stream(stream)
+    _last[device] = graph
     return graph
+
+
+def captured(graph: torch.cuda.CUDAGraph, compute: Callable[[], None], last: torch.cuda.CUDAGraph | None) -> bool:
+    """Whether the graph holds what `compute` asks the GPU for, none of which is done.
+
+    Errors are those of this thread alone: another may ask the GPU something meanwhile, as NCCL's does.
+    """
+    graph.capture_begin(pool=None if last is None else last.pool(), capture_error_mode="thread_local")
+    whole = False
+    try:
+        compute()
+        whole = True
+    except Exception:  # memory that is wanted, or a question to the GPU, that has to wait until it has recorded
+        pass
+    finally:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            whole = False
+    return whole
 
 
 @cache
@@ -186,6 +221,11 @@ class RoomyLayer(DynamicLayer):
         super().reorder_cache(beam_idx)
         self.rooms = None
 
+    def reset(self) -> None:
+        """Holds nothing."""
+        super().reset()
+        self.rooms = None
+
 
 def cache_name(model: PreTrainedModel | WithoutAdapter) -> str:
     """What the model calls its argument for the cache: `transformers` renames it on the way to version 5.40."""
@@ -209,6 +249,7 @@ class FixedLayer(DynamicLayer):
         self.place = place
         self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, more)) for x in (begun.keys, begun.values))
         self.is_initialized = True
+        begun.reset()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All of them, with these at their place."""
@@ -232,31 +273,59 @@ def repeats(model: PreTrainedModel | WithoutAdapter) -> bool:
 
 @torch.no_grad()
 def tried(model: PreTrainedModel | WithoutAdapter) -> bool:
-    """`repeats`, found out by a few tokens after two short prompts; it is not looked at which tokens are drawn."""
+    """`repeats`, found out by a few tokens after two short prompts; it is not looked at which tokens are drawn.
+
+    The first steps are computed; then one that must not wait for the GPU; only a model that has come this far is
+    recorded, since a recording that fails may cost memory.
+    """
     settings = SamplingSettings(
-        max_prompt_tokens=3, max_new_tokens=6, temperature=1.0, top_k=0, top_p=1.0, stop_strings=[], microbatch=2,
+        max_prompt_tokens=3, max_new_tokens=9, temperature=1.0, top_k=0, top_p=1.0, stop_strings=[], microbatch=2,
         cuda_graph=True,
     )  # fmt: skip
     ids = torch.tensor([[0, 1, 2], [3, 4, 5]], device=model.device) % model.config.get_text_config().vocab_size
     attention = torch.tensor([[0, 1, 1], [1, 1, 1]], device=model.device)
     uniforms = torch.full((2, settings.max_new_tokens), 0.5, device=model.device)
     try:
-        plain, other = (Growing(model, ids, attention, uniforms, settings) for _ in range(2))
+        plain, begun = (Growing(model, ids, attention, uniforms, settings) for _ in range(2))
         plain.step()
-        other.step()
-        if any(type(layer) is not RoomyLayer for layer in other.cache.layers):
+        begun.step()
+        if any(type(layer) is not RoomyLayer for layer in begun.cache.layers):
             return False
-        other = Repeated(other)
-        for token in range(settings.max_new_tokens - 1):
+        other = Repeated(begun)
+        for token, compute in enumerate([other.compute, other.compute, partial(without_waiting, other.compute)]):
+            plain.ids.fill_(token)
+            other.ids.fill_(token)
+            plain.step()
+            compute()
+            if not near(plain.logits, other.logits):
+                return False
+        for token in range(settings.max_new_tokens - 4):
             plain.ids.fill_(token)
             other.ids.fill_(token)
             plain.step()
             other.step()
-            near = 1e-3 if plain.logits.dtype is torch.float32 else 0.05
-            if not float((plain.logits - other.logits).abs().max()) <= near * float(plain.logits.abs().max()):
+            if not near(plain.logits, other.logits):
                 return False
+        return other.graph is not None or model.device.type not in RECORDING
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # whatever a model, or a GPU that records it, does with what it does not know
+    except Exception:  # whatever a model does with what it does not know
         return False
-    return True
+
+
+def near(logits: Tensor, others: Tensor) -> bool:
+    """Whether they differ by rounding alone."""
+    least = 1e-3 if logits.dtype is torch.float32 else 0.05
+    return float((logits - others).abs().max()) <= least * float(logits.abs().max())
+
+
+def without_waiting(compute: Callable[[], None]) -> None:
+    """`compute()`; an error where it waits for the GPU."""
+    if not torch.cuda.is_available():
+        return compute()
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return compute()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

@@ -88,7 +88,8 @@ def measured_trl(arguments: argparse.Namespace, model: str) -> dict:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from apa_cli.config import build, compose
+    from apa_cli.composing import compose
+    from apa_cli.config import build
     from apa_cli.machine import peak_bytes
     from apa_cli.models.loading import load_config
     from apa_cli.synthetic import number_tokenizer, random_examples, random_model, reward_architecture

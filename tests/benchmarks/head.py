@@ -22,7 +22,8 @@ def measured(model: str, rows: int, tokens: int, pieces: bool) -> dict:
     from transformers import AutoModelForCausalLM
 
     from apa_cli.allocator import keep_freed_blocks
-    from apa_cli.config import build, compose
+    from apa_cli.composing import compose
+    from apa_cli.config import build
     from apa_cli.machine import peak_bytes, reset_peak
     from apa_cli.models import forward
     from apa_cli.models.loading import load_config

@@ -71,24 +71,24 @@ def test_without_onednn_float32_stays_as_it_is(kind):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("onednn", [pytest.param(True, marks=needs_onednn), False])
+@needs_onednn
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_autocast_converts_no_weight_again(kind, onednn, monkeypatch):
-    if not onednn:  # as on a GPU
-        monkeypatch.setattr(matmul, "product_with", lambda weight: None)
-    model = made(kind)
+def test_autocast_converts_no_weight_again(kind):
+    """As it does with those that are not trained."""
+    model = made(kind).requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = logits(model)
+        with Conversions() as conversions:
+            logits(model)
+        assert conversions.count > 0
         with prepared(model), Conversions() as conversions:
             found = logits(model)
     assert conversions.count == 0
     assert found.dtype is torch.bfloat16
     close(found, expected, rtol=0.02, atol=0.02)
-    with torch.autocast("cpu", dtype=torch.bfloat16), Conversions() as conversions:
-        logits(model)
-    assert conversions.count > 0
 
 
+@needs_onednn
 def test_another_block_sees_the_weights_of_its_time():
     model = made("gpt_neox")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -111,6 +111,22 @@ def test_an_error_in_the_block_leaves_the_model_as_it_was():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@needs_onednn
+def test_memory_that_runs_out_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model, given = made("gpt_neox"), []
+
+    def product_with(weight):
+        given.append(weight)
+        if len(given) == 3:
+            raise torch.OutOfMemoryError
+        return lambda rows, bias: pytest.fail("the layers of before are still there")
+
+    monkeypatch.setattr(matmul, "product_with", product_with)
+    with pytest.raises(torch.OutOfMemoryError), prepared(model):
+        pass
+    logits(model)
+
+
 def test_adapters_and_the_base_without_them():
     model = made("gpt_neox")
     add_adapter(model, LoraSettings(rank=2, alpha=4.0, targets=None), POLICY, 0)
@@ -125,6 +141,7 @@ def test_adapters_and_the_base_without_them():
             close(logits(asked), expected)
 
 
+@needs_onednn
 def test_a_cpu_holds_no_copy_of_a_large_model(monkeypatch):
     model = made("gpt_neox")
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from apa_cli.config import build, compose
+from apa_cli.composing import compose
+from apa_cli.config import build
 from apa_cli.rewards.ensemble import EnsembleReward
 from apa_cli.rewards.function import FunctionReward
 from apa_cli.rewards.model import ModelReward

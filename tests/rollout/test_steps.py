@@ -1,6 +1,9 @@
 """The steps of sampling: caches, and which models can repeat one step."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from transformers import (
 )
 
 from apa_cli.rollout import steps
-from apa_cli.rollout.steps import FixedLayer, Growing, Repeated, RoomyLayer, recorded, repeats, tried
+from apa_cli.rollout.steps import FixedLayer, Growing, Repeated, RoomyLayer, repeats, tried
 
 LLAMA = {
     "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -111,6 +114,140 @@ def test_a_fixed_layer_holds_what_was_there_and_takes_what_comes():
     assert [x.data_ptr() for x in first] == [keys.data_ptr(), values.data_ptr()]
 
 
+class FakeGraph:
+    """A graph as CUDA's is: what is asked for while it records is not done, and is done at every replay.
+
+    `steps` is the object whose `compute` it records.
+    """
+
+    recording: "FakeGraph | None" = None
+    made: ClassVar[list["FakeGraph"]] = []
+    fails = ""
+    """What goes wrong: "asking" for something, or only "ending" the recording."""
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert FakeGraph.recording is None and capture_error_mode == "thread_local"
+        self.memory, FakeGraph.recording = pool or object(), self
+        FakeGraph.made.append(self)
+
+    def capture_end(self):
+        FakeGraph.recording = None
+        if FakeGraph.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def pool(self):
+        return self.memory
+
+    def replay(self):
+        Repeated.compute(self.steps)
+        self.logits.copy_(self.steps.logits)
+        self.steps.logits = self.logits
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """A CPU that records."""
+    compute = Repeated.compute
+
+    def asked(self):
+        graph = FakeGraph.recording
+        if graph is None:
+            return compute(self)
+        if FakeGraph.fails == "asking":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        written = [self.mask, self.ids, self.positions, self.tokens, self.logprobs, self.place, self.taken]
+        written += [x for layer in self.cache.layers for x in (layer.keys, layer.values)]
+        before = [x.clone() for x in written]
+        compute(self)
+        for x, old in zip(written, before, strict=True):
+            x.copy_(old)
+        graph.steps, graph.logits = self, torch.full_like(self.logits, torch.nan)
+        self.logits = graph.logits
+
+    emptied = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(Repeated, "compute", asked)
+    monkeypatch.setattr(steps, "RECORDING", {"cpu"})
+    monkeypatch.setattr(steps, "_last", {})
+    monkeypatch.setattr(steps, "side_stream", lambda device: stream)
+    monkeypatch.setattr(FakeGraph, "made", [])
+    monkeypatch.setattr(FakeGraph, "fails", "")
+    for name, fake in {
+        "CUDAGraph": FakeGraph,
+        "current_stream": lambda device: stream,
+        "stream": lambda stream: nullcontext(),
+        "empty_cache": lambda: emptied.append(True),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return emptied
+
+
+@torch.no_grad()
+def drawn_with(model: PreTrainedModel, repeated: bool) -> list[list[float]]:
+    """Log-probs of each step after the first; after the sixth two of six rows are left."""
+    torch.manual_seed(0)
+    ids, attention = torch.randint(1, 50, (6, 5)), torch.ones(6, 5, dtype=torch.int64)
+    attention[:3, :2] = 0
+    drawing = Growing(model, ids, attention, torch.rand(6, 12), sampling_settings())
+    drawing.step()
+    drawing, found = Repeated(drawing) if repeated else drawing, []
+    for t in range(11):
+        found.append(drawing.step()[1].tolist())
+        if t == 5:
+            drawing.keep(torch.tensor([1, 4]))
+    return found
+
+
+def same(found: list[list[float]], expected: list[list[float]]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", TAKE)
+def test_what_was_recorded_is_replayed(family, fake_cuda):
+    model = made(TAKE[family])
+    assert tried(model)
+    FakeGraph.made.clear()
+    same(drawn_with(model, True), drawn_with(model, False))
+    first, second = FakeGraph.made  # one for six rows, one for two, in the same memory
+    assert first.pool() is second.pool() and len(fake_cuda) == 1
+    drawn_with(model, True)
+    assert {graph.pool() for graph in FakeGraph.made} == {first.pool()}
+
+
+@pytest.mark.parametrize("fails", ["asking", "ending"])
+def test_what_cannot_be_recorded_is_computed(fails, fake_cuda, monkeypatch):
+    model = made(TAKE["gpt2"])
+    monkeypatch.setattr(FakeGraph, "fails", fails)
+    assert not tried(model)
+    FakeGraph.made.clear()
+    same(drawn_with(model, True), drawn_with(model, False))
+    assert len(FakeGraph.made) == 1  # not tried at every step, nor after rows have left
+
+
+def test_the_last_two_steps_are_not_worth_a_graph(fake_cuda):
+    model = made(TAKE["gpt2"])
+    drawing = Growing(model, torch.ones(2, 3).long(), torch.ones(2, 3).long(), torch.rand(2, 3), sampling_settings())
+    with torch.no_grad():
+        drawing.step()
+        drawing = Repeated(drawing)
+        drawing.step()
+        drawing.step()
+    assert not FakeGraph.made and drawing.left == 0
+
+
+def test_what_waits_for_the_gpu_is_not_recorded(fake_cuda, monkeypatch):
+    asked = []
+
+    def waiting(compute):
+        asked.append(compute)
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(steps, "without_waiting", waiting)
+    assert not tried(made(TAKE["gpt2"]))
+    assert asked and not FakeGraph.made
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("family", TAKE)
 def test_a_graph_draws_what_its_steps_draw(family, monkeypatch):
@@ -131,12 +268,12 @@ def test_a_graph_draws_what_its_steps_draw(family, monkeypatch):
             found.append((tokens.tolist(), logprobs.tolist()))
             if t == 5:
                 drawing.keep(torch.tensor([1, 4], device="cuda"))
-        assert (drawing.graph is None) == (steps.recorded is not recorded)
+        assert (drawing.graph is None) == (not steps.RECORDING)
         return found
 
     with torch.no_grad():
         replayed = run()
-        monkeypatch.setattr(steps, "recorded", Repeated.compute)
+        monkeypatch.setattr(steps, "RECORDING", set())
         assert replayed == run()
 
 

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from apa_cli.checkpoint import load
-from apa_cli.config import build, compose
+from apa_cli.composing import compose
+from apa_cli.config import build
 from apa_cli.datasets.embedded import EmbeddedDataset
 from apa_cli.runs import start_reward, start_sft
 from apa_cli.settings import Schedule

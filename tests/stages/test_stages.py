@@ -10,8 +10,8 @@ import torch
 from torch import device as torch_device
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from apa_cli.composing import compose
 from apa_cli.config import build as build_config
-from apa_cli.config import compose
 from apa_cli.datasets.base import PromptForm
 from apa_cli.datasets.embedded import EmbeddedDataset
 from apa_cli.models.prompting import PromptFormat
