@@ -8,7 +8,7 @@ ARGS ?=
 TORCH ?= 2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check format clean bench bench-floor bench-trl bench-growth
+.PHONY: help install train test test-slow check format clean bench bench-floor bench-trl bench-gpu bench-growth bench-head bench-processes
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -45,6 +45,9 @@ bench-floor: install ## the phases of an iteration against the machine's measure
 bench-trl: $(VENV)-bench/installed ## PPO and APA against TRL's PPO, in an environment that has both
 	$(VENV)-bench/bin/python tests/benchmarks/against_trl.py --out $(OUT) $(ARGS)
 	$(VENV)-bench/bin/python tests/benchmarks/against_trl.py --dtype bfloat16 --out $(OUT) $(ARGS)
+
+bench-gpu: $(VENV)-bench/installed ## the same comparison on a GPU, of models that fill one
+	$(VENV)-bench/bin/python tests/benchmarks/against_trl.py --model pythia_160m pythia_1b --dtype bfloat16 --responses 128 --tokens 128 --minibatch 32 --microbatch 32 --iterations 3 --turns 2 --out $(OUT)/gpu $(ARGS)
 
 $(VENV)-bench/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-bench

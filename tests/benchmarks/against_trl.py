@@ -72,7 +72,7 @@ def measured_here(arguments: argparse.Namespace, algo: str, model: str) -> dict:
         result = json.loads((Path(folder) / "outputs" / "it" / "bench.json").read_text())
     return {
         "samples_per_s": result["samples_per_s"],
-        "phases": {row["name"]: row["seconds"] for row in result["phases"]},
+        "phases": {row["name"]: {key: row[key] for key in ("seconds", "floor_share")} for row in result["phases"]},
         "floor_s": result["floor_s"],
         "peak_gib": result["peak_bytes"] / 2**30,
         "machine": result["machine"],
