@@ -51,7 +51,7 @@ def command(
         if not (args.hydra_help or args.info or args.shell_completion):
             jobs, again = checked_jobs(args.overrides, args.multirun, args.config_dir, takes, scores)
         if not again:
-            _run_hydra(task, args.config_dir)
+            _run_hydra(task, args.config_dir, told_apart(args.overrides) if args.multirun else [])
             return
         for cfg, config in jobs:
             if args.cfg:
@@ -131,7 +131,14 @@ def check_subject(config: Config, takes: tuple[str, ...]) -> None:
         raise ConfigError(f"run: a model is needed, give {' or '.join(f'{key}=…' for key in takes)}")
 
 
-def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
+def told_apart(overrides: list[str]) -> list[str]:
+    """Of each job of a sweep, the words that another job has not."""
+    jobs = expand([_quoted(word) for word in overrides])
+    return [" ".join(word for word in job if any(word not in other for other in jobs)) for job in jobs]
+
+
+def _run_hydra(task: Callable[[Config], None], extra_dir: str | None, sweep: list[str]) -> None:
+    """Hydra's own program; `sweep` is what tells its jobs apart."""
     failed: list[UserError] = []
     inside, own = False, os.getpid()
 
@@ -142,6 +149,9 @@ def _run_hydra(task: Callable[[Config], None], extra_dir: str | None) -> None:
                 Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir).rmdir()
             return
         inside = True
+        if sweep:
+            number = int(hydra.core.hydra_config.HydraConfig.get().job.num)
+            print(f"job {number + 1} of {len(sweep)}: {sweep[number]}".rstrip(": "), flush=True)
         try:
             task(build(cfg, extra_dir))
         except UserError as error:  # Hydra would print all the job's words over its one line

@@ -26,7 +26,17 @@ from apa_cli.composing import (
     run_directory_name,
     unknown_key,
 )
-from apa_cli.run_directory import AUTO, FORK, RESUME, RunDirectory, code_in, located_run, recorded_config, worded
+from apa_cli.run_directory import (
+    AUTO,
+    FORK,
+    RESUME,
+    RunDirectory,
+    code_in,
+    located_run,
+    nearest,
+    recorded_config,
+    worded,
+)
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS
 from apa_cli.trust import check_plain, check_targets, offered_targets, targets
 from apa_cli.types import ConfigError
@@ -262,7 +272,7 @@ def source_of(words: list[str], extra_dir: str | None = None) -> Path | None:
         if value is not None:
             path = Path(run_directory_name("", str(value))).expanduser()
             if not (path / "config.yaml").is_file():
-                raise ConfigError(f"{key}: there is no run in {path}")
+                raise ConfigError(f"{key}: there is no run in {path}{nearest(path)}")
             return path
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
@@ -155,8 +156,20 @@ def located_run(name: str) -> tuple[Path, Path | None]:
     directory = path.parent.parent if is_checkpoint else path
     for file in ("config.yaml", "environment.json", "metrics.jsonl"):
         if not (directory / file).is_file():
-            raise ConfigError(f"run: {path} is no run of apa-train and no checkpoint of one (there is no {file})")
+            why = f"there is no {file}{nearest(path)}"
+            if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+                why = f"a model alone is given by model.path={path}"
+            raise ConfigError(f"run: {path} is no run of apa-train and no checkpoint of one ({why})")
     return directory, path if is_checkpoint else None
+
+
+def nearest(path: Path) -> str:
+    """The folder beside one that is missing whose name is most like its own, as the end of a message; else nothing."""
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    beside = sorted(each.name for each in path.parent.iterdir() if each.is_dir())
+    close = difflib.get_close_matches(path.name, beside, 1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
 def recorded_config(directory: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from apa_cli import composing
+from apa_cli.command import told_apart
 from apa_cli.composing import compose, config_dir, expand
 from apa_cli.config import build
 from apa_cli.types import ConfigError
@@ -176,6 +177,15 @@ def test_a_sweep_is_every_combination():
         ["algo=ppo", "lambda=0.1", "iterations=3"],
         ["algo=ppo", "lambda=0.3", "iterations=3"],
     ]
+
+
+def test_what_tells_the_jobs_of_a_sweep_apart():
+    assert told_apart(["algo=apa", "lambda=0.1,1", "seed=0,1"])[:3] == [
+        "lambda=0.1 seed=0",
+        "lambda=0.1 seed=1",
+        "lambda=1 seed=0",
+    ]
+    assert told_apart(["algo=apa", "seed=0"]) == [""]
 
 
 def test_directory_names_have_no_separators():

@@ -255,6 +255,8 @@ def test_where_the_settings_come_from(begun, tmp_path, monkeypatch):
     assert source_of(["fork=outputs/run", "name=new", "resume=auto"]) == own
     with pytest.raises(ConfigError, match="fork: there is no run in outputs/nothing"):
         source_of(["fork=outputs/nothing"])
+    with pytest.raises(ConfigError, match=r"resume: there is no run in outputs/rum; did you mean outputs/run[?]$"):
+        source_of(["resume=outputs/rum"])
 
 
 # --- forks --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apa_cli import checkpoint as checkpoints
 from apa_cli.checkpoint import load
-from apa_cli.run_directory import differences
+from apa_cli.run_directory import differences, located_run
 from apa_cli.types import ConfigError, UserError
 
 WORDS = [
@@ -208,3 +208,20 @@ def test_what_does_not_change_the_training_may_differ(section):
 
 def test_a_key_that_only_has_the_name_of_a_free_one_may_not_differ():
     assert differences({"algo": {"iterations": 1}}, {"algo": {"iterations": 2}}) == [("algo.iterations", 1, 2)]
+
+
+def test_what_is_no_run_is_said_with_what_it_could_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("outputs/first", "outputs/first/model"):
+        Path(folder).mkdir(parents=True)
+    Path("outputs/first/model/config.json").write_text("{}")
+    why = {
+        "outputs/frist": "there is no config.yaml; did you mean outputs/first?",
+        "outputs/else": "there is no config.yaml",
+        "outputs/first": "there is no config.yaml",
+        "outputs/first/model": "a model alone is given by model.path=outputs/first/model",
+    }
+    for name, words in why.items():
+        with pytest.raises(ConfigError) as error:
+            located_run(name)
+        assert str(error.value) == f"run: {name} is no run of apa-train and no checkpoint of one ({words})"

@@ -41,6 +41,8 @@ def sweep(small_words, tmp_path_factory):
         cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("job ")] == ["job 1 of 2: seed=0", "job 2 of 2: seed=1"]
     return folder
 
 
