@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -86,15 +87,13 @@ class Repeated:
         self.cache = DynamicCache()
         self.cache.layers = [FixedLayer(layer, self.left, self.place) for layer in begun.cache.layers]
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.recording = device.type in RECORDING
 
     def step(self) -> tuple[Tensor, Tensor]:
         """The next token of each row, [B] int64, and its log π, [B], in memory that the next step writes to."""
         if self.graph is not None:
             self.graph.replay()
-        elif self.recording and self.left > 2:
+        elif records(self.ids.device) and self.left > 2:
             self.graph = recorded(self)
-            self.recording = self.graph is not None
         else:
             self.compute()
         self.left -= 1
@@ -127,42 +126,53 @@ class Repeated:
 
 RECORDING = {"cuda"}
 """Kinds of devices that can record."""
+TIGHT = 2**31
+"""Bytes of free memory below which what is cached goes back before a recording, which could not ask for it."""
 
-_last: dict[torch.device, torch.cuda.CUDAGraph] = {}
-"""The last graph of each device. The next one is recorded in its memory, which would not be used again otherwise."""
+_first: dict[torch.device, torch.cuda.CUDAGraph] = {}
+"""The first graph of each device. All others are recorded in its memory, which would not be used again otherwise."""
+_refused: set[torch.device] = set()
+"""Devices on which a recording failed: none is tried again."""
+
+
+def records(device: torch.device) -> bool:
+    """Whether a step on this device is to be recorded."""
+    return device.type in RECORDING and device not in _refused
 
 
 def recorded(steps: Repeated) -> torch.cuda.CUDAGraph | None:
     """Computes a step and records it, as a graph that computes further ones; None where it cannot be recorded.
 
-    Both on a stream of their own, so that what libraries keep for a stream is there before the recording.
+    Both on a stream of their own, so that what libraries keep for a stream is there before the recording. An earlier
+    graph must be gone by then, and takes with it what they kept for it.
     """
     device = steps.ids.device
     stream, current = side_stream(device), torch.cuda.current_stream(device)
-    if device not in _last:
-        torch.cuda.empty_cache()  # which cannot be done while one records
+    if torch.cuda.mem_get_info(device)[0] < TIGHT:
+        torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(current)
     try:
         with torch.cuda.stream(stream):
             steps.compute()
             logits = steps.logits
-            if not captured(graph, steps.compute, _last.get(device)):
+            if not captured(graph, steps.compute, _first.get(device)):
                 steps.logits = logits
+                _refused.add(device)
                 return None
             steps.logits.copy_(logits)  # the graph's own, which nothing was computed into yet
     finally:
         current.wait_stream(stream)
-    _last[device] = graph
+    _first.setdefault(device, graph)
     return graph
 
 
-def captured(graph: torch.cuda.CUDAGraph, compute: Callable[[], None], last: torch.cuda.CUDAGraph | None) -> bool:
+def captured(graph: torch.cuda.CUDAGraph, compute: Callable[[], None], first: torch.cuda.CUDAGraph | None) -> bool:
     """Whether the graph holds what `compute` asks the GPU for, none of which is done.
 
     Errors are those of this thread alone: another may ask the GPU something meanwhile, as NCCL's does.
     """
-    graph.capture_begin(pool=None if last is None else last.pool(), capture_error_mode="thread_local")
+    graph.capture_begin(pool=None if first is None else first.pool(), capture_error_mode="thread_local")
     whole = False
     try:
         compute()
@@ -223,8 +233,8 @@ class RoomyLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Holds nothing."""
-        super().reset()
-        self.rooms = None
+        self.keys = self.values = self.rooms = None
+        self.is_initialized = False
 
 
 def cache_name(model: PreTrainedModel | WithoutAdapter) -> str:
@@ -279,7 +289,7 @@ def tried(model: PreTrainedModel | WithoutAdapter) -> bool:
     recorded, since a recording that fails may cost memory.
     """
     settings = SamplingSettings(
-        max_prompt_tokens=3, max_new_tokens=9, temperature=1.0, top_k=0, top_p=1.0, stop_strings=[], microbatch=2,
+        max_prompt_tokens=3, max_new_tokens=9, temperature=0.7, top_k=2, top_p=0.9, stop_strings=[], microbatch=2,
         cuda_graph=True,
     )  # fmt: skip
     ids = torch.tensor([[0, 1, 2], [3, 4, 5]], device=model.device) % model.config.get_text_config().vocab_size
@@ -306,7 +316,7 @@ def tried(model: PreTrainedModel | WithoutAdapter) -> bool:
             other.step()
             if not near(plain.logits, other.logits):
                 return False
-        return other.graph is not None or model.device.type not in RECORDING
+        return (other.graph is not None) == (model.device.type in RECORDING)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever a model does with what it does not know
@@ -324,8 +334,10 @@ def without_waiting(compute: Callable[[], None]) -> None:
     if not torch.cuda.is_available():
         return compute()
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        return compute()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*[Ss]ynchronization debug mode")
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            return compute()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)

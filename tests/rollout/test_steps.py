@@ -1,8 +1,7 @@
 """The steps of sampling: caches, and which models can repeat one step."""
 
 import copy
-from contextlib import nullcontext
-from types import SimpleNamespace
+from contextlib import contextmanager
 from typing import ClassVar
 
 import pytest
@@ -107,6 +106,7 @@ def test_a_fixed_layer_holds_what_was_there_and_takes_what_comes():
     begun.update(torch.ones(2, 1, 3, 4), torch.full((2, 1, 3, 4), 2.0))
     place = torch.tensor([3])
     layer = FixedLayer(begun, 2, place)
+    assert begun.keys is begun.values is begun.rooms is None  # not held twice
     first = layer.update(torch.full((2, 1, 1, 4), 5.0), torch.full((2, 1, 1, 4), 6.0))
     place.add_(1)
     keys, values = layer.update(torch.full((2, 1, 1, 4), 7.0), torch.full((2, 1, 1, 4), 8.0))
@@ -122,26 +122,53 @@ class FakeGraph:
 
     recording: "FakeGraph | None" = None
     made: ClassVar[list["FakeGraph"]] = []
+    under_way: ClassVar[set[object]] = set()
+    """Memory of recordings that have not ended well; PyTorch's allocator refuses to begin another in it."""
     fails = ""
     """What goes wrong: "asking" for something, or only "ending" the recording."""
 
     def capture_begin(self, pool, capture_error_mode):
         assert FakeGraph.recording is None and capture_error_mode == "thread_local"
-        self.memory, FakeGraph.recording = pool or object(), self
+        assert FakeStream.current == "side" and FakeStream.waits[-1] == ("side", "main")
+        self.memory, self.whole, FakeGraph.recording = pool or object(), False, self
+        if self.memory in FakeGraph.under_way:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        FakeGraph.under_way.add(self.memory)
         FakeGraph.made.append(self)
 
     def capture_end(self):
         FakeGraph.recording = None
         if FakeGraph.fails:
             raise RuntimeError("operation failed due to a previous error during capture")
+        FakeGraph.under_way.remove(self.memory)
+        self.whole = True
 
     def pool(self):
+        assert self.whole
         return self.memory
 
     def replay(self):
+        assert FakeStream.current == "main" and FakeStream.waits[-1] == ("main", "side")
         Repeated.compute(self.steps)
         self.logits.copy_(self.steps.logits)
         self.steps.logits = self.logits
+
+
+class FakeStream:
+    current = "main"
+    waits: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def wait_stream(self, other):
+        FakeStream.waits.append((self.name, other.name))
+
+    @contextmanager
+    def entered(self):
+        FakeStream.current = self.name
+        yield
+        FakeStream.current = "main"
 
 
 @pytest.fixture
@@ -165,18 +192,21 @@ def fake_cuda(monkeypatch):
         self.logits = graph.logits
 
     emptied = []
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    main, side = FakeStream("main"), FakeStream("side")
     monkeypatch.setattr(Repeated, "compute", asked)
     monkeypatch.setattr(steps, "RECORDING", {"cpu"})
-    monkeypatch.setattr(steps, "_last", {})
-    monkeypatch.setattr(steps, "side_stream", lambda device: stream)
+    monkeypatch.setattr(steps, "_first", {})
+    monkeypatch.setattr(steps, "_refused", set())
+    monkeypatch.setattr(steps, "side_stream", lambda device: side)
+    monkeypatch.setattr(FakeGraph, "under_way", set())
     monkeypatch.setattr(FakeGraph, "made", [])
     monkeypatch.setattr(FakeGraph, "fails", "")
     for name, fake in {
         "CUDAGraph": FakeGraph,
-        "current_stream": lambda device: stream,
-        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda device: main,
+        "stream": FakeStream.entered,
         "empty_cache": lambda: emptied.append(True),
+        "mem_get_info": lambda device: (2**31 - (not emptied), 2**32),
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     return emptied
@@ -222,7 +252,24 @@ def test_what_cannot_be_recorded_is_computed(fails, fake_cuda, monkeypatch):
     assert not tried(model)
     FakeGraph.made.clear()
     same(drawn_with(model, True), drawn_with(model, False))
-    assert len(FakeGraph.made) == 1  # not tried at every step, nor after rows have left
+    assert not FakeGraph.made  # nothing is tried again
+
+
+def test_a_recording_that_fails_later_ends_them(fake_cuda, monkeypatch):
+    model = made(TAKE["gpt2"])
+    expected = drawn_with(model, False)
+    same(drawn_with(model, True), expected)
+    monkeypatch.setattr(FakeGraph, "fails", "ending")
+    FakeGraph.made.clear()
+    for _ in range(2):
+        same(drawn_with(model, True), expected)
+    assert len(FakeGraph.made) == 1
+
+
+def test_memory_that_others_hold_is_given_back_before_a_recording_alone(fake_cuda):
+    """There is too little the first time."""
+    drawn_with(made(TAKE["gpt2"]), True)
+    assert len(FakeGraph.made) == 2 and len(fake_cuda) == 1
 
 
 def test_the_last_two_steps_are_not_worth_a_graph(fake_cuda):
@@ -278,4 +325,4 @@ def test_a_graph_draws_what_its_steps_draw(family, monkeypatch):
 
 
 def sampling_settings():
-    return steps.SamplingSettings(5, 12, 1.0, 0, 1.0, [], 8, True)
+    return steps.SamplingSettings(5, 12, 0.7, 8, 0.9, [], 8, True)
