@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apa_cli import machine, matmul
+from apa_cli import machine
 from apa_cli.benchmark import Stopwatch, padding_shares, phase_row, start_bench
 from apa_cli.composing import compose
 from apa_cli.config import build
@@ -121,7 +121,7 @@ def test_the_updates_padding_is_that_of_its_minibatches(benched, configured):
 def test_the_table_follows_from_seconds_work_and_the_machines_rates(ppo):
     _, result = ppo
     matrix, copy = result["machine"]["matrix_flops_per_s"], result["machine"]["copy_bytes_per_s"]
-    assert result["machine"]["matmul"] == ("onednn" if matmul.faster_by_onednn() else "torch")
+    assert result["machine"]["matmul"] == "torch"  # as it was told
     for row in result["phases"]:
         assert row["seconds"] > 0 and row["peak_bytes"] > 2**20
         for name in ("tokens", "flops", "bytes"):
