@@ -106,7 +106,8 @@ def checked_jobs(
 def _quoted(word: str) -> str:
     """run=FOLDER in quotation marks: the folder of a job of a sweep has signs in its name that mean something here."""
     key, _, folder = word.partition("=")
-    if key not in (RUN, RESUME, FORK) or not Path(folder).expanduser().is_dir():
+    mistyped = "=" in folder and folder[0] not in "'\""
+    if key not in (RUN, RESUME, FORK) or not (mistyped or Path(folder).expanduser().is_dir()):
         return word
     escaped = folder.replace("'", "\\'")
     return f"{key}='{escaped}'"

@@ -159,6 +159,8 @@ def located_run(name: str) -> tuple[Path, Path | None]:
             why = f"there is no {file}{nearest(path)}"
             if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
                 why = f"a model alone is given by model.path={path}"
+                if (path.parent / "metrics.jsonl").is_file():
+                    why = f"its run is {path.parent}, and {why}"
             raise ConfigError(f"run: {path} is no run of apa-train and no checkpoint of one ({why})")
     return directory, path if is_checkpoint else None
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from apa_cli import composing
-from apa_cli.command import told_apart
+from apa_cli.command import checked_jobs, told_apart
 from apa_cli.composing import compose, config_dir, expand
 from apa_cli.config import build
 from apa_cli.types import ConfigError
@@ -186,6 +186,14 @@ def test_what_tells_the_jobs_of_a_sweep_apart():
         "lambda=1 seed=0",
     ]
     assert told_apart(["algo=apa", "seed=0"]) == [""]
+
+
+@pytest.mark.parametrize("key", ["resume", "fork"])
+def test_a_jobs_folder_that_is_not_there_is_named_as_it_was_written(key):
+    folder = "outputs/sweeps/lam/lambda=1,seed=0"
+    for written in (folder, f"'{folder}'"):
+        with pytest.raises(ConfigError, match=f"^{key}: there is no run in {folder}$"):
+            checked_jobs([f"{key}={written}"], False, None, ())
 
 
 def test_directory_names_have_no_separators():

@@ -225,3 +225,6 @@ def test_what_is_no_run_is_said_with_what_it_could_be(tmp_path, monkeypatch):
         with pytest.raises(ConfigError) as error:
             located_run(name)
         assert str(error.value) == f"run: {name} is no run of apa-train and no checkpoint of one ({words})"
+    Path("outputs/first/metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"its run is outputs/first, and a model alone is given by model.path="):
+        located_run("outputs/first/model")
