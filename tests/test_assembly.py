@@ -142,7 +142,11 @@ def test_an_algorithm_without_a_critic_asks_for_none(make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "lora"), [(4, ["lora=default", "critic=adapter"]), (9, [])], ids=["fewer-lora", "more"]
+    ("prompts", "lora"),
+    [
+        pytest.param(4, ["lora=default", "critic=adapter"], id="fewer-lora"),
+        pytest.param(9, [], id="more", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_goes_on_with_other_held_out_prompts_is_compared_on_those(
     prompts, lora, run_train, records, tmp_path

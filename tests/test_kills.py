@@ -172,8 +172,8 @@ def killing_itself(monkeypatch, name: str, times: int, after: bool) -> None:
     [
         pytest.param("save_file", 1, True, id="the-first", marks=pytest.mark.slow),
         pytest.param("save_file", 7, True, id="half-written"),
-        pytest.param("write", 2, True, id="without-its-name"),
-        pytest.param("prune", 2, False, id="before-pruning"),
+        pytest.param("write", 2, True, id="without-its-name", marks=pytest.mark.slow),
+        pytest.param("prune", 2, False, id="before-pruning", marks=pytest.mark.slow),
         pytest.param("prune", 3, True, id="after-pruning", marks=pytest.mark.slow),
     ],
 )
