@@ -20,7 +20,30 @@ from apa_cli.rollout.drawing import drawn
 from apa_cli.settings import SamplingSettings
 
 
-class Growing:
+class Steps:
+    """What both kinds of steps have: a model, its inputs and its cache."""
+
+    model: PreTrainedModel | WithoutAdapter
+    cache: DynamicCache
+    cache_name: str
+    ids: Tensor
+    positions: Tensor
+    logits: Tensor
+    """Of the last step, [B, V]."""
+
+    def read(self, mask: Tensor) -> None:
+        """The model's logits behind `ids`, which its cache then holds too."""
+        self.logits = self.model(
+            input_ids=self.ids,
+            attention_mask=mask,
+            position_ids=self.positions,
+            **{self.cache_name: self.cache},
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+
+class Growing(Steps):
     """Steps whose cache and mask grow by a token each: no more is read than there is."""
 
     def __init__(
@@ -41,14 +64,7 @@ class Growing:
 
     def step(self) -> tuple[Tensor, Tensor]:
         """The next token of each row, [B] int64, and its log π, [B]."""
-        self.logits = self.model(
-            input_ids=self.ids,
-            attention_mask=self.attention,
-            position_ids=self.positions,
-            **{self.cache_name: self.cache},
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        self.read(self.attention)
         tokens, logprobs = drawn(self.logits, self.uniforms[:, self.taken], self.settings)
         self.taken += 1
         self.ids = tokens.unsqueeze(-1)
@@ -63,7 +79,7 @@ class Growing:
         self.positions, self.uniforms = self.positions[rows], self.uniforms[rows]
 
 
-class Repeated:
+class Repeated(Steps):
     """Steps that all do the same to the same memory, so that a GPU replays one of them as a CUDA graph.
 
     Keys and values lie in rooms for all tokens that may come, of which a mask hides those that have not. A small model
@@ -101,14 +117,7 @@ class Repeated:
 
     def compute(self) -> None:
         self.mask.index_fill_(3, self.place, True)
-        self.logits = self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            position_ids=self.positions,
-            **{self.cache_name: self.cache},
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        self.read(self.mask)
         uniforms = self.uniforms.index_select(1, self.taken).squeeze(1)
         for mine, new in zip((self.tokens, self.logprobs), drawn(self.logits, uniforms, self.settings), strict=True):
             mine.copy_(new)
@@ -302,18 +311,12 @@ def tried(model: PreTrainedModel | WithoutAdapter) -> bool:
         if any(type(layer) is not RoomyLayer for layer in begun.cache.layers):
             return False
         other = Repeated(begun)
-        for token, compute in enumerate([other.compute, other.compute, partial(without_waiting, other.compute)]):
+        computed = [other.compute, other.compute, partial(without_waiting, other.compute)]
+        for token, step in enumerate([*computed, *[other.step] * (other.left - len(computed))]):
             plain.ids.fill_(token)
             other.ids.fill_(token)
             plain.step()
-            compute()
-            if not near(plain.logits, other.logits):
-                return False
-        for token in range(settings.max_new_tokens - 4):
-            plain.ids.fill_(token)
-            other.ids.fill_(token)
-            plain.step()
-            other.step()
+            step()
             if not near(plain.logits, other.logits):
                 return False
         return (other.graph is not None) == (model.device.type in RECORDING)
