@@ -19,18 +19,6 @@ State = dict[str, Any]
 """What an algorithm carries from one iteration to the next: plain numbers and tensors, checkpointed."""
 
 
-class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback. `status` is the exit status."""
-
-    status = 1
-
-
-class ConfigError(UserError):
-    """A configuration that cannot be run."""
-
-    status = 2
-
-
 @dataclass(frozen=True)
 class Range:
     """The values a number in the configuration may take, as the metadata of its type.

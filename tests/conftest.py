@@ -125,8 +125,8 @@ def small_words(tiny, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="session")
 def configured(small_words):
     """configured(*words) → the checked Config of a small run with these words on top."""
-    from apa_cli.composing import compose
-    from apa_cli.config import build
+    from apa_cli.config.build import build
+    from apa_cli.config.compose import compose
 
     def make(*words: str):
         return build(compose(overriding([*small_words, *words])))
@@ -140,13 +140,13 @@ def train(configured):
 
     Drawing takes longer than all the rest, so there is no curves.png unless `curves` is true.
     """
-    from apa_cli.runs import start
+    from apa_cli.training.launch import start
 
     def run(directory: Path, *words: str, curves: bool = False) -> Path:
         config = configured(f"name={directory.name}", *words)
         with pytest.MonkeyPatch.context() as patch:
             if not curves:
-                patch.setattr("apa_cli.trainer.draw_curves", lambda directory: None, raising=False)
+                patch.setattr("apa_cli.training.trainer.draw_curves", lambda directory: None, raising=False)
             start(config, directory, None)
         return directory
 
@@ -184,8 +184,8 @@ def comparable(records):
 def pytorchs_own_products():
     """No test goes on with the products that another one chose."""
     yield
-    if "apa_cli.matmul" in sys.modules:
-        from apa_cli import matmul
+    if "apa_cli.hardware.cpu_matmul" in sys.modules:
+        from apa_cli.hardware import cpu_matmul as matmul
         from apa_cli.settings import Matmul
 
         matmul.use(Matmul.torch)

@@ -7,6 +7,7 @@ top, inside a function, under TYPE_CHECKING (a type that is only named ties two 
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,26 +16,20 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "apa_cli"
 
 LEVELS = [
-    ["train", "sft", "reward", "evaluate", "export", "chat", "bench", "compare"],
-    ["command"],
-    ["recorded"],
-    ["config", "help"],
-    ["composing"],
-    [
-        "runs", "assembly", "trainer", "update", "processes", "memory", "evaluation", "checkpoint",
-        "run_directory", "plan", "tracking", "console", "report", "stages", "trained", "assessment", "publication",
-        "model_card", "conversation", "stopping", "benchmark", "utilization", "synthetic",
-        "guard", "faults", "trust",
-    ],
-    ["rollout", "algorithms"],
-    ["models", "datasets", "rewards"],
-    ["losses", "advantages", "kl", "tensor_ops", "randomness", "floor", "machine", "network", "allocator", "matmul"],
-    ["settings", "types"],
-]  # fmt: skip
-"""From the commands down. A room is a module or folder of apa_cli; it imports its own level and lower."""
+    ["cli"],
+    ["inference", "bench"],
+    ["training"],
+    ["report", "stages", "distributed", "config"],
+    ["rollout", "rewards", "runs"],
+    ["models"],
+    ["algorithms", "hardware"],
+    ["settings", "datasets", "kl"],
+    ["types", "errors", "secrets", "losses", "advantages", "tensor_ops", "randomness", "network"],
+]
+"""From the commands down. A package, or a module that lies flat in apa_cli, imports its own level and lower."""
 
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-COMMANDS = LEVELS[0]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+COMMANDS = ("cli", "config")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -82,14 +77,14 @@ def test_the_reader_finds_imports_wherever_they_stand():
     source = """
 import torch
 from apa_cli import kl, runs as started
-import apa_cli.trainer
+import apa_cli.training.trainer
 if TYPE_CHECKING:
     from apa_cli.models.loading import loaded
 def f():
     from apa_cli.report.curves import draw
 """
     rooms = [name for name, _ in imported_rooms(ast.parse(source))]
-    assert sorted(rooms) == ["kl", "models", "report", "runs", "trainer"]
+    assert sorted(rooms) == ["kl", "models", "report", "runs", "training"]
 
 
 def test_every_module_has_a_level():
@@ -102,6 +97,35 @@ def test_imports_point_down(file):
     own = LEVEL.get(room(file), len(LEVELS))  # apa_cli/__init__.py imports nothing of the package
     upwards = [(name, line) for name, line in imported_rooms(parsed(file)) if LEVEL[name] < own]
     assert not upwards
+
+
+def module(file: Path) -> str:
+    """The dotted name of a file in the package."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(tree: ast.Module, known: set[str]) -> set[str]:
+    """The package's own modules among the imports: apa_cli.a.b for `from apa_cli.a.b import c`."""
+    return {
+        name if name in known else name.rpartition(".")[0]
+        for name, _ in imports(tree)
+        if name.startswith("apa_cli.") and {name, name.rpartition(".")[0]} & known
+    }
+
+
+def test_no_circles():
+    """Modules can be ordered so that each imports only earlier ones, also within a package."""
+    known = {module(file) for file in FILES}
+    graph = {module(file): imported_modules(parsed(file), known) - {module(file)} for file in FILES}
+    assert len(graph) > 70 and graph["apa_cli.training.trainer"] >= {"apa_cli.training.updater", "apa_cli.types"}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_only_the_commands_import_config():
+    for file in FILES:
+        if room(file) not in COMMANDS:
+            assert "config" not in [name for name, _ in imported_rooms(parsed(file))], file
 
 
 def test_there_are_the_algorithms_that_the_next_test_is_about():
@@ -139,8 +163,8 @@ def test_nobody_asks_which_algorithm_runs(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_only_those_that_read_words_know_hydra(file):
-    if room(file) in ("composing", "config", "recorded", "command", *COMMANDS):
+def test_only_the_command_line_knows_hydra(file):
+    if room(file) in COMMANDS:
         return
     assert not [name for name, _ in imports(parsed(file)) if name.split(".")[0] in ("hydra", "omegaconf")]
 

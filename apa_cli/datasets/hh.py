@@ -11,7 +11,8 @@ from typing import Annotated
 from apa_cli.datasets.base import Dataset, PromptForm
 from apa_cli.datasets.dialogue import HUMAN, parse_dialogue, spaced, split_reply
 from apa_cli.datasets.source import Source, text, usable
-from apa_cli.types import AtLeastOne, Example, Examples, UserError
+from apa_cli.errors import UserError
+from apa_cli.types import AtLeastOne, Example, Examples
 
 SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
 FORMS = {"prompt": ("prompt", "chosen", "rejected"), "dialogue": ("chosen", "rejected")}

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 from apa_cli.datasets.base import Dataset, PromptForm
 from apa_cli.datasets.dialogue import MARKERS, dialogue_text
 from apa_cli.datasets.source import inside, share
-from apa_cli.types import Example, Range, UserError
+from apa_cli.errors import UserError
+from apa_cli.types import Example, Range
 
 NAMES = {split: (f"{split}.jsonl", f"{split}.jsonl.gz") for split in ("train", "test")}
 FIELDS = ("prompt", "messages", "chosen", "rejected")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from apa_cli.datasets.base import Dataset, is_held_out
-from apa_cli.types import Example, Range, UserError
+from apa_cli.errors import UserError
+from apa_cli.types import Example, Range
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apa_cli.datasets.base import is_held_out
+from apa_cli.errors import UserError
 from apa_cli.network import hub_answers
-from apa_cli.types import Example, Examples, UserError
+from apa_cli.types import Example, Examples
 
 Row = dict[str, Any]
 Item = TypeVar("Item")

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from apa_cli.datasets.base import Dataset
 from apa_cli.datasets.source import Row, Source, share, text, usable
+from apa_cli.errors import UserError
 from apa_cli.randomness import Stream, permutation
-from apa_cli.types import AtLeastOne, Example, Examples, NonNegative, Range, UserError
+from apa_cli.types import AtLeastOne, Example, Examples, NonNegative, Range
 
 FORMS = {"paired": ("qid", "question", "response_j", "response_k"), "answers": ("qid", "question", "answers")}
 

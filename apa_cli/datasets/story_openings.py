@@ -7,8 +7,9 @@ from itertools import product
 from typing import Annotated
 
 from apa_cli.datasets.base import Dataset
+from apa_cli.errors import UserError
 from apa_cli.randomness import Stream, permutation
-from apa_cli.types import AtLeastOne, Example, NonNegative, UserError
+from apa_cli.types import AtLeastOne, Example, NonNegative
 
 NAMES = ["Lily", "Tom", "Anna", "Ben", "Mia", "Sam", "Sara", "Tim", "Lucy", "Max", "Jack", "Emma"]
 OPENINGS = [

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apa_cli.models.critic import Critic
-from apa_cli.models.head import chosen_logprobs, in_place_of, linear_head
+from apa_cli.models.lm_head import chosen_logprobs, in_place_of, linear_head
 from apa_cli.models.lora import WithoutAdapter, active_adapter, adapter, layers
-from apa_cli.models.packing import WORTH, packed_inputs, packs
+from apa_cli.models.sequence_packing import WORTH, packed_inputs, packs
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import tempered, token_logprobs
 from apa_cli.types import Batch, PolicyOutput, Tokens

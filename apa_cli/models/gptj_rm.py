@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GPTJConfig, GPTJModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from apa_cli.errors import UserError
 from apa_cli.models.loading import TORCH_DTYPES, loaded, source
 from apa_cli.models.reward_model import in_batches, text_tokens
 from apa_cli.settings import DType
-from apa_cli.types import UserError
 
 BODY, HEAD = "transformer.", "v_head.weight"
 OLD_BUFFERS = re.compile(r"\.attn\.(bias|masked_bias|embed_positions)$")

@@ -18,10 +18,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from apa_cli.errors import ConfigError, UserError
 from apa_cli.models.lora import adapter_base, is_adapter, layers, merged_tensors, save_adapter
 from apa_cli.network import hub_answers
 from apa_cli.settings import DType, ModelSettings, Quantization
-from apa_cli.types import ConfigError, UserError
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from apa_cli.errors import UserError
 from apa_cli.network import hub_answers
 from apa_cli.settings import LoraSettings
-from apa_cli.types import UserError
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from apa_cli.datasets.base import PromptForm
 from apa_cli.datasets.dialogue import dialogue_text, parse_dialogue
-from apa_cli.types import ConfigError, Example, Prompt, UserError
+from apa_cli.errors import ConfigError, UserError
+from apa_cli.types import Example, Prompt
 
 Messages = list[dict[str, str]]
 

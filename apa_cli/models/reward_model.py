@@ -17,10 +17,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from apa_cli.errors import UserError
 from apa_cli.models.loading import TORCH_DTYPES, load_merged, loaded, source, whole, with_pad
 from apa_cli.models.lora import adapter_base, is_adapter
 from apa_cli.settings import DType, ModelSettings
-from apa_cli.types import UserError
 
 
 def load_reward_model(path: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from apa_cli.errors import UserError
 from apa_cli.models.forward import TrainingModel
 from apa_cli.models.loading import blocks
 from apa_cli.settings import Frozen
-from apa_cli.types import UserError
 
 
 def replicated(model: TrainingModel, device: torch.device) -> nn.Module:

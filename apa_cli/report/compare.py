@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from apa_cli.errors import UserError
 from apa_cli.report.curves import KL_LABEL, REWARD_LABEL, SAMPLES_LABEL, STYLE, plain, save_figure
-from apa_cli.report.runs import LAMBDA_MEANING, Group, Run, group_runs, lambda_text, value_text
-from apa_cli.types import UserError
+from apa_cli.report.groups import LAMBDA_MEANING, Group, group_runs, lambda_text, value_text
+from apa_cli.runs.records import Run
 
 FURTHER_REWARDS = "eval/reward_mean/"
 """Evaluation by a reward that was not trained against is recorded under this and the reward's name."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from apa_cli.report.runs import Run, lambda_text, read_run
+from apa_cli.report.groups import lambda_text
+from apa_cli.runs.records import Run, read_run
 
 SAMPLES_LABEL = "samples (responses seen)"
 REWARD_LABEL = "reward (score per response)"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from apa_cli.types import UserError
+from apa_cli.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated, Any
 
+from apa_cli.errors import ConfigError
 from apa_cli.rewards.base import Placement, Reward, Score, Scores
 from apa_cli.rewards.model import ModelReward
 from apa_cli.settings import DType
-from apa_cli.types import AtLeastOne, ConfigError, NonNegative
+from apa_cli.types import AtLeastOne, NonNegative
 
 
 class Reduce(Enum):

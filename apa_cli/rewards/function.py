@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from apa_cli.errors import UserError
 from apa_cli.rewards.base import Placement, Reward, Score, TimeLimit, within
-from apa_cli.types import Positive, UserError
+from apa_cli.types import Positive
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from apa_cli.errors import ConfigError, UserError
 from apa_cli.rewards.base import Placement, Reward, Score, TimeLimit, within
-from apa_cli.types import AtLeastOne, ConfigError, NonNegative, Positive, UserError
+from apa_cli.types import AtLeastOne, NonNegative, Positive
 
 PRINTABLE = set(map(chr, range(33, 127)))
 """What an address may be written with."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
+from apa_cli.errors import ConfigError
 from apa_cli.rewards.base import Placement, Reward, Score, Scores
 from apa_cli.settings import RewardSpecs
-from apa_cli.types import ConfigError
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from apa_cli.types import UserError
+from apa_cli.errors import UserError
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad as padded
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.randomness import Stream, generator, uniforms
-from apa_cli.rollout.sampler import EOS, LENGTH, Sampled, left_padded, right_padded, sample
+from apa_cli.rollout.engine import EOS, LENGTH, Sampled, left_padded, right_padded, sample
 from apa_cli.settings import SamplingSettings
 from apa_cli.types import Prompt, Rollout, RolloutPlan
 

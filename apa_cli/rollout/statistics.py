@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from apa_cli.kl import sequence_kl, token_k3
-from apa_cli.rollout.sampler import EOS, LENGTH
+from apa_cli.rollout.engine import EOS, LENGTH
 from apa_cli.tensor_ops import masked_mean
 from apa_cli.types import Rollout
 

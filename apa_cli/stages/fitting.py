@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from apa_cli import checkpoint as checkpoints
+from apa_cli.errors import UserError
 from apa_cli.randomness import Stream, permutation
+from apa_cli.runs import checkpoint as checkpoints
+from apa_cli.runs.stopping import Stopped, Stopping
 from apa_cli.settings import FitSettings, Schedule
-from apa_cli.stopping import Stopped, Stopping
-from apa_cli.types import UserError
 
 POOL = 16
 """Batches whose examples are sorted by length together."""

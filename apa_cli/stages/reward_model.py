@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from apa_cli.errors import UserError
 from apa_cli.models.forward import compute_precision, recomputing
 from apa_cli.models.loading import load_tokenizer, save_model
 from apa_cli.models.reward_model import build_reward_model, padded, score_texts, text_tokens
@@ -16,7 +17,7 @@ from apa_cli.randomness import Stream, torch_seed
 from apa_cli.settings import Config
 from apa_cli.stages.fitting import Workplace, fit
 from apa_cli.stages.sft import trainable
-from apa_cli.types import Example, UserError
+from apa_cli.types import Example
 
 CALIBRATION_BINS = 10
 

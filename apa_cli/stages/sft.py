@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from apa_cli.errors import UserError
 from apa_cli.models.forward import checkpoint_activations, compute_precision, recomputing
 from apa_cli.models.loading import build_policy, load_policy, load_tokenizer, save_model, train_tokenizer, train_top
 from apa_cli.models.lora import POLICY, add_adapter
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.randomness import Stream, torch_seed
-from apa_cli.rollout.sampler import left_padded
+from apa_cli.rollout.engine import left_padded
 from apa_cli.settings import Config, ModelSettings
 from apa_cli.stages.fitting import Workplace, fit
 from apa_cli.tensor_ops import masked_mean, masked_sum, token_logprobs
-from apa_cli.types import Example, UserError
+from apa_cli.types import Example
 
 
 def reply_logprobs(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], pad: int) -> tuple[Tensor, Tensor]:

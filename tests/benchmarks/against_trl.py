@@ -66,7 +66,7 @@ def words(arguments: argparse.Namespace, algo: str, model: str) -> list[str]:
 
 def measured_here(arguments: argparse.Namespace, algo: str, model: str) -> dict:
     """apa-bench in a process of its own → its result."""
-    command = [sys.executable, "-c", "from apa_cli.bench import main; main()", *words(arguments, algo, model)]
+    command = [sys.executable, "-c", "from apa_cli.cli.bench import main; main()", *words(arguments, algo, model)]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([*command, "name=it"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         result = json.loads((Path(folder) / "outputs" / "it" / "bench.json").read_text())
@@ -88,11 +88,11 @@ def measured_trl(arguments: argparse.Namespace, model: str) -> dict:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    from apa_cli.composing import compose
-    from apa_cli.config import build
-    from apa_cli.machine import peak_bytes
+    from apa_cli.bench.synthetic import number_tokenizer, random_examples, random_model, reward_architecture
+    from apa_cli.config.build import build
+    from apa_cli.config.compose import compose
+    from apa_cli.hardware.machine import peak_bytes
     from apa_cli.models.loading import load_config
-    from apa_cli.synthetic import number_tokenizer, random_examples, random_model, reward_architecture
 
     config = build(compose(words(arguments, "ppo", model)))
     if arguments.threads is not None:

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 
 from apa_cli.models.loading import end_tokens, with_pad
 from apa_cli.randomness import Stream, uniforms
-from apa_cli.rollout.drawing import inverse_cdf
-from apa_cli.rollout.sampler import left_padded, sample
+from apa_cli.rollout.engine import left_padded, sample
+from apa_cli.rollout.token_sampling import inverse_cdf
 from apa_cli.settings import SamplingSettings
 
 PROMPTS = [

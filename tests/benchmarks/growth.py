@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from apa_cli.console import table_lines
+from apa_cli.runs.console import table_lines
 
 HEADER = ("", "samples/s", "seconds", "floor s", "times floor", "peak GiB", "sampling ×", "update ×")
 

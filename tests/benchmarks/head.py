@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 
-from apa_cli.console import table_lines
+from apa_cli.runs.console import table_lines
 
 
 def measured(model: str, rows: int, tokens: int, pieces: bool) -> dict:
@@ -21,13 +21,13 @@ def measured(model: str, rows: int, tokens: int, pieces: bool) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from apa_cli.allocator import keep_freed_blocks
-    from apa_cli.composing import compose
-    from apa_cli.config import build
-    from apa_cli.machine import peak_bytes, reset_peak
+    from apa_cli.bench.synthetic import random_model
+    from apa_cli.config.build import build
+    from apa_cli.config.compose import compose
+    from apa_cli.hardware.allocator import keep_freed_blocks
+    from apa_cli.hardware.machine import peak_bytes, reset_peak
     from apa_cli.models import forward
     from apa_cli.models.loading import load_config
-    from apa_cli.synthetic import random_model
     from apa_cli.types import Tokens
 
     keep_freed_blocks()

@@ -12,7 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-from apa_cli.console import table_lines
+from apa_cli.runs.console import table_lines
 
 HEADER = ("processes", "samples/s", "rollout s", "update s", "GiB of the largest")
 KEYS = ("throughput/samples_per_s", "time/rollout_s", "time/update_s", "memory/peak_gib")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from apa_cli.types import UserError
+from apa_cli.errors import UserError
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ def test_the_real_rows(real):
 
 
 def test_no_real_prompt_to_train_on_is_held_out(real):
-    from apa_cli.assembly import load_examples
+    from apa_cli.training.build import load_examples
 
     said = []
     train, held_out = load_examples(SimpleNamespace(dataset=dataset(real("hh-rlhf"), ())), said.append)

@@ -4,7 +4,7 @@ import pytest
 
 from apa_cli.datasets.base import is_held_out
 from apa_cli.datasets.prompts import PromptFile
-from apa_cli.types import UserError
+from apa_cli.errors import UserError
 
 
 def dataset(tmp_path, text, every=3, prefix="", suffix=""):

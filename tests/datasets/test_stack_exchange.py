@@ -3,7 +3,8 @@
 import pytest
 
 from apa_cli.datasets.stack_exchange import StackExchange, answer_pairs, answer_score, spread
-from apa_cli.types import Example, UserError
+from apa_cli.errors import UserError
+from apa_cli.types import Example
 
 
 def dataset(path, held_out_every=2, train_rows=None, test_rows=None, max_pairs=10, data_seed=0, folder=None):

@@ -3,7 +3,7 @@
 import pytest
 
 from apa_cli.datasets.story_openings import NAMES, OPENINGS, PLACES, StoryOpenings
-from apa_cli.types import UserError
+from apa_cli.errors import UserError
 
 ALL = len(NAMES) * len(OPENINGS) * len(PLACES)
 

@@ -15,8 +15,8 @@ from transformers import (
     LlamaConfig,
 )
 
-from apa_cli.composing import compose
-from apa_cli.config import build
+from apa_cli.config.build import build
+from apa_cli.config.compose import compose
 from apa_cli.models.loading import end_tokens
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward

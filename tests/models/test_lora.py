@@ -14,14 +14,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from apa_cli.assembly import training_model
+from apa_cli.errors import ConfigError, UserError
+from apa_cli.inference.trained import load_trained
 from apa_cli.models.forward import TrainingModel, checkpoint_activations, response_logprobs
-from apa_cli.models.head import linear_head
+from apa_cli.models.lm_head import linear_head
 from apa_cli.models.loading import load_policy, load_tokenizer, save_model, train_top
 from apa_cli.models.lora import POLICY, WithoutAdapter, active_adapter, adapter, add_adapter, merged_tensors
 from apa_cli.settings import LoraSettings
-from apa_cli.trained import load_trained
-from apa_cli.types import ConfigError, Tokens, UserError
+from apa_cli.training.build import training_model
+from apa_cli.types import Tokens
 
 LORA = LoraSettings(rank=3, alpha=6.0, targets=None)
 IDS = torch.tensor([[5, 40, 31, 7, 99, 12]])

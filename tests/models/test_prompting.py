@@ -4,8 +4,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from apa_cli.datasets.base import PromptForm
+from apa_cli.errors import ConfigError, UserError
 from apa_cli.models.prompting import PromptFormat
-from apa_cli.types import ConfigError, Example, UserError
+from apa_cli.types import Example
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }};{% endfor %}"

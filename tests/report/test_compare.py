@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from apa_cli.compare import main
+from apa_cli.cli.compare import main
 from apa_cli.report.compare import band
-from apa_cli.report.runs import read_run
+from apa_cli.runs.records import read_run
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_a_failed_job_of_a_sweep_is_left_out_and_named(sweep, capsys):
 
 def test_help_loads_no_heavy_library_and_explains_lambda():
     code = (
-        "import sys\nfrom apa_cli.compare import main\n"
+        "import sys\nfrom apa_cli.cli.compare import main\n"
         "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
         "print('MODULES', *sys.modules)"
     )

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from apa_cli.errors import UserError
 from apa_cli.report import curves
 from apa_cli.report.curves import EVALUATION, TRAINING, draw_curves
-from apa_cli.report.runs import read_run
-from apa_cli.types import UserError
+from apa_cli.runs.records import read_run
 
 
 def pixels(path) -> np.ndarray:

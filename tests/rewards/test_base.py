@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from apa_cli.errors import UserError
 from apa_cli.rewards.base import checked
 from apa_cli.rewards.function import FunctionReward
-from apa_cli.types import UserError
 
 RESPONSES = ["one", "two", "a third\nreply"]
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from apa_cli.errors import ConfigError, UserError
 from apa_cli.rewards.base import Placement, checked
 from apa_cli.rewards.ensemble import EnsembleReward, Reduce
 from apa_cli.rewards.model import ModelReward
-from apa_cli.types import ConfigError, UserError
 
 # 1, 2 and 6: mean 3; squared distances 4, 1 and 9, so the population deviation is √(14/3) = 2.160247.
 SCORES = (1.0, 2.0, 6.0)

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
+from apa_cli.errors import UserError
 from apa_cli.rewards.base import Placement, checked
 from apa_cli.rewards.function import FunctionReward
-from apa_cli.types import UserError
 
 SOURCE = """\
 import asyncio

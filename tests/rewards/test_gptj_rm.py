@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPTJConfig, GPTJModel
 
+from apa_cli.errors import UserError
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.gptj_rm import GPTJReward
 from apa_cli.settings import DType
-from apa_cli.types import UserError
 
 END = 50256
 ARCHITECTURE = {

@@ -11,9 +11,9 @@ from ssl import PROTOCOL_TLS_SERVER, SSLContext
 
 import pytest
 
+from apa_cli.errors import ConfigError, UserError
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.http import HTTPReward
-from apa_cli.types import ConfigError, UserError
 
 PROMPTS = [f"prompt {number}" for number in range(5)]
 RESPONSES = ["a", "bb", "", "dddd", "é" * 7]

@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from apa_cli.errors import UserError
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
-from apa_cli.types import UserError
 
 RANK, ALPHA = 4, 6
 

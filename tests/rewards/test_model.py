@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from apa_cli.errors import UserError
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
 from apa_cli.settings import DType
-from apa_cli.types import UserError
 
 PROMPTS = [
     "Hi",

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from apa_cli.composing import compose
-from apa_cli.config import build
+from apa_cli.config.build import build
+from apa_cli.config.compose import compose
+from apa_cli.errors import ConfigError
 from apa_cli.rewards.ensemble import EnsembleReward
 from apa_cli.rewards.function import FunctionReward
 from apa_cli.rewards.model import ModelReward
 from apa_cli.rewards.sum import SumReward
-from apa_cli.types import ConfigError
 
 HEAVY = "sorted({'torch', 'transformers', 'peft'} & set(sys.modules))"
 
@@ -138,7 +138,7 @@ def test_specs_find_the_users_own_yamls(own_dir):
 
 def apa_train(*words, cwd, after="pass"):
     """The command in a process of its own, and then, whatever it did, the statement `after`."""
-    start = "import sys\nfrom apa_cli.train import main\nsys.argv[0] = 'apa-train'\n"
+    start = "import sys\nfrom apa_cli.cli.train import main\nsys.argv[0] = 'apa-train'\n"
     code = f"{start}try:\n    main()\nfinally:\n    {after}"
     return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, check=False)
 

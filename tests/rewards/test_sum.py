@@ -2,11 +2,11 @@
 
 import pytest
 
+from apa_cli.errors import ConfigError, UserError
 from apa_cli.rewards.base import Part, Placement, checked
 from apa_cli.rewards.function import FunctionReward
 from apa_cli.rewards.model import ModelReward
 from apa_cli.rewards.sum import SumReward
-from apa_cli.types import ConfigError, UserError
 
 SOURCE = """\
 def length(prompts, responses):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTr
 
 from apa_cli.randomness import Stream, generator, uniforms
 from apa_cli.rollout.collect import assembled, collect, response_text
-from apa_cli.rollout.sampler import Sampled
+from apa_cli.rollout.engine import Sampled
 from apa_cli.settings import SamplingSettings
 from apa_cli.types import Prompt, Rollout, RolloutPlan
 

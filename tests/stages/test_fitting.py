@@ -12,17 +12,18 @@ from torch import device as torch_device
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from apa_cli.checkpoint import load
-from apa_cli.composing import compose
-from apa_cli.config import build
+from apa_cli.config.build import build
+from apa_cli.config.compose import compose
 from apa_cli.datasets.embedded import EmbeddedDataset
-from apa_cli.runs import start_reward, start_sft
+from apa_cli.errors import UserError
+from apa_cli.runs.checkpoint import load
+from apa_cli.runs.stopping import Stopped
 from apa_cli.settings import Schedule
 from apa_cli.stages import fitting
 from apa_cli.stages.fitting import Workplace, factor, fit
 from apa_cli.stages.reward_model import pair_loss, run_reward, subset_accuracies
-from apa_cli.stopping import Stopped
-from apa_cli.types import Example, UserError
+from apa_cli.training.launch import start_reward, start_sft
+from apa_cli.types import Example
 
 CPU = torch_device("cpu")
 SETTINGS = build(compose([])).sft

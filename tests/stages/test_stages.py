@@ -10,17 +10,18 @@ import torch
 from torch import device as torch_device
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from apa_cli.composing import compose
-from apa_cli.config import build as build_config
+from apa_cli.config.build import build as build_config
+from apa_cli.config.compose import compose
 from apa_cli.datasets.base import PromptForm
 from apa_cli.datasets.embedded import EmbeddedDataset
+from apa_cli.errors import UserError
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.models.reward_model import text_tokens
 from apa_cli.stages import cache
 from apa_cli.stages.fitting import Workplace
 from apa_cli.stages.reward_model import preference_report, run_reward
 from apa_cli.stages.sft import perplexity, run_sft
-from apa_cli.types import Example, UserError
+from apa_cli.types import Example
 
 CPU = torch_device("cpu")
 WORDS = [
@@ -266,7 +267,7 @@ def test_a_failed_build_leaves_nothing_behind(keep, build, tmp_path):
 
 
 def test_runs_of_several_seeds_share_their_stages(configured, tmp_path, capsys):
-    from apa_cli.runs import start
+    from apa_cli.training.launch import start
 
     words = [
         "reward=model", "model=embedded", "dataset=embedded", "~reward.target", "~model.path",

@@ -1,0 +1,1 @@
+"""Benchmarks of a run's phases on synthetic models and prompts."""

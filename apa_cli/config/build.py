@@ -1,0 +1,256 @@
+"""From a configuration to a checked `Config`. Besides `composing`, `recorded` and `command` nothing knows OmegaConf.
+
+Everything wrong with a configuration is found here, before torch is imported, and said in one line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import typing
+from dataclasses import fields, is_dataclass, replace
+from enum import Enum
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from apa_cli.config.compose import LAMBDA, compose, groups_of, keys_of, no_option, unknown_key
+from apa_cli.config.trust import check_references
+from apa_cli.errors import ConfigError, first_line
+from apa_cli.rewards.base import Part
+from apa_cli.runs.resume import AUTO, RESUME
+from apa_cli.runs.stopping import seconds
+from apa_cli.secrets import check_secrets
+from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, PartSettings, RewardSpecs, RunSettings
+from apa_cli.types import Range
+
+
+def build(cfg: DictConfig, extra_dir: str | None = None) -> Config:
+    """The typed sections of a configuration, composed with the user's own folder `extra_dir`, if there is one.
+
+    ConfigError, one line, for anything wrong with it.
+    """
+    check_references(typing.cast(dict, OmegaConf.to_container(cfg, resolve=False)))
+    check_lambda(cfg)
+    known = {f.name for f in fields(RunSettings)} | set(SECTIONS) | set(TARGET_SECTIONS) | {LAMBDA}
+    for key in cfg:
+        if key not in known:
+            raise ConfigError(unknown_key(str(key), cfg))
+    run = {f.name: _value(cfg, f.name, f.name) for f in fields(RunSettings) if f.name in cfg}
+    sections: dict[str, Any] = {"run": _typed(RunSettings, run, "", cfg)}
+    for name in (*TARGET_SECTIONS, *SECTIONS):
+        if not isinstance(cfg.get(name), DictConfig):
+            raise ConfigError(f"{name}: a section is needed here, with keys of its own")
+        values = {str(key): _value(cfg[name], key, f"{name}.{key}") for key in cfg[name]}
+        kind = SECTIONS.get(name) or _target(values.pop("_target_", None), name)
+        sections[name] = _typed(kind, values, name, cfg, extra_dir)
+    config = Config(**sections, raw=typing.cast(dict, OmegaConf.to_container(cfg, resolve=True)))
+    check_secrets(config.raw)
+    check_arithmetic(config)
+    check_continuation(config, cfg)
+    return config
+
+
+def check_lambda(cfg: DictConfig) -> None:
+    """`lambda` is there only for an algorithm that has one, and is the one way to set it."""
+    algo = cfg.get("algo")
+    raw = OmegaConf.to_container(algo, resolve=False) if isinstance(algo, DictConfig) else {}
+    linked = f"${{{LAMBDA}}}" in raw.values()
+    if LAMBDA in cfg and not linked:
+        raise ConfigError(
+            f"{LAMBDA}: this algorithm has none, or the key of it that {LAMBDA} sets was set directly; give {LAMBDA}=…"
+        )
+
+
+def check_arithmetic(config: Config) -> None:
+    """The three batch sizes divide one another, the algorithm gets what it needs, and the like."""
+    run = config.run
+    if not run.name.strip() or ".." in Path(run.name).parts:
+        raise ConfigError(f"name: {run.name!r} is no folder under outputs/")
+    for large, small in (
+        ("rollout_batch", "minibatch"),
+        ("minibatch", "microbatch"),
+        ("rollout_batch", "samples_per_prompt"),
+    ):
+        if getattr(run, large) % getattr(run, small):
+            raise ConfigError(f"{large}: {getattr(run, large)} is not a multiple of {small} {getattr(run, small)}")
+    least = config.algo.needs().samples_per_prompt
+    if run.samples_per_prompt < least:
+        raise ConfigError(
+            f"samples_per_prompt: the algorithm with these keys needs at least {least}, got {run.samples_per_prompt}"
+        )
+    if not all(n >= 1 for n in config.evaluate.best_of):
+        raise ConfigError(f"evaluate.best_of: whole numbers of at least 1 are needed, got {config.evaluate.best_of}")
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas: two numbers from 0 to below 1 are needed, got {config.optimizer.betas}")
+
+
+def check_continuation(config: Config, cfg: DictConfig) -> None:
+    """What says where a run comes from, and when it is to stop, makes sense."""
+    run = config.run
+    if run.resume == AUTO and "${run_name:" in str(OmegaConf.to_container(cfg, resolve=False).get("name")):
+        raise ConfigError(f"{RESUME}: {AUTO} needs name=…, by which the run is found again")
+    if run.stop_after is not None:
+        try:
+            seconds(run.stop_after)
+        except ValueError as error:
+            raise ConfigError(f"stop_after: {error}") from error
+
+
+def _value(node: DictConfig, key: Any, name: str) -> Any:
+    """One value, resolved; ConfigError where it is missing or refers to nothing."""
+    if OmegaConf.is_missing(node, key):
+        raise ConfigError(f"{name}: a value is needed, give {name}=…")
+    try:
+        value = node[key]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {first_line(error)}") from error
+    try:
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {first_line(error)}") from error
+
+
+def _target(path: Any, section: str) -> type:
+    """The dataclass that a section's `_target_` names."""
+    module, _, name = str(path or "").rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{section}._target_: cannot import {path!r} ({first_line(error)})") from error
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise ConfigError(f"{section}._target_: {path} is not a dataclass")
+    return found
+
+
+@cache
+def _schema(kind: type) -> DictConfig:
+    """The fields of a dataclass without their values. To be merged into, never written to."""
+    schema = OmegaConf.structured(kind)
+    OmegaConf.set_readonly(schema, False)
+    return schema
+
+
+def _typed(kind: type, values: dict[str, Any], section: str, cfg: DictConfig, extra_dir: str | None = None) -> Any:
+    """An instance of the dataclass `kind`; ConfigError naming the key for an unknown, missing or wrong value."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    named = {f.name for f in fields(kind)}
+    prefix = f"{section}." if section else ""
+    for key in values:
+        if key not in named:
+            raise ConfigError(unknown_key(f"{prefix}{key}", cfg, [f"{prefix}{name}" for name in named]))
+    schema = _schema(kind)
+    try:
+        schema, apart = OmegaConf.merge(schema, values), False
+    except OmegaConfBaseException:
+        apart = True  # one by one it is seen which is wrong
+    for key in sorted(named, key=lambda key: (_refers(cfg, section, key), key)):
+        name = _typed_by(cfg, section, key)
+        if key not in values:
+            raise ConfigError(f"{name}: a value is needed")
+        value, hint = values[key], hints[key]
+        try:
+            schema = OmegaConf.merge(schema, {key: value}) if apart else schema
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{name}: {value!r} is not {_described(hint)}") from error
+        _check_range(name, schema[key], hint)
+    typed = OmegaConf.to_object(schema)
+    for key, hint in hints.items():
+        if RewardSpecs in getattr(hint, "__metadata__", ()):
+            typed = replace(typed, **{key: _parts(values[key], f"{prefix}{key}", cfg, extra_dir)})
+    return typed
+
+
+def _parts(specs: list[Any], where: str, cfg: DictConfig, extra_dir: str | None) -> list[Part]:
+    """The typed rewards of a list of specs, as `RewardSpecs` describes them."""
+    own_keys = [f.name for f in fields(PartSettings)]
+    settings, rewards = [], []
+    for number, spec in enumerate(specs):
+        place = f"{where}[{number}]"
+        if not isinstance(spec, dict | str):
+            raise ConfigError(f"{place}: the name of a reward or {{use: NAME, …}} is needed, got {spec!r}")
+        given = {"name": None, "weight": 1.0, **(spec if isinstance(spec, dict) else {"use": spec})}
+        settings.append(_typed(PartSettings, {key: given.pop(key) for key in own_keys if key in given}, place, cfg))
+        rewards.append(_reward(settings[-1].use, given, place, cfg, extra_dir))
+    return [
+        Part(name, part.weight, reward)
+        for name, part, reward in zip(_part_names(settings, where), settings, rewards, strict=True)
+    ]
+
+
+def _part_names(parts: list[PartSettings], where: str) -> list[str]:
+    """Each part's own name, or that of its reward, with a number where that is taken."""
+    names = [part.name for part in parts if part.name]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{where}: two of these rewards have one name: {', '.join(names)}")
+    found = []
+    for part in parts:
+        free = (f"{part.use}_{number}" if number > 1 else part.use for number in itertools.count(1))
+        found.append(part.name or next(name for name in free if name not in names))
+        names.append(found[-1])
+    return found
+
+
+def _reward(name: str, given: dict[str, Any], place: str, cfg: DictConfig, extra_dir: str | None) -> Any:
+    """The typed reward of conf/reward/NAME.yaml, or of the user's own folder, with these of its keys changed."""
+    options = groups_of(extra_dir)["reward"]
+    if name not in options:
+        raise ConfigError(f"{place}: {no_option(name, options)}")
+    node = compose([f"+reward={name}"], extra_dir, None).reward
+    known = {f"{place}.{key}" for key in [*(f.name for f in fields(PartSettings)), *keys_of(node)]}
+    for key in keys_of(OmegaConf.create(given)):
+        above = key.rpartition(".")[0]
+        if f"{place}.{key}" not in known and (not above or OmegaConf.select(node, above)):
+            raise ConfigError(unknown_key(f"{place}.{key}", OmegaConf.create(), sorted(known)))
+    whole = cfg.copy()  # so that the yaml may refer to other sections, as a reward section may
+    OmegaConf.set_struct(whole, False)
+    OmegaConf.set_struct(node, False)
+    whole["reward"] = OmegaConf.merge(node, given)
+    for key in whole["reward"]:
+        if OmegaConf.is_missing(whole["reward"], key):
+            raise ConfigError(f"{place}.{key}: a value is needed")
+    values = {str(key): _value(whole["reward"], key, f"{place}.{key}") for key in whole["reward"]}
+    return _typed(_target(values.pop("_target_", None), place), values, place, whole, extra_dir)
+
+
+def _typed_by(cfg: DictConfig, section: str, key: str) -> str:
+    """The key as the user knows it: `lambda` for the field that it sets."""
+    node = cfg.get(section) if section else None
+    if isinstance(node, DictConfig) and OmegaConf.to_container(node, resolve=False).get(key) == f"${{{LAMBDA}}}":
+        return LAMBDA
+    return f"{section}.{key}" if section else key
+
+
+def _refers(cfg: DictConfig, section: str, key: str) -> bool:
+    """Whether a value is another key's, by which what is wrong with it is better named."""
+    node = cfg.get(section) if section else cfg
+    return isinstance(node, DictConfig) and key in node and OmegaConf.is_interpolation(node, key)
+
+
+def _check_range(name: str, value: Any, hint: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}: {value} is not a finite number")
+    if value is None or typing.get_origin(hint) is not Annotated:
+        return
+    for allowed in hint.__metadata__:
+        if isinstance(allowed, Range) and value not in allowed:
+            raise ConfigError(f"{name}: {value} must be {allowed}")
+
+
+def _described(hint: Any) -> str:
+    """A type in a user's words."""
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    kind = hint if typing.get_origin(hint) in (list, dict) else kinds[0]
+    optional = " or null" if type(None) in typing.get_args(hint) else ""
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(member.name for member in kind)
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    if len(kinds) > 1 and kind is kinds[0]:
+        return " or ".join(words[each] for each in kinds) + optional
+    return words.get(kind, f"a {typing.get_origin(kind).__name__}" if typing.get_origin(kind) else str(kind)) + optional

@@ -1,0 +1,1 @@
+"""Several processes: the world of a run, and how it is started."""

@@ -1,0 +1,1 @@
+"""Training: the loop, the update, and what puts a run together."""
