@@ -33,7 +33,7 @@ test-slow: install ## the tests that take minutes
 bench: bench-floor bench-trl bench-growth bench-head bench-processes ## every figure of the README's speed tables (an hour or two on 2 cores)
 
 # One iteration's work in all of them: 32 responses after prompts of 16 to 64 tokens.
-BENCH_WORK := sampling.max_prompt_tokens=64 rollout_batch=32 minibatch=8 epochs=2 sampling.stop_strings=[]
+BENCH_WORK := sampling.max_prompt_tokens=64 rollout_batch_size=32 minibatch_size=8 update_epochs=2 sampling.stop_strings=[]
 BENCH := $(BIN)/apa-bench -m $(BENCH_WORK)
 OUT := outputs/bench
 
@@ -58,8 +58,8 @@ $(VENV)-bench/installed: pyproject.toml
 bench-growth: install ## samples per second and memory against response length, batch and model size
 	rm -rf outputs/sweeps/bench_length outputs/sweeps/bench_batch outputs/sweeps/bench_size
 	$(BENCH) model=pythia_14m sampling.max_new_tokens=32,64,128,256,512 bench.iterations=1 name=bench_length $(ARGS)
-	$(BENCH) model=pythia_14m rollout_batch=8,16,32,64,128,256 bench.iterations=1 name=bench_batch $(ARGS)
-	$(BENCH) model=pythia_14m,pythia_70m,pythia_160m rollout_batch=8 bench.iterations=1 name=bench_size $(ARGS)
+	$(BENCH) model=pythia_14m rollout_batch_size=8,16,32,64,128,256 bench.iterations=1 name=bench_batch $(ARGS)
+	$(BENCH) model=pythia_14m,pythia_70m,pythia_160m rollout_batch_size=8 bench.iterations=1 name=bench_size $(ARGS)
 	$(BIN)/python tests/benchmarks/growth.py outputs/sweeps/bench_length outputs/sweeps/bench_batch outputs/sweeps/bench_size --out $(OUT)/growth.json
 
 bench-head: install ## memory of log-probs in pieces against logits of a whole batch
@@ -67,7 +67,7 @@ bench-head: install ## memory of log-probs in pieces against logits of a whole b
 
 bench-processes: install ## one process against two, each with all cores
 	rm -rf outputs/sweeps/bench_processes
-	$(BIN)/apa-train -m launch.processes=1,2 iterations=8 eval_every=0 checkpoint_every=0 name=bench_processes $(ARGS)
+	$(BIN)/apa-train -m launch.processes=1,2 iterations=8 evaluation.every=0 checkpoint.every=0 name=bench_processes $(ARGS)
 	$(BIN)/python tests/benchmarks/processes.py outputs/sweeps/bench_processes
 
 check: install ## lint and formatting, as CI does

@@ -60,15 +60,15 @@ def ppo_clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     return ((ratio > 1 + clip_range) & (advantages > 0) | (ratio < 1 - clip_range) & (advantages < 0)).float()
 
 
-def critic_loss(values: Tensor, returns: Tensor, old_values: Tensor, value_clip: float | None) -> Tensor:
-    """Half the squared error of the critic; clipped (baselines' PPO, as in 1909.08593) when `value_clip` is given.
+def critic_loss(values: Tensor, returns: Tensor, old_values: Tensor, value_clip_range: float | None) -> Tensor:
+    """Half the squared error of the critic; clipped (baselines' PPO, as in 1909.08593) when `value_clip_range` is given.
 
         ½ (V − G)²    or    ½ max( (V − G)², (V_old + clip(V − V_old, ±c) − G)² )
 
     Arguments [B, T], in units of the scaled score → [B, T].
     """
     error = (values - returns) ** 2
-    if value_clip is not None:
-        clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    if value_clip_range is not None:
+        clipped = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
         error = error.maximum((clipped - returns) ** 2)
     return 0.5 * error

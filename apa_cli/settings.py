@@ -113,22 +113,19 @@ class RunSettings:
 
     name: str
     seed: Annotated[int, Seed]
-    eval_seed: Annotated[int, Seed]
     iterations: Annotated[int, NonNegative]
-    rollout_batch: Annotated[int, AtLeastOne]
-    minibatch: Annotated[int, AtLeastOne]
-    microbatch: Annotated[int, AtLeastOne]
+    rollout_batch_size: Annotated[int, AtLeastOne]
+    minibatch_size: Annotated[int, AtLeastOne]
+    microbatch_size: Annotated[int, AtLeastOne]
     samples_per_prompt: Annotated[int, AtLeastOne]
-    epochs: Annotated[int, AtLeastOne]
+    update_epochs: Annotated[int, AtLeastOne]
     update_order: UpdateOrder
-    eval_every: Annotated[int, NonNegative]
-    checkpoint_every: Annotated[int, NonNegative]
     stop_at_kl: Annotated[float | None, Positive]
     resume: str | None
     resume_changed: list[str]
     fork: str | None
     stop_after: str | None
-    plan: bool
+    dry_run: bool
     run: str | None
 
 
@@ -136,7 +133,7 @@ class RunSettings:
 class ModelSettings:
     path: str | None
     dtype: DType
-    attention: str | None
+    attn_implementation: str | None
     trust_remote_code: bool
     tokenizer: str | None
     tokenizer_vocabulary: Annotated[int | None, Range(300)]
@@ -150,7 +147,7 @@ class ModelSettings:
 class LoraSettings:
     rank: Annotated[int, NonNegative]
     alpha: Annotated[float, Positive]
-    targets: list[str] | None
+    target_modules: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,7 @@ class SamplingSettings:
     top_k: Annotated[int, NonNegative]
     top_p: Annotated[float, Probability]
     stop_strings: list[str]
-    microbatch: Annotated[int, AtLeastOne]
+    microbatch_size: Annotated[int, AtLeastOne]
     cuda_graph: bool
 
 
@@ -185,8 +182,8 @@ class OptimizerSettings:
     eps: Annotated[float, Positive]
     weight_decay: Annotated[float, NonNegative]
     max_grad_norm: Annotated[float, Positive]
-    schedule: Schedule
-    warmup_steps: Annotated[int, NonNegative]
+    lr_scheduler: Schedule
+    warmup_ratio: Annotated[float, Unit]
     critic_warmup_iterations: Annotated[int, NonNegative]
 
 
@@ -207,13 +204,19 @@ class PenaltySettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
+    every: Annotated[int, NonNegative]
+    seed: Annotated[int, Seed]
     prompts: Annotated[int, AtLeastOne]
-    shown: Annotated[int, NonNegative]
+    print_samples: Annotated[int, NonNegative]
     rewards: Annotated[list[Any], RewardSpecs]
+    reference: str | None
+    best_of: list[int]
+    best_of_prompts: Annotated[int, AtLeastOne]
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
+    every: Annotated[int, NonNegative]
     keep_last: Annotated[int, AtLeastOne]
     keep_best: bool
 
@@ -235,7 +238,7 @@ class LaunchSettings:
     matmul: Matmul
     processes: Annotated[int | None, AtLeastOne]
     strategy: Strategy
-    frozen: Frozen
+    frozen_placement: Frozen
     timeout: Annotated[float, Positive]
 
 
@@ -252,11 +255,11 @@ class FitSettings:
     """What the supervised stages have in common: `sft` in the configuration, and `reward_model`."""
 
     epochs: Annotated[int, AtLeastOne]
-    batch: Annotated[int, AtLeastOne]
+    batch_size: Annotated[int, AtLeastOne]
     lr: Annotated[float, Positive]
-    schedule: Schedule
+    lr_scheduler: Schedule
     weight_decay: Annotated[float, NonNegative]
-    warmup_fraction: Annotated[float, Unit]
+    warmup_ratio: Annotated[float, Unit]
     max_grad_norm: Annotated[float, Positive]
     max_tokens: Annotated[int, Range(2)]
     held_out: Annotated[int, AtLeastOne]
@@ -268,14 +271,6 @@ class FitSettings:
 class RewardModelSettings(FitSettings):
     center_coef: Annotated[float, NonNegative]
     scored_pairs: Annotated[int, AtLeastOne]
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    reference: str | None
-    best_of: list[int]
-    best_of_prompts: Annotated[int, AtLeastOne]
-    shown: Annotated[int, NonNegative]
 
 
 @dataclass(frozen=True)
@@ -322,7 +317,6 @@ SECTIONS: dict[str, type] = {
     "sft": FitSettings,
     "reward_model": RewardModelSettings,
     "stages": StagesSettings,
-    "evaluate": EvaluateSettings,
     "export": ExportSettings,
     "chat": ChatSettings,
     "bench": BenchSettings,
@@ -356,7 +350,6 @@ class Config:
     sft: FitSettings
     reward_model: RewardModelSettings
     stages: StagesSettings
-    evaluate: EvaluateSettings
     export: ExportSettings
     chat: ChatSettings
     bench: BenchSettings

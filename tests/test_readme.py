@@ -20,7 +20,7 @@ PROMPTS = re.search(r"```json\n(.*?)```", README, flags=re.S)[1]
 HUB_MODEL = "nickypro/tinyllama-15M"
 
 SMALL = {
-    "iterations": 2, "rollout_batch": 4, "minibatch": 4, "eval_every": 0, "checkpoint_every": 1,
+    "iterations": 2, "rollout_batch_size": 4, "minibatch_size": 4, "evaluation.every": 0, "checkpoint.every": 1,
     "evaluation.prompts": 4, "sampling.max_new_tokens": 8,
 }  # fmt: skip
 SMALL_DATA = {"dataset.train_prompts": 48, "dataset.test_prompts": 8}
@@ -32,8 +32,9 @@ FLAGS = ("--help", "--cfg")
 FOLDERS = {"hh": "hh-rlhf", "stack_exchange": "stack-exchange-paired"}
 ON_DISK = [f"model.path={SHARED}/models/stories15m", "dataset.train_rows=12", "dataset.test_rows=4"]
 REAL_DATA = {
-    "apa-reward": ["reward_model.batch=4", "reward_model.max_tokens=64", "reward_model.held_out=4"],
-    "apa-train": [f"{key}={value}" for key, value in SMALL.items()] + ["microbatch=4", "sampling.max_prompt_tokens=64"],
+    "apa-reward": ["reward_model.batch_size=4", "reward_model.max_tokens=64", "reward_model.held_out=4"],
+    "apa-train": [f"{key}={value}" for key, value in SMALL.items()]
+    + ["microbatch_size=4", "sampling.max_prompt_tokens=64"],
 }
 """Sizes of the runs on real data, which take a small model and the data on disk."""
 
@@ -47,9 +48,9 @@ def sized(line: str) -> list[str]:
     words = [word.replace(HUB_MODEL, str(SHARED / "models" / "stories15m")) for word in shlex.split(line)]
     words = [word.replace("reward.path=toxicity", f"reward.path={SHARED}/rewards/bert-tiny-toxicity") for word in words]
     if words[0] == "apa-eval":
-        return [*words, "evaluation.prompts=4", "evaluate.best_of=[2]", "evaluate.best_of_prompts=2"]
+        return [*words, "evaluation.prompts=4", "evaluation.best_of=[2]", "evaluation.best_of_prompts=2"]
     if words[0] == "apa-bench":
-        return [*words, "rollout_batch=4", "minibatch=4", "sampling.max_new_tokens=4", "bench.iterations=1"]
+        return [*words, "rollout_batch_size=4", "minibatch_size=4", "sampling.max_new_tokens=4", "bench.iterations=1"]
     if words[0] not in ("apa-train", "apa-sft", "apa-reward") or any(flag in words for flag in FLAGS):
         return words
     sizes = {} if "dataset=jsonl" in words else dict(SMALL_DATA)

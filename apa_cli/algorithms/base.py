@@ -99,12 +99,12 @@ class ActorCritic(Algorithm):
     score_scaling: ScoreScaling
     score_clip: Annotated[float | None, Positive]
     whitening: Whitening
-    advantage: Estimator
+    advantage_estimator: Estimator
     value_coef: Annotated[float, NonNegative]
-    value_clip: Annotated[float | None, Positive]
+    value_clip_range: Annotated[float | None, Positive]
 
     def needs(self) -> Needs:
-        if self.advantage is Estimator.group_mean:
+        if self.advantage_estimator is Estimator.group_mean:
             return Needs(critics=(), samples_per_prompt=2)
         return Needs(critics=(CRITIC,))
 
@@ -164,9 +164,9 @@ class ActorCritic(Algorithm):
 
     def estimate(self, rollout: Rollout, token_rewards: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Advantages [N, T], and each critic's targets [N, T]."""
-        if self.advantage is Estimator.group_mean:
+        if self.advantage_estimator is Estimator.group_mean:
             return estimators.group_mean(token_rewards, rollout.groups, rollout.mask), {}
-        gae_lambda = 1.0 if self.advantage is Estimator.monte_carlo else self.gae_lambda
+        gae_lambda = 1.0 if self.advantage_estimator is Estimator.monte_carlo else self.gae_lambda
         advantages, returns = estimators.gae(
             token_rewards, rollout.values[CRITIC], rollout.mask, self.gamma, gae_lambda
         )
@@ -176,7 +176,7 @@ class ActorCritic(Algorithm):
         return [
             LossTerm(
                 name=name,
-                values=critic_loss(output.values[name], target, batch.values[name], self.value_clip),
+                values=critic_loss(output.values[name], target, batch.values[name], self.value_clip_range),
                 mask=TOKENS,
                 weight=self.value_coef,
             )

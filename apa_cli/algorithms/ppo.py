@@ -41,7 +41,7 @@ class PPO(ActorCritic):
 
     kl_coef: Annotated[float, NonNegative]
     clip_range: Annotated[float, Range(0, 1, open_low=True, open_high=True)]
-    controller: Controller
+    kl_controller: Controller
     kl_target: Annotated[float, Positive]
     kl_horizon: Annotated[int, AtLeastOne]
 
@@ -60,7 +60,7 @@ class PPO(ActorCritic):
         """As for the others; the state it returns holds the coefficient for the next iteration."""
         batch, new_state = super().prepare(rollout, state)
         batch = batch.with_(metrics={**batch.metrics, "ppo/kl_coef": state["kl_coef"]})
-        if self.controller is Controller.adaptive:
+        if self.kl_controller is Controller.adaptive:
             kl = float(sequence_kl(rollout.sampler_logprobs, rollout.init_logprobs, rollout.mask))
             new_state["kl_coef"] = adapted_coefficient(
                 state["kl_coef"], kl, self.kl_target, n=len(rollout.mask), horizon=self.kl_horizon

@@ -49,7 +49,7 @@ def start_bench(config: Config, path: Path) -> None:
     device = launch(config.launch)
     architecture = load_config(config.model, config.model.path)
     memory = memory_estimate(config, architecture)
-    if config.run.plan:
+    if config.run.dry_run:
         print("\n".join(memory_lines(memory)))
         remove_if_empty(path)
         return
@@ -197,13 +197,13 @@ def measured(subject: Subject) -> dict[str, Any]:
         },
         "work": {
             "iterations": settings.iterations,
-            "rollout_batch": config.run.rollout_batch,
+            "rollout_batch_size": config.run.rollout_batch_size,
             "prompt_tokens": int(rollout.prompt_mask.sum()),
             "response_tokens": int(rollout.mask.sum()),
         },
         "phases": rows,
         "seconds": seconds,
-        "samples_per_s": config.run.rollout_batch / seconds,
+        "samples_per_s": config.run.rollout_batch_size / seconds,
         "floor_s": floor,
         "floor_share": floor / seconds,
         "peak_bytes": max(row["peak_bytes"] for row in rows),
@@ -231,8 +231,10 @@ def phase_work(subject: Subject, costs: dict[str, Cost], rollout: Rollout) -> di
     prompts, responses = lengths(rollout)
     itemsize = TORCH_DTYPES[config.model.dtype].itemsize
     drawn, computed = sum(responses), inputs(prompts, responses)
-    work = {name: forward_work(cost, computed, drawn, config.run.microbatch, itemsize) for name, cost in costs.items()}
-    rows = config.sampling.microbatch
+    work = {
+        name: forward_work(cost, computed, drawn, config.run.microbatch_size, itemsize) for name, cost in costs.items()
+    }
+    rows = config.sampling.microbatch_size
     work["sampling"] = sampling_work(costs["sampling"], prompts, responses, rows, itemsize)
     if subject.reward is not None:
         texts = reward_lengths(subject, rollout)
@@ -259,7 +261,10 @@ def needed_positions(subject: Subject, rollout: Rollout) -> dict[str, int]:
     trainer = subject.trainer
     once = sum(inputs(*lengths(rollout)))
     trunks = 1 + sum(not critic.on_trunk for critic in trainer.model.critics.values())
-    other = {"reward": sum(reward_lengths(subject, rollout)), "update": trainer.config.run.epochs * trunks * once}
+    other = {
+        "reward": sum(reward_lengths(subject, rollout)),
+        "update": trainer.config.run.update_epochs * trunks * once,
+    }
     return {name: other.get(name, once) for name in (*phase_costs(subject), *other)}
 
 

@@ -71,7 +71,7 @@ def memory_estimate(config: Config, architecture: PretrainedConfig) -> dict[str,
             model = AutoModelForSequenceClassification.from_config(reward_architecture(config, architecture))
         found["reward"] = parameter_count(model) * itemsize
     longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
-    rows = min(config.sampling.microbatch, config.run.rollout_batch)
+    rows = min(config.sampling.microbatch_size, config.run.rollout_batch_size)
     found["key-value cache"] = rows * longest * cached_numbers(architecture.get_text_config()) * itemsize
     return found
 
@@ -112,12 +112,15 @@ def build_subject(
     form = PromptFormat(tokenizer, PromptForm.hh)
     dtype = TORCH_DTYPES[config.model.dtype]
     seed = torch_seed(config.run.seed, Stream.initialization, POLICY_NUMBER)
-    options = {"attn_implementation": config.model.attention, "dtype": dtype if config.lora.rank else torch.float32}
+    options = {
+        "attn_implementation": config.model.attn_implementation,
+        "dtype": dtype if config.lora.rank else torch.float32,
+    }
     policy = random_model(AutoModelForCausalLM, architecture, seed, device, **options)
     check_lengths(config, policy, tokenizer)
     model, reference = training_model(config, policy)
     model.to(device)
-    reward, rows = None, getattr(config.reward, "microbatch", config.run.microbatch)
+    reward, rows = None, getattr(config.reward, "microbatch_size", config.run.microbatch_size)
     if config.bench.reward:
         seed = torch_seed(config.run.seed, Stream.initialization, REWARD_NUMBER)
         wanted = reward_architecture(config, architecture)
@@ -186,7 +189,7 @@ def prompt_lengths(count: int, shortest: int, longest: int) -> list[int]:
 
 def random_examples(config: Config, vocabulary: int) -> list[Example]:
     """The prompts of one iteration, random numbers; every iteration takes all of them."""
-    count, longest = config.run.rollout_batch // config.run.samples_per_prompt, config.sampling.max_prompt_tokens
+    count, longest = config.run.rollout_batch_size // config.run.samples_per_prompt, config.sampling.max_prompt_tokens
     rng = generator(config.run.seed, Stream.initialization, PROMPTS_NUMBER)
     rows = [
         rng.integers(1, vocabulary, length)

@@ -22,7 +22,7 @@ EXAMPLES = {
         "apa-train algo=ppo lambda=0.05 seed=1          another algorithm, another seed",
         "apa-train -m algo=apa lambda=0.03,0.1,0.3,1    a sweep: one run for each value",
         "apa-train model=local model.path=FOLDER reward=function reward.target=my_file.py:my_function",
-        "apa-train plan=true                            say what would run, and stop",
+        "apa-train dry_run=true                            say what would run, and stop",
         "apa-train resume=outputs/NAME                  continue a run with its own settings",
         "apa-train name=NAME resume=auto WORDS          begin it, or continue it where it was begun",
         "apa-train fork=outputs/NAME name=NEW lambda=1  another run from the state of this one",
@@ -34,8 +34,8 @@ EXAMPLES = {
     ],
     "apa-eval": [
         "apa-eval run=outputs/NAME                      with the settings of the run",
-        "apa-eval run=outputs/NAME evaluation.prompts=256 evaluation.rewards=[vader] evaluate.best_of=[4,16,64]",
-        "apa-eval model.path=FOLDER evaluate.reference=FOLDER reward=vader dataset=story_openings",
+        "apa-eval run=outputs/NAME evaluation.prompts=256 evaluation.rewards=[vader] evaluation.best_of=[4,16,64]",
+        "apa-eval model.path=FOLDER evaluation.reference=FOLDER reward=vader dataset=story_openings",
     ],
     "apa-export": [
         "apa-export run=outputs/NAME                    to outputs/NAME/export",
@@ -49,7 +49,7 @@ EXAMPLES = {
     "apa-bench": [
         "apa-bench                                      the embedded default",
         "apa-bench model=pythia_160m algo=ppo           that architecture; nothing is downloaded",
-        "apa-bench -m model=pythia_160m sampling.max_new_tokens=32,128 rollout_batch=64,256 name=growth",
+        "apa-bench -m model=pythia_160m sampling.max_new_tokens=32,128 rollout_batch_size=64,256 name=growth",
     ],
 }
 

@@ -72,9 +72,9 @@ def check_arithmetic(config: Config) -> None:
     if not run.name.strip() or ".." in Path(run.name).parts:
         raise ConfigError(f"name: {run.name!r} is no folder under outputs/")
     for large, small in (
-        ("rollout_batch", "minibatch"),
-        ("minibatch", "microbatch"),
-        ("rollout_batch", "samples_per_prompt"),
+        ("rollout_batch_size", "minibatch_size"),
+        ("minibatch_size", "microbatch_size"),
+        ("rollout_batch_size", "samples_per_prompt"),
     ):
         if getattr(run, large) % getattr(run, small):
             raise ConfigError(f"{large}: {getattr(run, large)} is not a multiple of {small} {getattr(run, small)}")
@@ -83,8 +83,10 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(
             f"samples_per_prompt: the algorithm with these keys needs at least {least}, got {run.samples_per_prompt}"
         )
-    if not all(n >= 1 for n in config.evaluate.best_of):
-        raise ConfigError(f"evaluate.best_of: whole numbers of at least 1 are needed, got {config.evaluate.best_of}")
+    if not all(n >= 1 for n in config.evaluation.best_of):
+        raise ConfigError(
+            f"evaluation.best_of: whole numbers of at least 1 are needed, got {config.evaluation.best_of}"
+        )
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: two numbers from 0 to below 1 are needed, got {config.optimizer.betas}")
 

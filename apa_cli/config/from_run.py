@@ -155,7 +155,7 @@ def compose_again(words: list[str], source: Path, extra_dir: str | None = None) 
     return cfg
 
 
-OF_ONE_COMMAND = ("resume", "resume_changed", "stop_after", "plan")
+OF_ONE_COMMAND = ("resume", "resume_changed", "stop_after", "dry_run")
 """Keys that say nothing about the run, only what one command does with it."""
 
 

@@ -91,8 +91,8 @@ def evaluated(config: Config, console: Console) -> dict[str, Any]:
     policy = load_trained(config, device)
     check_lengths(config, policy, tokenizer)
     # Of model.path= alone there is nothing to compare with: it is its own reference.
-    alone = config.run.run is None and config.evaluate.reference is None
-    compared = config.evaluate.reference or config.model.path
+    alone = config.run.run is None and config.evaluation.reference is None
+    compared = config.evaluation.reference or config.model.path
     reference = policy if alone else load_reference(config, compared, device)
     place = placement(config, device)
     evaluator = build_evaluator(
@@ -100,23 +100,23 @@ def evaluated(config: Config, console: Console) -> dict[str, Any]:
         end_tokens(policy, tokenizer), load_reward(config, place), place,
         *halvings(config, console, fixed=False),
     )  # fmt: skip
-    console.say(f"{len(evaluator.prompts)} held-out prompts, eval_seed {config.run.eval_seed}")
+    console.say(f"{len(evaluator.prompts)} held-out prompts, eval_seed {config.evaluation.seed}")
     mine = evaluator.replies(policy)
     theirs = None if alone else evaluator.replies(reference)
     metrics = measured(evaluator, mine, theirs)
-    if config.evaluate.best_of:
-        prompts = evaluator.prompts[: config.evaluate.best_of_prompts]
+    if config.evaluation.best_of:
+        prompts = evaluator.prompts[: config.evaluation.best_of_prompts]
         console.say(
-            f"best of {config.evaluate.best_of}: {max(config.evaluate.best_of)} replies to {len(prompts)} prompts"
+            f"best of {config.evaluation.best_of}: {max(config.evaluation.best_of)} replies to {len(prompts)} prompts"
         )
-        scores = many_scores(evaluator, reference, prompts, max(config.evaluate.best_of))
-        metrics |= best_of_figures(scores, config.evaluate.best_of, mine.scores[MAIN])
+        scores = many_scores(evaluator, reference, prompts, max(config.evaluation.best_of))
+        metrics |= best_of_figures(scores, config.evaluation.best_of, mine.scores[MAIN])
     return {
         "policy": config.run.run or config.model.path,
         "iteration": None if config.run.run is None else last_iteration(config),
         "reference": compared,
         "prompts": len(evaluator.prompts),
-        "eval_seed": config.run.eval_seed,
+        "eval_seed": config.evaluation.seed,
         "environment": environment(),
         "metrics": metrics,
         "replies": reply_rows(mine, theirs),
@@ -284,13 +284,13 @@ def show(console: Console, report: dict[str, Any], config: Config) -> None:
     table = [row[: len(header)] for row in rows if row[1]]
     console.table("± is half the width of the 95 % interval.", header, table)
     best = []
-    for n in config.evaluate.best_of:
+    for n in config.evaluation.best_of:
         measures = [cell(f"best_of_{n}/{key}", f"best_of_{n}/{half}") for key, half in BEST]
         best.append([str(n), *measures, cell(f"best_of_{n}/kl_bound")])
     if best:
         title = f"Best of n replies of {'the model' if alone else 'the SFT model'}"
         console.table(title, ["n", "score", "policy's score less this", "KL at most, nats"], best)
-    if shown := labelled(report["replies"][: config.evaluate.shown]):
+    if shown := labelled(report["replies"][: config.evaluation.print_samples]):
         console.samples("Replies to the same prompts", shown)
 
 

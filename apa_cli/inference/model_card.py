@@ -36,7 +36,7 @@ EVALUATED = (
 """What is shown of apa-eval's report: key, that of its interval, words."""
 
 SHAPED_BY = (
-    "rollout_batch", "minibatch", "samples_per_prompt", "epochs", "optimizer.lr", "optimizer.critic_lr", "lora.rank",
+    "rollout_batch_size", "minibatch_size", "samples_per_prompt", "update_epochs", "optimizer.lr", "optimizer.critic_lr", "lora.rank",
     "sampling.max_prompt_tokens", "sampling.max_new_tokens", "sampling.temperature", "sampling.stop_strings",
     "model.dtype",
 )  # fmt: skip

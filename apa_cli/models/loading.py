@@ -105,7 +105,7 @@ def load_policy(settings: ModelSettings, path: str, frozen_base: bool = False) -
     """
     options: dict[str, Any] = {
         "dtype": TORCH_DTYPES[settings.dtype] if frozen_base else torch.float32,
-        "attn_implementation": settings.attention,
+        "attn_implementation": settings.attn_implementation,
         "trust_remote_code": settings.trust_remote_code,
     }
     if settings.quantization is not Quantization.none:
@@ -196,7 +196,7 @@ def build_policy(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, se
     config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attention)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attn_implementation)
     return model.float().eval()
 
 

@@ -32,7 +32,7 @@ POLICY = "policy"
 def lora_config(settings: LoraSettings) -> LoraConfig:
     from peft import LoraConfig
 
-    targets: Any = settings.targets
+    targets: Any = settings.target_modules
     if targets == ["all-linear"]:
         targets = "all-linear"
     return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
@@ -50,7 +50,9 @@ def add_adapter(model: nn.Module, settings: LoraSettings, name: str, seed: int) 
     if config.target_modules is None:
         kind = model.config.model_type
         if kind not in KNOWN:
-            raise UserError(f"lora.targets: peft has no default for {kind} models; name the layers, or [all-linear]")
+            raise UserError(
+                f"lora.target_modules: peft has no default for {kind} models; name the layers, or [all-linear]"
+            )
         config.target_modules = set(KNOWN[kind])
     if config.target_modules == "all-linear":
         config.target_modules = linear_names(model)
@@ -62,7 +64,7 @@ def add_adapter(model: nn.Module, settings: LoraSettings, name: str, seed: int) 
         try:
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
-            raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from error
+            raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
     model.eval()
     if active is not None:
         activate(model, active)

@@ -112,7 +112,7 @@ def build_reward_model(
             "model.path",
             config=config,
             dtype=TORCH_DTYPES[settings.dtype] if frozen_base else torch.float32,
-            attn_implementation=settings.attention,
+            attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
         )
     torch.nn.init.zeros_(model.score.weight)

@@ -54,7 +54,7 @@ def trained_blocks(model: TrainingModel) -> Iterator[nn.Module]:
 
 
 def sharded_reference(reference: PreTrainedModel, frozen: Frozen) -> PreTrainedModel:
-    """The reference as `launch.frozen` says."""
+    """The reference as `launch.frozen_placement` says."""
     if frozen is Frozen.replicated:
         return reference
     return sharded(reference, blocks(reference.base_model), frozen is Frozen.offloaded)

@@ -11,8 +11,9 @@ LAMBDA_MEANING = {"apa": "temperature and pull", "awr": "step size", "ppo": "pri
 """What λ is, per algorithm. The same number means different things: never line algorithms up by it."""
 
 NOT_RESULTS = (
-    "name", "seed", "resume", "plan", "hydra", "launch", "tracking", "checkpoint", "checkpoint_every", "eval_every",
-    "microbatch", "stages.cache_dir", "evaluation.shown", "run", "evaluate", "export", "chat",
+    "name", "seed", "resume", "dry_run", "hydra", "launch", "tracking", "checkpoint", "evaluation.every",
+    "microbatch_size", "stages.cache_dir", "evaluation.print_samples", "evaluation.reference", "evaluation.best_of",
+    "evaluation.best_of_prompts", "run", "export", "chat",
 )  # fmt: skip
 """Keys of a configuration that do not change a run's numbers, or that runs of one group may differ in."""
 

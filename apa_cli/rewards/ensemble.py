@@ -34,7 +34,7 @@ class EnsembleReward(Reward):
     scale: float
     centered: bool
     dtype: DType | None
-    microbatch: Annotated[int, AtLeastOne]
+    microbatch_size: Annotated[int, AtLeastOne]
     max_tokens: Annotated[int, AtLeastOne]
 
     def __post_init__(self) -> None:
@@ -42,7 +42,7 @@ class EnsembleReward(Reward):
             raise ConfigError("reward=ensemble: paths needs at least one model")
 
     def load(self, place: Placement) -> Score:
-        shared = (self.output, self.scale, self.centered, self.dtype, self.microbatch, self.max_tokens)
+        shared = (self.output, self.scale, self.centered, self.dtype, self.microbatch_size, self.max_tokens)
         models = [ModelReward(path, *shared).load(place) for path in self.paths]
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:

@@ -19,7 +19,7 @@ class GPTJReward(Reward):
     tokenizer: str
     architecture: dict[str, Any]
     dtype: DType | None
-    microbatch: Annotated[int, AtLeastOne]
+    microbatch_size: Annotated[int, AtLeastOne]
     max_tokens: Annotated[int, Range(2)]
 
     def load(self, place: Placement) -> Score:
@@ -31,6 +31,6 @@ class GPTJReward(Reward):
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             pairs = list(zip(prompts, responses, strict=True))
-            return score_texts_at_end(model, tokenizer, pairs, self.microbatch, self.max_tokens, place.device)
+            return score_texts_at_end(model, tokenizer, pairs, self.microbatch_size, self.max_tokens, place.device)
 
         return score

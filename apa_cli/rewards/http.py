@@ -51,7 +51,7 @@ class HTTPReward(Reward):
 
     url: str
     columns: list[str]
-    batch: Annotated[int, AtLeastOne]
+    batch_size: Annotated[int, AtLeastOne]
     concurrency: Annotated[int, AtLeastOne]
     timeout: Annotated[float, Positive]
     retries: Annotated[int, NonNegative]
@@ -80,10 +80,14 @@ class HTTPReward(Reward):
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             bodies = [
-                self.body(prompts[i : i + self.batch], responses[i : i + self.batch], columns[i : i + self.batch])
-                for i in range(0, len(responses), self.batch)
+                self.body(
+                    prompts[i : i + self.batch_size],
+                    responses[i : i + self.batch_size],
+                    columns[i : i + self.batch_size],
+                )
+                for i in range(0, len(responses), self.batch_size)
             ]
-            counts = [min(self.batch, len(responses) - i) for i in range(0, len(responses), self.batch)]
+            counts = [min(self.batch_size, len(responses) - i) for i in range(0, len(responses), self.batch_size)]
             failed = threading.Event()
             with ThreadPoolExecutor(self.concurrency) as pool:
                 asked = [

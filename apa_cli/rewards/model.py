@@ -24,7 +24,7 @@ class ModelReward(Reward):
     scale: float
     centered: bool
     dtype: DType | None
-    microbatch: Annotated[int, AtLeastOne]
+    microbatch_size: Annotated[int, AtLeastOne]
     max_tokens: Annotated[int, AtLeastOne]
 
     @property
@@ -51,7 +51,7 @@ class ModelReward(Reward):
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             pairs = list(zip(prompts, responses, strict=True))
-            values = score_texts(model, tokenizer, pairs, self.microbatch, longest, place.device, output)
+            values = score_texts(model, tokenizer, pairs, self.microbatch_size, longest, place.device, output)
             return [self.scale * (value - mean) for value in values]
 
         return score

@@ -298,7 +298,7 @@ def tried(model: PreTrainedModel | WithoutAdapter) -> bool:
     recorded, since a recording that fails may cost memory.
     """
     settings = SamplingSettings(
-        max_prompt_tokens=3, max_new_tokens=9, temperature=0.7, top_k=2, top_p=0.9, stop_strings=[], microbatch=2,
+        max_prompt_tokens=3, max_new_tokens=9, temperature=0.7, top_k=2, top_p=0.9, stop_strings=[], microbatch_size=2,
         cuda_graph=True,
     )  # fmt: skip
     ids = torch.tensor([[0, 1, 2], [3, 4, 5]], device=model.device) % model.config.get_text_config().vocab_size

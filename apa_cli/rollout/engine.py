@@ -61,14 +61,14 @@ def sample(
     """One response to each prompt (token ids), from uniforms [N, T]: response i's draws use row i, in order.
 
     `prefixes` are the tokens at the end of each prompt that belong to the response already; a stop string may begin
-    in them. Prompts are sorted by length and drawn `settings.microbatch` at a time; the result does not depend on it.
+    in them. Prompts are sorted by length and drawn `settings.microbatch_size` at a time; the result does not depend on it.
     """
     packs(model)  # found out before the first token: attention may round otherwise from then on
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: dict[int, tuple[list[int], list[float], str]] = {}
     with prepared(model):
-        for start in range(0, len(order), settings.microbatch):
-            chunk = order[start : start + settings.microbatch]
+        for start in range(0, len(order), settings.microbatch_size):
+            chunk = order[start : start + settings.microbatch_size]
             begun = [prefixes[i] if prefixes else [] for i in chunk]
             drawn = _sample_chunk(
                 model, tokenizer, [prompts[i] for i in chunk], begun, uniforms[chunk], settings, end_tokens

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 MAY_DIFFER = (
-    "name", "resume", "resume_changed", "fork", "stop_after", "plan", "iterations", "eval_every", "checkpoint_every",
-    "tracking", "evaluation", "checkpoint", "guard", "stop_at_kl", "launch", "run", "evaluate", "export", "chat",
+    "name", "resume", "resume_changed", "fork", "stop_after", "dry_run", "iterations",
+    "tracking", "evaluation", "checkpoint", "guard", "stop_at_kl", "launch", "run", "export", "chat",
     "bench",
 )  # fmt: skip
 """Top-level keys in which a resumed run may differ from the one it continues."""

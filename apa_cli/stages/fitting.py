@@ -51,13 +51,13 @@ class Workplace:
 
 def factor(settings: FitSettings, step: int, total: int) -> float:
     """What the learning rate is multiplied by at optimiser step `step` (counted from 0) of `total`."""
-    warmup = max(1, round(total * settings.warmup_fraction))
+    warmup = max(1, round(total * settings.warmup_ratio))
     done = max(0, step - warmup) / max(1, total - warmup)
     decay = {
         Schedule.constant: 1.0,
         Schedule.linear: 1 - done,
         Schedule.cosine: 0.5 * (1 + math.cos(math.pi * done)),
-    }[settings.schedule]
+    }[settings.lr_scheduler]
     return min((step + 1) / warmup, decay)
 
 
@@ -80,7 +80,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         trained, lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
-    steps = math.ceil(len(lengths) / settings.batch)
+    steps = math.ceil(len(lengths) / settings.batch_size)
     total, step = settings.epochs * steps, 0
     best: dict[str, float] = {}
     best_tensors: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ def fit(
         place.stopping.listen()
     while step < total:
         epoch, first = divmod(step, steps)
-        for rows in batches(lengths, settings.batch, seed, epoch)[first:]:
+        for rows in batches(lengths, settings.batch_size, seed, epoch)[first:]:
             optimizer.param_groups[0]["lr"] = settings.lr * factor(settings, step, total)
             value = loss(rows)
             value.backward()

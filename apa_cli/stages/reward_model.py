@@ -103,7 +103,7 @@ def run_reward(
     def scores(examples: list[Example]) -> tuple[list[float], list[float]]:
         texts = [(e.prompt, getattr(e, side)) for side in ("chosen", "rejected") for e in examples]
         with compute_precision(place.device, config.model.dtype):
-            values = score_texts(model, tokenizer, texts, 2 * settings.batch, settings.max_tokens, place.device)
+            values = score_texts(model, tokenizer, texts, 2 * settings.batch_size, settings.max_tokens, place.device)
         return values[: len(examples)], values[len(examples) :]
 
     lengths = [len(getattr(e, side)) for side in ("chosen", "rejected") for e in held_out]

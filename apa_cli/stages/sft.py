@@ -74,7 +74,7 @@ def run_sft(
 
     def measure() -> dict[str, float]:
         with compute_precision(place.device, config.model.dtype):
-            value = perplexity(model, test_rows, pad, settings.batch)
+            value = perplexity(model, test_rows, pad, settings.batch_size)
         return {"eval/loss": math.log(value), "eval/perplexity": value}
 
     before = measure()["eval/perplexity"]

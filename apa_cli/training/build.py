@@ -130,7 +130,11 @@ def build_trainer(
     if sharding:
         examine([policy, reference, *model.backbones()])
         sampler = frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
-        reference = WithoutAdapter(sampler) if config.lora.rank else sharded_reference(reference, config.launch.frozen)
+        reference = (
+            WithoutAdapter(sampler)
+            if config.lora.rank
+            else sharded_reference(reference, config.launch.frozen_placement)
+        )
         trained = sharded(model, trained_blocks(model))
     elif world.size > 1:
         trained = replicated(model, device)
@@ -189,14 +193,14 @@ def build_trainer(
 
 
 def halvings(config: Config, console: Console, fixed: bool) -> tuple[Halving, Halving]:
-    """`microbatch` and `sampling.microbatch`, which are halved where memory runs out.
+    """`microbatch` and `sampling.microbatch_size`, which are halved where memory runs out.
 
     With weights spread over the processes the former is not: the others wait amid a pass for the one that failed.
     """
-    size = config.run.microbatch
+    size = config.run.microbatch_size
     return (
-        Halving("microbatch", size, size if fixed else 1, console.warn),
-        Halving("sampling.microbatch", config.sampling.microbatch, 1, console.warn),
+        Halving("microbatch_size", size, size if fixed else 1, console.warn),
+        Halving("sampling.microbatch_size", config.sampling.microbatch_size, 1, console.warn),
     )
 
 
@@ -213,8 +217,8 @@ def with_further_rewards(
 
 
 def placement(config: Config, device: torch.device, world: World = ALONE) -> Placement:
-    """How the models of rewards are held: with fsdp as `launch.frozen` says, else whole."""
-    spread, frozen = None, config.launch.frozen
+    """How the models of rewards are held: with fsdp as `launch.frozen_placement` says, else whole."""
+    spread, frozen = None, config.launch.frozen_placement
     if world.size > 1 and config.launch.strategy is Strategy.fsdp and frozen is not Frozen.replicated:
         spread = partial(sharded_reward, frozen=frozen, ready=world.ready)
     return Placement(str(device), config.model.dtype.value, spread)
@@ -249,7 +253,7 @@ def build_evaluator(
         describe=config.dataset.describe,
         sampling=config.sampling,
         end_tokens=ends,
-        eval_seed=config.run.eval_seed,
+        eval_seed=config.evaluation.seed,
         sampling_batch=sampling_batch,
         microbatch=microbatch,
         dtype=config.model.dtype,

@@ -46,16 +46,16 @@ def sizes(config: Config, architecture: PretrainedConfig) -> Size:
 def run_plan(config: Config, processes: int = 1) -> list[str]:
     """The plan as lines of text."""
     run, needs = config.run, config.algo.needs()
-    steps = run.epochs * run.rollout_batch // run.minibatch
-    own = run.minibatch // processes
-    microbatch = min(run.microbatch, own)
+    steps = run.update_epochs * run.rollout_batch_size // run.minibatch_size
+    own = run.minibatch_size // processes
+    microbatch = min(run.microbatch_size, own)
     shares = f"{processes} processes × " if processes > 1 else ""
-    prompts = run.rollout_batch // run.samples_per_prompt
+    prompts = run.rollout_batch_size // run.samples_per_prompt
     lines = [
-        f"batches: {run.iterations} iterations × {run.rollout_batch} responses "
+        f"batches: {run.iterations} iterations × {run.rollout_batch_size} responses "
         f"({prompts} prompts × {run.samples_per_prompt}) "
-        f"= {run.iterations * run.rollout_batch} responses",
-        f"updates: {run.epochs} epochs × {run.rollout_batch // run.minibatch} minibatches of {run.minibatch} = "
+        f"= {run.iterations * run.rollout_batch_size} responses",
+        f"updates: {run.update_epochs} epochs × {run.rollout_batch_size // run.minibatch_size} minibatches of {run.minibatch_size} = "
         f"{steps} optimiser "
         f"steps per iteration, {steps * run.iterations} in all, each of {shares}{-(-own // microbatch)} × {microbatch} "
         "responses",
@@ -147,7 +147,7 @@ def reward_words(reward: Any) -> str:
 
 def passes(config: Config, steps: int) -> str:
     """Sequences that go through each model in one iteration."""
-    n, needs, epochs = config.run.rollout_batch, config.algo.needs(), config.run.epochs
+    n, needs, epochs = config.run.rollout_batch_size, config.algo.needs(), config.run.update_epochs
     before = [f"reference {n}", *(f"critic {n}" for _ in needs.critics)]
     if needs.old_logprobs:
         before.append(f"old log-probs {n}")

@@ -89,7 +89,7 @@ class Evaluator:
         def drawn(microbatch: int) -> Rollout:
             with compute_precision(policy.device, self.dtype):
                 return collect(
-                    {"policy": policy}, self.tokenizer, own, replace(self.sampling, microbatch=microbatch),
+                    {"policy": policy}, self.tokenizer, own, replace(self.sampling, microbatch_size=microbatch),
                     self.end_tokens, self.eval_seed, Stream.evaluation, iteration=0,
                 )  # fmt: skip
 

@@ -39,7 +39,7 @@ def signs(settings: GuardSettings, metrics: Mapping[str, float], watch: Watch) -
         found["critic_patience"] = (
             f"value/explained_variance was at most {settings.min_explained_variance:g} for {blind} iterations in a "
             "row: the critic explains nothing, so advantages are little but noise. Try a higher optimizer.critic_lr, "
-            "optimizer.critic_warmup_iterations, or a larger rollout_batch"
+            "optimizer.critic_warmup_iterations, or a larger rollout_batch_size"
         )
     return found, replace(watch, blind=blind)
 

@@ -41,7 +41,7 @@ def start(config: Config, path: Path, sweep: str | None) -> None:
 
     Raises `Stopped` where a signal or `stop_after` ended it before its last iteration.
     """
-    if config.run.plan:
+    if config.run.dry_run:
         print("\n".join(run_plan(config)))
         remove_if_empty(path)
         return
@@ -112,8 +112,8 @@ def run(world: World, config: Config, given_path: Path, sweep: str | None, stopp
 
 def check_shares(config: Config, processes: int) -> None:
     """Each process gets as many sequences of a minibatch. ConfigError naming the numbers."""
-    if config.run.minibatch % processes:
-        raise ConfigError(f"minibatch: {config.run.minibatch} is not a multiple of the {processes} processes")
+    if config.run.minibatch_size % processes:
+        raise ConfigError(f"minibatch_size: {config.run.minibatch_size} is not a multiple of the {processes} processes")
 
 
 def taken(held: ExitStack, config: Config, path: Path, sweep: str | None) -> tuple[Path, list[Path], bool]:
@@ -211,7 +211,7 @@ def run_stage(
 
     metrics.jsonl has a line per evaluation, its `iteration` the optimiser step.
     """
-    for own in (FORK, "stop_after", "plan"):
+    for own in (FORK, "stop_after", "dry_run"):
         if getattr(config.run, own) not in (None, False):
             raise ConfigError(f"{own}: only apa-train takes it")
     path = directory_of(config, path, None)

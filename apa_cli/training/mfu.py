@@ -50,9 +50,9 @@ class UpdateMeter:
             self.cost,
             self.trained,
             *lengths(batch),
-            epochs=run.epochs,
-            steps=run.epochs * run.rollout_batch // run.minibatch,
-            passes=run.epochs * run.rollout_batch // run.microbatch,
+            epochs=run.update_epochs,
+            steps=run.update_epochs * run.rollout_batch_size // run.minibatch_size,
+            passes=run.update_epochs * run.rollout_batch_size // run.microbatch_size,
             itemsize=self.itemsize,
             recomputed=self.recomputed,
         )

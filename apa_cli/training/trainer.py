@@ -53,8 +53,8 @@ from apa_cli.training.progress import Progress
 from apa_cli.training.updater import UnusableUpdate, Updater, microbatch_rows
 from apa_cli.types import Batch, Example, Prompt, Rollout, Tokens
 
-MEASURED_BY = ("dataset", "reward", "sampling", "model", "eval_seed")
-"""Top-level keys that the SFT model's held-out scores depend on."""
+MEASURED_BY = ("dataset", "reward", "sampling", "model")
+"""Sections that the SFT model's held-out scores depend on, beside evaluation.seed."""
 
 REDRAW_SECONDS = 30
 """Seconds between two drawings of curves.png while a run goes on."""
@@ -103,7 +103,7 @@ class Trainer:
         while not self.ended():
             iteration, begun = self.progress.iteration + 1, time.monotonic()
             metrics = self.iterate(iteration)
-            self.progress.iteration, self.progress.samples = iteration, iteration * run.rollout_batch
+            self.progress.iteration, self.progress.samples = iteration, iteration * run.rollout_batch_size
             self.progress.kl = metrics["kl/sequence"]
             self.conclude(metrics, begun)
         if not self.world.from_main(self.evaluated):
@@ -127,7 +127,8 @@ class Trainer:
         UserError where the guard ends the run, `Stopped` where it was asked to end; its state is saved then.
         """
         run, iteration, last = self.config.run, self.progress.iteration, self.ended()
-        if last or (run.eval_every and iteration % run.eval_every == 0):
+        every = self.config.evaluation.every
+        if last or (every and iteration % every == 0):
             self.progress.unrecorded = metrics
             metrics = metrics | self.evaluate()
             self.progress.unrecorded = None
@@ -170,8 +171,8 @@ class Trainer:
         return next((reason for reason in reasons if reason), None)
 
     def checkpoint_due(self) -> bool:
-        """Every `checkpoint_every` iterations, and when the policy is the best so far, if that is to be kept."""
-        every, iteration = self.config.run.checkpoint_every, self.progress.iteration
+        """Every `checkpoint.every` iterations, and when the policy is the best so far, if that is to be kept."""
+        every, iteration = self.config.checkpoint.every, self.progress.iteration
         best = self.config.checkpoint.keep_best and self.progress.best_iteration == iteration
         return bool(every) and (iteration % every == 0 or best)
 
@@ -248,7 +249,7 @@ class Trainer:
     def sample(self, iteration: int) -> tuple[Rollout, float]:
         """This process's part of an iteration's rollout, and the share of all its prompts that were cut on the left."""
         run, settings = self.config.run, self.config.sampling
-        count = run.rollout_batch // run.samples_per_prompt
+        count = run.rollout_batch_size // run.samples_per_prompt
         rows = positions((iteration - 1) * count, count, len(self.examples), run.seed)
         prompts: list[Prompt] = []
         cut = 0
@@ -264,7 +265,7 @@ class Trainer:
         def drawn(microbatch: int) -> Rollout:
             with compute_precision(self.device, self.config.model.dtype):
                 return collect(
-                    {"policy": self.sampler}, self.tokenizer, own, replace(settings, microbatch=microbatch),
+                    {"policy": self.sampler}, self.tokenizer, own, replace(settings, microbatch_size=microbatch),
                     self.end_tokens, run.seed, Stream.rollout, iteration, plan,
                 )  # fmt: skip
 
@@ -275,7 +276,7 @@ class Trainer:
         if self.world.size == 1:
             return rollout, parts
         rollouts, scores = zip(*self.world.gather((rollout, parts)), strict=True)
-        count = self.config.run.rollout_batch
+        count = self.config.run.rollout_batch_size
         whole = {name: [value for own in scores for value in own[name]][:count] for name in parts}
         return concatenated(list(rollouts), self.tokenizer.pad_token_id, count), whole
 
@@ -493,7 +494,7 @@ class Trainer:
     def report(self) -> None:
         """Before and after replies to the same prompts, the final figures, and where everything lies."""
         rows = records(self.directory.samples)
-        shown = [row["prompt"] for row in rows if row["iteration"] == 0][: self.config.evaluation.shown]
+        shown = [row["prompt"] for row in rows if row["iteration"] == 0][: self.config.evaluation.print_samples]
         ends = (0, self.progress.iteration)
         chosen = [row for prompt in shown for row in rows if row["prompt"] == prompt and row["iteration"] in ends]
         self.console.samples("Replies to the same prompts, before and after", chosen)
@@ -517,7 +518,8 @@ class Trainer:
 
 def measured_by(raw: dict[str, Any]) -> str:
     """A digest of the settings that the SFT model's held-out scores depend on."""
-    text = json.dumps({key: raw[key] for key in MEASURED_BY}, sort_keys=True, default=str)
+    settings = {"seed": raw["evaluation"]["seed"]} | {key: raw[key] for key in MEASURED_BY}
+    text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

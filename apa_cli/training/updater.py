@@ -47,12 +47,13 @@ def build_optimizer(model: TrainingModel, settings: OptimizerSettings) -> torch.
 
 def schedule_factor(settings: OptimizerSettings, step: int, total: int) -> float:
     """What the learning rates are multiplied by at optimiser step `step` (counted from 0) of `total`."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, total - settings.warmup_steps)
-    if settings.schedule is Schedule.linear:
+    warmup = round(settings.warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if settings.lr_scheduler is Schedule.linear:
         return max(0.0, 1 - done)
-    if settings.schedule is Schedule.cosine:
+    if settings.lr_scheduler is Schedule.cosine:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return 1.0
 
@@ -61,15 +62,15 @@ def minibatch_rows(run: RunSettings, iteration: int) -> Iterator[Tensor]:
     """The rows of each minibatch of an iteration, in the order of `update_order`, shuffled by key."""
 
     def shuffled(epoch: int) -> list[Tensor]:
-        order = permutation(run.rollout_batch, run.seed, Stream.minibatch_order, iteration, epoch)
-        return list(torch.from_numpy(order).split(run.minibatch))
+        order = permutation(run.rollout_batch_size, run.seed, Stream.minibatch_order, iteration, epoch)
+        return list(torch.from_numpy(order).split(run.minibatch_size))
 
     if run.update_order is UpdateOrder.epochs:
-        for epoch in range(run.epochs):
+        for epoch in range(run.update_epochs):
             yield from shuffled(epoch)
     else:
         for rows in shuffled(0):
-            for _ in range(run.epochs):
+            for _ in range(run.update_epochs):
                 yield rows
 
 
@@ -149,7 +150,7 @@ class Updater:
 
     @property
     def steps_per_iteration(self) -> int:
-        return self.run.epochs * self.run.rollout_batch // self.run.minibatch
+        return self.run.update_epochs * self.run.rollout_batch_size // self.run.minibatch_size
 
     def update(
         self, batch: Batch, iteration: int, on_fault: Callable[[UnusableUpdate], None] = stop

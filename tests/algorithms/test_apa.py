@@ -20,9 +20,9 @@ def make(**fields) -> APA:
         "score_scaling": ScoreScaling.none,
         "score_clip": None,
         "whitening": Whitening.none,
-        "advantage": Estimator.gae,
+        "advantage_estimator": Estimator.gae,
         "value_coef": 1.0,
-        "value_clip": None,
+        "value_clip_range": None,
         "lambda_": 0.5,
         "normalizer": Normalizer.none,
     }

@@ -20,9 +20,9 @@ def make(**fields) -> AWR:
         "score_scaling": ScoreScaling.none,
         "score_clip": None,
         "whitening": Whitening.none,
-        "advantage": Estimator.gae,
+        "advantage_estimator": Estimator.gae,
         "value_coef": 1.0,
-        "value_clip": None,
+        "value_clip_range": None,
         "lambda_": 0.5,
         "weight_clip": 20.0,
     }
@@ -63,7 +63,7 @@ def test_needs_a_critic_and_neither_reference_nor_second_old_log_probs():
     assert not needs.reference
     assert needs.critics == ("value",)
     assert not needs.old_logprobs
-    without_critic = make(advantage=Estimator.group_mean).needs()
+    without_critic = make(advantage_estimator=Estimator.group_mean).needs()
     assert not without_critic.reference
     assert without_critic.critics == ()
 

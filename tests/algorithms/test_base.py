@@ -21,9 +21,9 @@ COMMON = {
     "score_scaling": ScoreScaling.none,
     "score_clip": None,
     "whitening": Whitening.none,
-    "advantage": Estimator.gae,
+    "advantage_estimator": Estimator.gae,
     "value_coef": 1.0,
-    "value_clip": None,
+    "value_clip_range": None,
 }
 EXTRA = {
     APA: {"lambda_": 0.5, "normalizer": Normalizer.none},
@@ -31,7 +31,7 @@ EXTRA = {
     PPO: {
         "kl_coef": 0.1,
         "clip_range": 0.2,
-        "controller": Controller.fixed,
+        "kl_controller": Controller.fixed,
         "kl_target": 6.0,
         "kl_horizon": 10_000,
     },
@@ -194,7 +194,7 @@ def test_without_whitening_advantages_keep_their_unit():
 
 def test_monte_carlo_is_return_minus_value_whatever_gae_lambda_is():
     given = rollout([4.0], [2], [[1.0, 2.0]])
-    algorithm = shared(advantage=Estimator.monte_carlo, gae_lambda=0.3)
+    algorithm = shared(advantage_estimator=Estimator.monte_carlo, gae_lambda=0.3)
     batch, _ = algorithm.prepare(given, algorithm.initial_state())
     close(batch.advantages, torch.tensor([[3.0, 2.0]]))
     close(batch.returns["value"], torch.tensor([[4.0, 4.0]]))
@@ -202,7 +202,7 @@ def test_monte_carlo_is_return_minus_value_whatever_gae_lambda_is():
 
 def test_group_mean_has_no_critic():
     # scores 1, 4 to prompt 0, 10, 2 to prompt 1: 1 − 4, 4 − 1, 10 − 2, 2 − 10
-    algorithm = shared(advantage=Estimator.group_mean)
+    algorithm = shared(advantage_estimator=Estimator.group_mean)
     given = rollout([1.0, 10.0, 4.0, 2.0], [2, 1, 1, 2], [[0.0]] * 4)
     given = given.with_(groups=torch.tensor([0, 1, 0, 1]), values={})
     batch, _ = algorithm.prepare(given, algorithm.initial_state())
@@ -216,7 +216,7 @@ def test_group_mean_has_no_critic():
 
 @pytest.mark.parametrize("estimator", [Estimator.gae, Estimator.monte_carlo])
 def test_the_other_estimators_need_one_critic_and_one_sample_per_prompt(estimator):
-    needs = shared(advantage=estimator).needs()
+    needs = shared(advantage_estimator=estimator).needs()
     assert needs.critics == ("value",)
     assert needs.samples_per_prompt == 1
 
@@ -249,10 +249,10 @@ def test_returns_without_variance_have_it_floored_at_1e_12(score, values, expect
 
 
 @pytest.mark.parametrize("kind", [APA, AWR, PPO])
-@pytest.mark.parametrize(("value_clip", "expected"), [(None, 0.125), (0.2, 0.32)])
-def test_the_critics_term_by_hand(kind, value_clip, expected):
+@pytest.mark.parametrize(("value_clip_range", "expected"), [(None, 0.125), (0.2, 0.32)])
+def test_the_critics_term_by_hand(kind, value_clip_range, expected):
     # V_old = 1, G = 2, V = 1.5: ½·0.5²; held within ±0.2 of V_old: ½·0.8²
-    algorithm = make(kind, value_coef=0.3, value_clip=value_clip)
+    algorithm = make(kind, value_coef=0.3, value_clip_range=value_clip_range)
     batch, _ = algorithm.prepare(rollout([2.0], [1], [[1.0]]), algorithm.initial_state())
     loss = algorithm.loss(batch, PolicyOutput(torch.zeros(1, 1), {"value": torch.tensor([[1.5]])}))
     policy, critic = loss.terms
@@ -270,7 +270,7 @@ def random_case(kind: type) -> tuple[Algorithm, Batch, PolicyOutput]:
     tables = {name: -torch.rand(5, 5) * mask for name in names}
     values = {"value": torch.randn(5, 5) * mask}
     given = rollout(torch.randn(5).tolist(), lengths, [[0.0]] * 5).with_(**tables, values=values)
-    algorithm = make(kind, whitening=Whitening.rollout, gae_lambda=0.95, value_clip=0.2)
+    algorithm = make(kind, whitening=Whitening.rollout, gae_lambda=0.95, value_clip_range=0.2)
     batch, _ = algorithm.prepare(given, algorithm.initial_state())
     return algorithm, batch, PolicyOutput(-torch.rand(5, 5) * mask, {"value": torch.randn(5, 5) * mask})
 

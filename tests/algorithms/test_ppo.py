@@ -20,12 +20,12 @@ def make(**fields) -> PPO:
         "score_scaling": ScoreScaling.none,
         "score_clip": None,
         "whitening": Whitening.none,
-        "advantage": Estimator.gae,
+        "advantage_estimator": Estimator.gae,
         "value_coef": 1.0,
-        "value_clip": None,
+        "value_clip_range": None,
         "kl_coef": 0.1,
         "clip_range": 0.2,
-        "controller": Controller.fixed,
+        "kl_controller": Controller.fixed,
         "kl_target": 2.0,
         "kl_horizon": 20,
     }
@@ -67,7 +67,7 @@ def test_needs_old_log_probs_by_the_training_forward_and_the_reference():
     assert needs.old_logprobs
     assert needs.reference
     assert needs.critics == ("value",)
-    without_critic = make(advantage=Estimator.group_mean).needs()
+    without_critic = make(advantage_estimator=Estimator.group_mean).needs()
     assert without_critic.old_logprobs
     assert without_critic.critics == ()
 
@@ -96,7 +96,7 @@ def test_the_penalty_is_measured_against_the_losss_reference_and_the_samplers_lo
 
 def test_group_mean_compares_scores_less_their_price():
     # totals 3.1 − 0.05 = 3.05 and 3.8: ∓0.75
-    algorithm = make(advantage=Estimator.group_mean)
+    algorithm = make(advantage_estimator=Estimator.group_mean)
     batch, _ = algorithm.prepare(rollout(values={}), algorithm.initial_state())
     close(batch.advantages, torch.tensor([[-0.75, -0.75], [0.75, 0.0]]), rtol=2e-6)  # a difference
 
@@ -109,7 +109,7 @@ def test_a_fixed_coefficient_stays():
 
 
 def test_an_adaptive_coefficient_changes_for_the_next_iteration_only():
-    algorithm = make(controller=Controller.adaptive)
+    algorithm = make(kl_controller=Controller.adaptive)
     before = algorithm.initial_state()
     first, after = algorithm.prepare(rollout(), before)
     # this iteration still pays 0.1
@@ -135,14 +135,14 @@ def test_an_adaptive_coefficient_changes_for_the_next_iteration_only():
     ],
 )
 def test_the_controllers_error_is_kl_over_target_less_one(target, expected):
-    algorithm = make(controller=Controller.adaptive, kl_target=target)
+    algorithm = make(kl_controller=Controller.adaptive, kl_target=target)
     _, state = algorithm.prepare(rollout(), algorithm.initial_state())
     assert state["kl_coef"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_controller_measures_kl_against_the_initial_policy():
     # every token one nat further from π_init: kl/sequence = 0.75 + (2 + 1)/2 = 2.25; 2.25/2 − 1 = 0.125
-    algorithm = make(controller=Controller.adaptive)
+    algorithm = make(kl_controller=Controller.adaptive)
     _, state = algorithm.prepare(rollout(init_logprobs=REFERENCE - 1), algorithm.initial_state())
     assert state["kl_coef"] == pytest.approx(0.1 * (1 + 0.125 * 2 / 20), rel=1e-6)
 
@@ -174,7 +174,7 @@ def test_ratios_are_to_the_training_forwards_old_log_probs():
 
 
 def test_junk_outside_the_mask_is_not_in_the_controllers_kl():
-    algorithm = make(controller=Controller.adaptive)
+    algorithm = make(kl_controller=Controller.adaptive)
     mask = rollout().mask
     dirty = rollout(
         sampler_logprobs=SAMPLER.masked_fill(~mask, math.nan),

@@ -31,9 +31,9 @@ EXACT = {
     "score_scaling": ScoreScaling.none,
     "score_clip": None,
     "whitening": Whitening.none,
-    "advantage": Estimator.gae,
+    "advantage_estimator": Estimator.gae,
     "value_coef": 1.0,
-    "value_clip": None,
+    "value_clip_range": None,
 }
 TEMPERATURE = 0.5
 """λ of APA and AWR, and kl_coef of PPO."""
@@ -48,7 +48,7 @@ def ppo() -> PPO:
         **EXACT,
         kl_coef=TEMPERATURE,
         clip_range=0.2,
-        controller=Controller.fixed,
+        kl_controller=Controller.fixed,
         kl_target=6.0,
         kl_horizon=10_000,
     )

@@ -51,7 +51,7 @@ def benched(configured, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ppo(benched):
     """PPO, two measured iterations; with this seed the padding token, which no text shows, is not drawn."""
-    return benched("algo=ppo", "bench.iterations=2", "microbatch=2", "seed=3")
+    return benched("algo=ppo", "bench.iterations=2", "microbatch_size=2", "seed=3")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def phases(ppo):
 def test_the_phases_are_the_passes_of_the_algorithm(ppo, benched):
     names = [row["name"] for row in ppo[1]["phases"]]
     assert names == ["sampling", "reward", "reference", "old log-probs", "critic value", "update"]
-    _, without = benched("algo.advantage=group_mean", "samples_per_prompt=2", "bench.reward=false")
+    _, without = benched("algo.advantage_estimator=group_mean", "samples_per_prompt=2", "bench.reward=false")
     assert [row["name"] for row in without["phases"]] == ["sampling", "reference", "update"]
 
 
@@ -101,7 +101,10 @@ def test_padding_is_what_is_computed_beyond_the_tokens(ppo, phases, benched):
 
     pairs = INPUTS[1::2]  # the longer of each two of similar length
     assert phases["sampling"]["padding_share"] == share(INPUTS[-1:], POSITIONS, 8)
-    eager = {row["name"]: row for row in benched("microbatch=2", "seed=3", "model.attention=eager")[1]["phases"]}
+    eager = {
+        row["name"]: row
+        for row in benched("microbatch_size=2", "seed=3", "model.attn_implementation=eager")[1]["phases"]
+    }
     for name in ("reference", "critic value"):
         assert phases[name]["padding_share"] == 0
         assert eager[name]["padding_share"] == share(pairs, POSITIONS, 2)
@@ -110,13 +113,13 @@ def test_padding_is_what_is_computed_beyond_the_tokens(ppo, phases, benched):
 
 def test_the_updates_padding_is_that_of_its_minibatches(benched, configured):
     """Every prompt is in the minibatch that its key says; the order of prompts in the rollout is that of its pass."""
-    _, result = benched("microbatch=1")
+    _, result = benched("microbatch_size=1")
     assert result["phases"][-1]["padding_share"] == 0
-    _, result = benched("minibatch=8", "microbatch=8")
+    _, result = benched("minibatch_size=8", "microbatch_size=8")
     assert result["phases"][-1]["padding_share"] == 0
-    _, result = benched("minibatch=8", "microbatch=8", "model.attention=eager")
+    _, result = benched("minibatch_size=8", "microbatch_size=8", "model.attn_implementation=eager")
     assert result["phases"][-1]["padding_share"] == pytest.approx(1 - POSITIONS / (8 * INPUTS[-1]), rel=1e-12)
-    assert len(list(minibatch_rows(configured("minibatch=8", "microbatch=8").run, 1))) == 2
+    assert len(list(minibatch_rows(configured("minibatch_size=8", "microbatch_size=8").run, 1))) == 2
 
 
 def test_the_table_follows_from_seconds_work_and_the_machines_rates(ppo):
@@ -135,7 +138,7 @@ def test_the_table_follows_from_seconds_work_and_the_machines_rates(ppo):
     assert result["peak_bytes"] == max(row["peak_bytes"] for row in result["phases"])
     assert result["work"] == {
         "iterations": 2,
-        "rollout_batch": 8,
+        "rollout_batch_size": 8,
         "prompt_tokens": sum(PROMPTS),
         "response_tokens": DRAWN,
     }
@@ -209,7 +212,7 @@ def test_padding_is_unknown_where_fewer_positions_were_seen_than_are_needed():
 def test_growth_reads_what_was_written(ppo):
     directory, result = ppo
     row = runpy.run_path(str(GROWTH))["read"](directory)
-    assert (row["rollout_batch"], row["microbatch"], row["max_new_tokens"]) == (8, 2, TOKENS)
+    assert (row["rollout_batch_size"], row["microbatch_size"], row["max_new_tokens"]) == (8, 2, TOKENS)
     assert row["times_floor"] == result["seconds"] / result["floor_s"]
     assert row["peak_gib"] == result["peak_bytes"] / 2**30
     sampling = result["phases"][0]
@@ -220,7 +223,7 @@ def test_growth_reads_what_was_written(ppo):
 
 
 def test_memory_by_hand(configured, tiny):
-    config = configured("sampling.microbatch=4")
+    config = configured("sampling.microbatch_size=4")
     embedding, norms_and_biases = 600 * 32, 2 * (4 * 32 + 96 + 32 + 64 + 32) + 2 * 32
     trunk = TRUNK + embedding + norms_and_biases
     assert memory_estimate(config, load_config(config.model, str(tiny))) == {
@@ -258,7 +261,7 @@ def test_what_just_fits():
 
 def test_the_estimate_alone(configured, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    start_bench(configured("plan=true"), tmp_path / "run")
+    start_bench(configured("dry_run=true"), tmp_path / "run")
     assert capsys.readouterr().out.startswith("memory, activations not counted: ")
     assert not (tmp_path / "run").exists()
 
@@ -295,7 +298,9 @@ def test_the_tokenizers_words_are_its_numbers():
 
 def test_utilization_by_hand(configured):
     cost = Cost(10, 20, 4, 8, 100, 200, 55, 6)
-    meter = UpdateMeter(cost, 11, configured("rollout_batch=2", "minibatch=2", "microbatch=1").run, 4, False, 1000.0)
+    meter = UpdateMeter(
+        cost, 11, configured("rollout_batch_size=2", "minibatch_size=2", "microbatch_size=1").run, 4, False, 1000.0
+    )
     mask = torch.tensor([[True, True, True], [True, False, False]])
     prompt_mask = torch.tensor([[False, True, True], [True, True, True]])
     batch = Batch(None, prompt_mask, None, mask, {}, None, None, {}, {})

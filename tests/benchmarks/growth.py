@@ -30,8 +30,8 @@ def read(directory: Path) -> dict:
     return {
         "model": config["model"]["path"] or config["model"]["architecture"]["model_type"],
         "dtype": config["model"]["dtype"],
-        "rollout_batch": config["rollout_batch"],
-        "microbatch": config["microbatch"],
+        "rollout_batch_size": config["rollout_batch_size"],
+        "microbatch_size": config["microbatch_size"],
         "max_new_tokens": config["sampling"]["max_new_tokens"],
         "samples_per_s": result["samples_per_s"],
         "seconds": result["seconds"],
@@ -44,7 +44,7 @@ def read(directory: Path) -> dict:
 
 
 def label(row: dict) -> str:
-    return f"{row['model']} {row['dtype']}, {row['rollout_batch']} responses of {row['max_new_tokens']} tokens"
+    return f"{row['model']} {row['dtype']}, {row['rollout_batch_size']} responses of {row['max_new_tokens']} tokens"
 
 
 def main() -> None:

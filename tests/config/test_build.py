@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from apa_cli.cli.app import checked_jobs, told_apart
-from apa_cli.config import compose as composing
 from apa_cli.config.build import build
+from apa_cli.config.build import compose as composing
 from apa_cli.config.compose import compose, config_dir, expand
 from apa_cli.errors import ConfigError
 
@@ -40,7 +40,7 @@ def test_the_default_is_apa_at_a_tenth():
     config = built()
     assert type(config.algo).__name__ == "APA"
     assert config.algo.lambda_ == 0.1
-    assert config.run.microbatch == config.run.minibatch
+    assert config.run.microbatch_size == config.run.minibatch_size
 
 
 @pytest.mark.parametrize("path", [p for p in YAMLS if len(p.parts) > 1], ids=str)
@@ -92,22 +92,22 @@ WRONG = {
     "name=a/../../b": ["name", "outputs/"],
     "launch=[{use: vadr}]": ["launch", "auto"],
     "++lora.alpha=${oc.decode:[1}": ["lora.alpha"],
-    "minibatch=-0.5": ["minibatch: -0.5"],
+    "minibatch_size=-0.5": ["minibatch: -0.5"],
     "name=${oc.env:SECRET}": ["name", "SECRET"],
     "guard.action=shout": ["guard.action", "warn, stop"],
     "stop_at_kl=0": ["stop_at_kl", "greater than 0"],
     "reward.timeout=3": ["reward.timeout"],
-    "plan=maybe": ["plan", "true or false"],
-    "algo.advantage=gea": ["algo.advantage", "gae, monte_carlo, group_mean"],
+    "dry_run=maybe": ["plan", "true or false"],
+    "algo.advantage_estimator=gea": ["algo.advantage_estimator", "gae, monte_carlo, group_mean"],
     "algo.gae_lambda=1.1": ["algo.gae_lambda", "1.1", "at most 1"],
     "sampling.top_p=0": ["sampling.top_p", "greater than 0"],
     "sampling.stop_strings=x": ["sampling.stop_strings", "'x'", "list"],
     "optimizer.betas=[0.9]": ["optimizer.betas", "two numbers"],
     "optimizer.betas=[0.9,1]": ["optimizer.betas"],
-    "minibatch=5": ["rollout_batch", "64", "5"],
-    "microbatch=3": ["minibatch", "32", "3"],
-    "samples_per_prompt=3": ["rollout_batch", "64", "3"],
-    "algo.advantage=group_mean": ["samples_per_prompt", "at least 2"],
+    "minibatch_size=5": ["rollout_batch_size", "64", "5"],
+    "microbatch_size=3": ["minibatch", "32", "3"],
+    "samples_per_prompt=3": ["rollout_batch_size", "64", "3"],
+    "algo.advantage_estimator=group_mean": ["samples_per_prompt", "at least 2"],
     "reward=function": ["reward.target"],
     "model=local": ["model.path"],
     "algo.lambda_=0.2": ["lambda"],
@@ -162,7 +162,7 @@ def test_published_defaults():
     apa, awr, ppo = (built(f"algo={name}").algo for name in ("apa", "awr", "ppo"))
     assert apa.whitening.value == "none"
     assert awr.whitening.value == ppo.whitening.value == "rollout"
-    assert (apa.value_clip, awr.value_clip, ppo.value_clip) == (None, None, 0.2)
+    assert (apa.value_clip_range, awr.value_clip_range, ppo.value_clip_range) == (None, None, 0.2)
     assert awr.weight_clip == 20
     assert (ppo.clip_range, ppo.kl_target, ppo.kl_horizon) == (0.2, 6, 10000)
     for algo in (apa, awr, ppo):
@@ -229,7 +229,7 @@ for name in ("train", "sft", "reward", "evaluate", "export", "chat", "bench"):
         sys.argv = [f"apa-{name}", *words]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
             try:
-                importlib.import_module(f"apa_cli.{name}").main()
+                importlib.import_module(f"apa_cli.cli.{name}").main()
                 endings.append([0, said.getvalue().count(chr(10))])
             except SystemExit as end:
                 endings.append([end.code, said.getvalue().count(chr(10))])

@@ -16,7 +16,7 @@ class Column:
     policy: str
     lr: float
     minibatch: int
-    rollout_batch: int
+    rollout_batch_size: int
     sampling_chunk: int
     responses: int
     """In all; where 20,000 steps are no whole number of iterations, the last one is finished."""
@@ -50,11 +50,11 @@ def test_what_depends_on_the_size(name):
     run = config.run
     assert config.model.path == column.policy
     assert (config.optimizer.lr, config.optimizer.critic_lr) == (column.lr, column.lr)
-    assert (run.minibatch, run.rollout_batch) == (column.minibatch, column.rollout_batch)
-    assert config.sampling.microbatch == column.sampling_chunk
+    assert (run.minibatch_size, run.rollout_batch_size) == (column.minibatch, column.rollout_batch_size)
+    assert config.sampling.microbatch_size == column.sampling_chunk
     # 20,000 optimiser steps, two of them on each minibatch, and no iteration more than they need
     assert 2 * column.responses / column.minibatch == 20_000
-    assert 0 <= run.iterations * run.rollout_batch - column.responses < run.rollout_batch
+    assert 0 <= run.iterations * run.rollout_batch_size - column.responses < run.rollout_batch_size
 
 
 @nine
@@ -63,13 +63,13 @@ def test_what_depends_on_the_algorithm(name):
     algo, kind = config.algo, name.split("_")[1]
     assert type(algo).__name__.lower() == kind
     if kind == "ppo":
-        assert (algo.kl_coef, algo.controller.value, algo.kl_target) == (0.05, "adaptive", 6)
-        assert (algo.kl_horizon, algo.clip_range, algo.value_clip) == (10_000, 0.2, 0.2)
+        assert (algo.kl_coef, algo.kl_controller.value, algo.kl_target) == (0.05, "adaptive", 6)
+        assert (algo.kl_horizon, algo.clip_range, algo.value_clip_range) == (10_000, 0.2, 0.2)
         assert (algo.score_clip, config.sampling.top_k) == (10, 0)
         assert config.critic.kind.value == "head"  # on the policy's trunk; APA and AWR have a network of their own
         return
     assert algo.lambda_ == {"apa": 0.1, "awr": 2.0}[kind]
-    assert (algo.score_clip, config.sampling.top_k, algo.value_clip) == (100, 50, None)
+    assert (algo.score_clip, config.sampling.top_k, algo.value_clip_range) == (100, 50, None)
     assert config.critic.kind.value == "separate"
     if kind == "apa":
         assert algo.normalizer.value == "none"
@@ -82,10 +82,10 @@ def test_what_all_have_in_common(name):
     config = experiment(name)
     algo, optimizer, sampling, run = config.algo, config.optimizer, config.sampling, config.run
     assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ([0.9, 0.95], 1e-8, 1e-6)
-    assert (optimizer.schedule.value, optimizer.warmup_steps, optimizer.max_grad_norm) == ("constant", 0, 1.0)
+    assert (optimizer.lr_scheduler.value, optimizer.warmup_ratio, optimizer.max_grad_norm) == ("constant", 0, 1.0)
     assert optimizer.critic_warmup_iterations == 0
-    assert (run.epochs, run.update_order.value, run.samples_per_prompt) == (2, "consecutive", 1)
-    assert (algo.gamma, algo.gae_lambda, algo.value_coef, algo.advantage.value) == (1, 0.95, 1, "gae")
+    assert (run.update_epochs, run.update_order.value, run.samples_per_prompt) == (2, "consecutive", 1)
+    assert (algo.gamma, algo.gae_lambda, algo.value_coef, algo.advantage_estimator.value) == (1, 0.95, 1, "gae")
     assert (algo.score_scaling.value, algo.whitening.value) == ("running", "minibatch")
     assert (sampling.max_prompt_tokens, sampling.max_new_tokens) == (872, 128)
     assert (sampling.temperature, sampling.top_p) == (1, 1)

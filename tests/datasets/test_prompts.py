@@ -57,7 +57,7 @@ def test_a_run_trains_on_them(tmp_path, run_train, records):
     (tmp_path / "prompts.txt").write_text("".join(f"How long does tea number {i} take?\n" for i in range(20)))
     run = run_train(
         "dataset=prompts", f"dataset.path={tmp_path}/prompts.txt", "dataset.suffix=' Answer:'",
-        "iterations=1", "checkpoint_every=0", "~dataset.train_prompts", "~dataset.test_prompts",
+        "iterations=1", "checkpoint.every=0", "~dataset.train_prompts", "~dataset.test_prompts",
     )  # fmt: skip
     prompts = [row["prompt"] for row in records(run / "samples.jsonl") if row["iteration"] == 0]
     held_out = [i for i in range(20) if is_held_out(i + 1, 5)]

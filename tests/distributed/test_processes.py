@@ -20,7 +20,7 @@ from apa_cli.hardware.oom import Halving
 from apa_cli.rollout.collect import concatenated
 from apa_cli.types import Rollout
 
-WORDS = ["iterations=2", "eval_every=1", "evaluation.prompts=5", "checkpoint_every=1", "optimizer.lr=1e-3"]
+WORDS = ["iterations=2", "evaluation.every=1", "evaluation.prompts=5", "checkpoint.every=1", "optimizer.lr=1e-3"]
 """Five held-out prompts: two processes get three each, one of them twice."""
 
 
@@ -72,12 +72,12 @@ def assert_equal_runs(comparable, records):
     [
         ["launch.strategy=ddp"],
         pytest.param(["launch.strategy=fsdp"], marks=pytest.mark.slow),
-        pytest.param(["algo=ppo", "launch.strategy=fsdp", "launch.frozen=offloaded"], marks=pytest.mark.slow),
+        pytest.param(["algo=ppo", "launch.strategy=fsdp", "launch.frozen_placement=offloaded"], marks=pytest.mark.slow),
         pytest.param(
-            ["reference.refresh_every=1", "launch.strategy=fsdp", "launch.frozen=sharded"], marks=pytest.mark.slow
+            ["reference.refresh_every=1", "launch.strategy=fsdp", "launch.frozen_placement=sharded"], marks=pytest.mark.slow
         ),
         pytest.param(["lora=default", "critic=adapter", "model.gradient_checkpointing=true"], marks=pytest.mark.slow),
-        pytest.param(["algo=awr", "critic=head", "microbatch=1", "samples_per_prompt=2"], marks=pytest.mark.slow),
+        pytest.param(["algo=awr", "critic=head", "microbatch_size=1", "samples_per_prompt=2"], marks=pytest.mark.slow),
     ],
     ids=["ddp", "fsdp", "ppo-fsdp-offloaded", "refreshed-fsdp-sharded", "lora-ddp", "awr-head"],
 )  # fmt: skip
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_the_other_way_round(
 
 @pytest.mark.slow
 def test_held_out_prompts_that_changed_are_answered_by_a_sharded_reference_too(run_train, assert_equal_runs):
-    shards = ["launch.strategy=fsdp", "launch.frozen=sharded", "launch.processes=2"]
+    shards = ["launch.strategy=fsdp", "launch.frozen_placement=sharded", "launch.processes=2"]
     for name, words in (("one", []), ("two", shards)):
         run = run_train(*WORDS, *words, "iterations=1", name=name)
         run_train(*WORDS, *words, "evaluation.prompts=4", f"name={name}", f"resume={run}", name=name)
@@ -152,14 +152,14 @@ def beside_a_model(make_classifier, tmp_path):
 @pytest.mark.parametrize("frozen", ["sharded", "offloaded"])
 def test_a_reward_model_spread_over_the_processes(frozen, beside_a_model, run_train, assert_equal_runs):
     words = beside_a_model("spread")
-    shards = ["launch.strategy=fsdp", f"launch.frozen={frozen}", "launch.processes=2"]
+    shards = ["launch.strategy=fsdp", f"launch.frozen_placement={frozen}", "launch.processes=2"]
     two, one = run_train(*WORDS, *words, *shards, name="two"), run_train(*WORDS, *words, name="one")
     assert_equal_runs(two, one, ties=False)
 
 
 @pytest.mark.slow
 def test_a_failure_in_one_process_is_told_to_those_that_wait_for_it_in_a_reward_model(beside_a_model, run_train, capfd):
-    shards = ["launch.strategy=fsdp", "launch.frozen=sharded", "launch.processes=2", "launch.timeout=60"]
+    shards = ["launch.strategy=fsdp", "launch.frozen_placement=sharded", "launch.processes=2", "launch.timeout=60"]
     begun = time.monotonic()
     with pytest.raises(SystemExit):
         run_train(*WORDS, *beside_a_model("fails_in_one"), *shards)
@@ -194,7 +194,7 @@ def test_memory_that_runs_out_in_one_process_halves_the_microbatch_in_all(
     (tmp_path / "full.py").write_text(FULL + Path(target.partition(":")[0]).read_text())
     run = run_train(*WORDS, f"reward.target={tmp_path}/full.py:vowels", "launch.processes=2")
     assert_equal_runs(run, alone())
-    assert (run / "run.log").read_text().count("out of memory: microbatch is 1 from here on") == 1
+    assert (run / "run.log").read_text().count("out of memory: microbatch_size is 1 from here on") == 1
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_two_agents_of_torchrun_on_one_machine(alone, small_words, assert_equal_
 
 
 def test_a_minibatch_that_does_not_divide_is_refused_before_anything_is_loaded(run_train, tmp_path):
-    with pytest.raises(ConfigError, match=r"minibatch: 4 is not a multiple of the 3 processes"):
+    with pytest.raises(ConfigError, match=r"minibatch_size: 4 is not a multiple of the 3 processes"):
         run_train("launch.processes=3", "model.path=/nowhere")
     assert not (tmp_path / "run").exists()
 
@@ -294,7 +294,7 @@ def test_a_process_that_fails_ends_the_run_and_is_named(fate, small_words, tmp_p
 def test_a_signal_reaches_every_process_and_the_run_goes_on_as_if_uninterrupted(
     small_words, train, tmp_path, comparable
 ):
-    words = [*small_words, "iterations=40", "checkpoint_every=0", "launch.processes=2", "name=run"]
+    words = [*small_words, "iterations=40", "checkpoint.every=0", "launch.processes=2", "name=run"]
     process = subprocess.Popen(
         command(*words), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -313,7 +313,7 @@ def test_a_signal_reaches_every_process_and_the_run_goes_on_as_if_uninterrupted(
         check=True,
     )
     whole = train(
-        tmp_path / "whole", "iterations=40", "checkpoint_every=0", "launch.processes=2", f"iterations={done + 1}"
+        tmp_path / "whole", "iterations=40", "checkpoint.every=0", "launch.processes=2", f"iterations={done + 1}"
     )
     assert [row["reward/mean"] for row in comparable(metrics)[1:]] == [
         row["reward/mean"] for row in comparable(whole / "metrics.jsonl")[1:]
@@ -428,14 +428,14 @@ def test_a_size_is_halved_until_memory_suffices():
             raise torch.OutOfMemoryError("out of memory")
         return size
 
-    halving = Halving("microbatch", 12, 1, said.append)
+    halving = Halving("microbatch_size", 12, 1, said.append)
     assert halving.run(work) == 3 and tried == [12, 6, 3]
     assert halving.run(work) == 3 and tried == [12, 6, 3, 3]  # it is not tried again with more
-    assert len(said) == 2 and "microbatch is 3 from here on" in said[1]
+    assert len(said) == 2 and "microbatch_size is 3 from here on" in said[1]
     with pytest.raises(RuntimeError, match="another"):
         halving.run(lambda size: (_ for _ in ()).throw(RuntimeError("another fault")))
-    with pytest.raises(UserError, match="microbatch: out of memory with 6"):
-        Halving("microbatch", 12, 6, said.append).run(work)
+    with pytest.raises(UserError, match="microbatch_size: out of memory with 6"):
+        Halving("microbatch_size", 12, 6, said.append).run(work)
 
 
 def full_above(monkeypatch, rows: int) -> None:
@@ -458,7 +458,7 @@ def test_out_of_memory_halves_the_microbatch_and_changes_no_result(alone, run_tr
     run = run_train(*WORDS)
     assert_equal_runs(run, expected)
     log = (run / "run.log").read_text()
-    assert log.count("out of memory: microbatch is 2") == log.count("out of memory: microbatch is 1") == 1
+    assert log.count("out of memory: microbatch_size is 2") == log.count("out of memory: microbatch_size is 1") == 1
     full_above(monkeypatch, 0)
-    with pytest.raises(UserError, match="microbatch: out of memory with 1"):
+    with pytest.raises(UserError, match="microbatch_size: out of memory with 1"):
         run_train(*WORDS, name="none")

@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = """
 import resource
-from apa_cli.allocator import keep_freed_blocks
+from apa_cli.hardware.allocator import keep_freed_blocks
 
 def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

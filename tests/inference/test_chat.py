@@ -160,7 +160,7 @@ def test_a_runs_kind_decides_and_a_word_overrules_it(run_train):
 
 @pytest.mark.slow
 def test_through_a_pipe(run_train, small_words, tmp_path):
-    run = run_train("iterations=1", "optimizer.lr=1e-2", "eval_every=0")
+    run = run_train("iterations=1", "optimizer.lr=1e-2", "evaluation.every=0")
     code = "import sys; from apa_cli.cli.chat import main; sys.argv[0] = 'apa-chat'; main()"
     words = [f"run={run}", "chat.score=true", "sampling.max_new_tokens=20", small_words[-1]]
     (tmp_path / "empty").mkdir()

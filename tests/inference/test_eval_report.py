@@ -23,19 +23,19 @@ from apa_cli.kl import best_of_n_bound
 from apa_cli.runs.tracking import Tracker
 from apa_cli.training.evaluator import Replies
 
-NO_BEST = "evaluate.best_of=[]"
+NO_BEST = "evaluation.best_of=[]"
 
 
 @pytest.fixture(scope="module")
 def finished(train, tmp_path_factory):
     """A run of three iterations, evaluated after each, that learnt enough to differ from its SFT model."""
-    words = ["eval_every=1", "optimizer.lr=1e-2", "checkpoint.keep_last=9", "algo=ppo", "lambda=0"]
+    words = ["evaluation.every=1", "optimizer.lr=1e-2", "checkpoint.keep_last=9", "algo=ppo", "lambda=0"]
     return train(tmp_path_factory.mktemp("evaluated") / "finished", *words)
 
 
 @pytest.fixture(scope="module")
 def report(finished):
-    return evaluate(finished, "evaluate.best_of=[1,2,4]", "evaluate.best_of_prompts=4")
+    return evaluate(finished, "evaluation.best_of=[1,2,4]", "evaluation.best_of_prompts=4")
 
 
 def evaluate(run, *words, file="eval.json"):
@@ -158,7 +158,7 @@ def test_a_checkpoint_repeats_the_evaluation_of_its_iteration(finished):
 
 def test_a_lora_checkpoint_repeats_its_evaluation_and_the_merged_model_nearly(run_train):
     run = run_train(
-        "lora=default", "lora.rank=4", "critic=adapter", "optimizer.lr=2e-2", "iterations=2", "eval_every=1"
+        "lora=default", "lora.rank=4", "critic=adapter", "optimizer.lr=2e-2", "iterations=2", "evaluation.every=1"
     )
     expected = evaluations(run)[2]
     assert expected["eval/kl_exact"] > 0.01
@@ -172,7 +172,7 @@ def test_a_lora_checkpoint_repeats_its_evaluation_and_the_merged_model_nearly(ru
 def test_words_go_on_top_of_the_runs_settings(finished, tmp_path, capsys):
     (tmp_path / "length.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
     further = f"evaluation.rewards=[{{use: function, target: '{tmp_path}/length.py:length', name: size}}]"
-    found = evaluate(finished, "evaluation.prompts=3", further, "evaluate.shown=1", NO_BEST)
+    found = evaluate(finished, "evaluation.prompts=3", further, "evaluation.print_samples=1", NO_BEST)
     own = json.loads((finished / "samples.jsonl").read_text().splitlines()[-6])
     assert found["prompts"] == len(found["replies"]) == 3
     assert found["replies"][0]["policy"]["response"] == own["response"]
@@ -197,7 +197,7 @@ def test_a_model_by_itself_and_beside_another(finished, tiny, configured, tmp_pa
     assert alone["metrics"]["eval/reward_mean"] == last["eval/reward_mean"]
     assert alone["metrics"]["eval/kl_exact"] == 0 and alone["iteration"] is None
     assert not [key for key in alone["metrics"] if "sft" in key] and "sft" not in alone["replies"][0]
-    start_evaluation(configured(*words, f"evaluate.reference={tiny}"), tmp_path / "beside")
+    start_evaluation(configured(*words, f"evaluation.reference={tiny}"), tmp_path / "beside")
     beside = json.loads((tmp_path / "beside" / "eval.json").read_text())
     assert {key: beside["metrics"][key] for key in last} == last
     assert yaml.safe_load((tmp_path / "beside" / "config.yaml").read_text())["evaluate"]["reference"] == str(tiny)
@@ -271,8 +271,8 @@ def recorded(tmp_path_factory):
 
 def test_the_settings_are_the_runs_and_what_its_stages_made(recorded):
     run = recorded("algo=ppo", "lambda=0.3", "seed=5", policy="made/sft", reward="made/reward")
-    config = build(compose_run([f"run={run}", "eval_seed=6", "evaluation.prompts=7"]))
-    assert (config.run.seed, config.run.eval_seed, config.evaluation.prompts) == (5, 6, 7)
+    config = build(compose_run([f"run={run}", "evaluation.seed=6", "evaluation.prompts=7"]))
+    assert (config.run.seed, config.evaluation.seed, config.evaluation.prompts) == (5, 6, 7)
     assert type(config.algo).__name__ == "PPO" and config.algo.kl_coef == 0.3
     assert (config.model.path, config.reward.path, config.run.run) == ("made/sft", "made/reward", str(run))
     given = recorded("model=local", "model.path=mine", "reward.path=my_reward", name="given", policy="x", reward="y")
@@ -298,7 +298,7 @@ def test_a_run_of_an_earlier_version_lacks_keys(recorded):
     del raw["evaluate"], raw["run"], raw["evaluation"]["rewards"]
     (run / "config.yaml").write_text(yaml.safe_dump(raw))
     config = build(compose_run([f"run={run}"]))
-    assert config.evaluate.best_of and config.evaluation.rewards == []
+    assert config.evaluation.best_of and config.evaluation.rewards == []
 
 
 @pytest.fixture(scope="module")
@@ -332,9 +332,9 @@ def test_the_folder_of_a_job_of_a_sweep_and_no_heavy_package(recorded, tmp_path)
     [
         (["run=nowhere"], ["nowhere", "no run of apa-train"]),
         (["run={run}", "lr=1"], ["'lr'", "optimizer.lr'"]),
-        (["run={run}", "evaluate.best_off=[2]"], ["evaluate.best_off", "evaluate.best_of'"]),
-        (["run={run}", "+evaluate.bestof=[2]"], ["evaluate.bestof", "evaluate.best_of'"]),
-        (["run={run}", "evaluate.best_of=[0]"], ["evaluate.best_of", "at least 1"]),
+        (["run={run}", "evaluate.best_off=[2]"], ["evaluate.best_off", "evaluation.best_of'"]),
+        (["run={run}", "+evaluate.bestof=[2]"], ["evaluate.bestof", "evaluation.best_of'"]),
+        (["run={run}", "evaluation.best_of=[0]"], ["evaluation.best_of", "at least 1"]),
         (["run={run}", "evaluation.prompts=0"], ["evaluation.prompts", "at least 1"]),
         (["run={run}", "evaluation.prompts=1,2"], ["evaluation.prompts", "-m"]),
         (["run={run}", "reward=vadr"], ["reward", "'vader'"]),

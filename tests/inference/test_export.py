@@ -22,7 +22,7 @@ from apa_cli.inference.trained import PromptKind
 look = partial(compose_run, scores=lambda cfg: False)
 """compose_run for a command that asks no reward."""
 
-WORDS = ("iterations=2", "optimizer.lr=1e-2", "checkpoint.keep_last=9", "eval_every=1")
+WORDS = ("iterations=2", "optimizer.lr=1e-2", "checkpoint.keep_last=9", "evaluation.every=1")
 LORA = ("lora=default", "lora.rank=4", "critic=adapter", "optimizer.lr=2e-2")
 
 

@@ -79,7 +79,7 @@ def one_iteration(run_train, records):
     """one_iteration(folder, *words) → the metrics' lines and the run's directory, checked to be finite."""
 
     def run(folder, *words, name="run"):
-        directory = run_train(f"model.path={folder}", "iterations=1", "checkpoint_every=0", *words, name=name)
+        directory = run_train(f"model.path={folder}", "iterations=1", "checkpoint.every=0", *words, name=name)
         rows = records(directory / "metrics.jsonl")
         assert all(math.isfinite(value) for row in rows for value in row.values())
         assert abs(rows[0]["eval/kl_exact"]) < 1e-6
@@ -120,7 +120,12 @@ def test_every_family_trains_with_lora_on_policy_and_critic(name, family, one_it
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_makes_a_reward_model(name, family, tmp_path):
     """Of its own tokenizer, which another family's policy is then scored by."""
-    words = ["reward_model.batch=4", "reward_model.lr=1e-2", "reward_model.max_tokens=40", "reward_model.held_out=8"]
+    words = [
+        "reward_model.batch_size=4",
+        "reward_model.lr=1e-2",
+        "reward_model.max_tokens=40",
+        "reward_model.held_out=8",
+    ]
     config = build(compose(["model=local", f"model.path={family(name)}", *words, "reward_model.epochs=4"]))
     rows = [Example(f"Is {i} a number?", " Yes, it is.", " No.", {}) for i in range(24)]
     place = Workplace(torch.device("cpu"), tmp_path / "model", lambda text: None, lambda *progress: None)
@@ -186,7 +191,7 @@ def test_a_tokenizer_without_a_pad_token(family, one_iteration, tmp_path):
 
 def test_padding_with_the_end_token_changes_no_number(family, run_train, comparable, tmp_path):
     """What pads is never read: with EOS as pad a run gives the numbers it gives with another pad token."""
-    words = ["iterations=1", "checkpoint_every=0"]
+    words = ["iterations=1", "checkpoint.every=0"]
     own = run_train(f"model.path={family('gpt_neox')}", *words, name="own")
     folder = with_tokenizer(family("gpt_neox"), tmp_path, lambda config: config.update(pad_token=config["eos_token"]))
     tokenizer = AutoTokenizer.from_pretrained(folder)

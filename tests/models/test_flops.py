@@ -91,9 +91,9 @@ TRAINED = {
     "top-head": ["model.trainable_layers=1", "critic=head"],
     "lora": ["lora=default"],
     "lora-adapter": ["lora=default", "critic=adapter"],
-    "lora-all": ["lora=default", "critic=adapter", "lora.targets=[all-linear]"],
+    "lora-all": ["lora=default", "critic=adapter", "lora.target_modules=[all-linear]"],
     "mlp-head": ["critic.head=mlp"],
-    "no-critic": ["algo.advantage=group_mean", "samples_per_prompt=2"],
+    "no-critic": ["algo.advantage_estimator=group_mean", "samples_per_prompt=2"],
 }
 
 

@@ -31,7 +31,7 @@ RESPONSES = [[2, 7], [8, 2, 8, 1], [8], [4, 5, 9]]
 def critic_of(policy, head=HeadKind.linear, seed=0, start=None, on_trunk=False):
     kind = CriticKind.head if on_trunk else CriticKind.separate
     settings = CriticSettings(kind=kind, init=CriticInit.policy, head=head)
-    return build_critic(policy, settings, LoraSettings(rank=0, alpha=1.0, targets=None), "value", seed, start)
+    return build_critic(policy, settings, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", seed, start)
 
 
 def tiny_policy(seed: int = 0, kind: str = "gpt_neox") -> PreTrainedModel:

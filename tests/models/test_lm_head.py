@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from apa_cli.models import head as heads
+from apa_cli.models import lm_head as heads
 from apa_cli.models.forward import TrainingModel, compute_precision, response_logits, response_logprobs, sequences
 from apa_cli.models.lm_head import chosen_logprobs, linear_head, pieces
 from apa_cli.models.lora import WithoutAdapter, add_adapter
@@ -208,7 +208,7 @@ def test_tied_weights_get_the_gradients_of_both_their_uses():
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 def test_under_an_adapter_and_without_it(targets):
     model = built("llama")
-    add_adapter(model, LoraSettings(rank=2, alpha=2.0, targets=targets), "policy", seed=0)
+    add_adapter(model, LoraSettings(rank=2, alpha=2.0, target_modules=targets), "policy", seed=0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)

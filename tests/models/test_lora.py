@@ -24,7 +24,7 @@ from apa_cli.settings import LoraSettings
 from apa_cli.training.build import training_model
 from apa_cli.types import Tokens
 
-LORA = LoraSettings(rank=3, alpha=6.0, targets=None)
+LORA = LoraSettings(rank=3, alpha=6.0, target_modules=None)
 IDS = torch.tensor([[5, 40, 31, 7, 99, 12]])
 TOKENS = Tokens(IDS[:, :3], torch.ones(1, 3, dtype=torch.bool), IDS[:, 3:], torch.ones(1, 3, dtype=torch.bool))
 
@@ -133,7 +133,7 @@ def test_folders_of_the_merged_model_and_of_the_adapter_alone_give_the_same_numb
 def test_an_adapters_folder_loads_merged_with_its_bases_tokenizer(tiny, adapted, configured, tmp_path):
     save_model(adapted, AutoTokenizer.from_pretrained(tiny), tmp_path / "model")
     folder = str(tmp_path / "model" / "adapter")
-    settings = configured(f"model.path={folder}", "model.attention=eager").model
+    settings = configured(f"model.path={folder}", "model.attn_implementation=eager").model
     model = load_policy(settings, folder)
     torch.testing.assert_close(model(IDS).logits, adapted(IDS).logits, rtol=1e-5, atol=1e-5)
     assert len(trained_names(model)) == len(trained_names(model_of(tiny)))  # nothing of the adapter is left
@@ -144,7 +144,7 @@ def test_an_adapters_folder_loads_merged_with_its_bases_tokenizer(tiny, adapted,
 
 
 def parts(configured, tiny, *words):
-    config = configured("lora=default", "lora.rank=3", "model.attention=eager", *words)
+    config = configured("lora=default", "lora.rank=3", "model.attn_implementation=eager", *words)
     model, reference = training_model(config, load_policy(config.model, str(tiny), frozen_base=True))
     return model, reference
 
@@ -233,7 +233,7 @@ def test_blocks_that_apply_dropout_themselves_do_not_when_activations_are_recomp
         (["model.quantization=int8"], "model.quantization: only a frozen base"),
         (["model.quantization=int4", "lora=default"], "model.quantization: the critic shares the base"),
         (["model.trainable_layers=3"], "model.trainable_layers: 3 is more than the model's 2 blocks"),
-        (["lora=default", "lora.targets=[nothing]"], "lora.targets: .*nothing"),
+        (["lora=default", "lora.target_modules=[nothing]"], "lora.target_modules: .*nothing"),
     ],
 )
 def test_what_cannot_be_trained_together_is_one_line(words, said, run_train):
@@ -245,7 +245,7 @@ def test_what_cannot_be_trained_together_is_one_line(words, said, run_train):
 def test_a_lora_run_reports_the_kl_of_the_folder_that_it_leaves(run_train, records, tiny):
     directory = run_train(
         "lora=default", "lora.rank=3", "critic=adapter", "optimizer.lr=5e-3", "model.gradient_checkpointing=true",
-        "lora.targets=[all-linear]",
+        "lora.target_modules=[all-linear]",
     )  # fmt: skip
     rows = records(directory / "metrics.jsonl")
     assert abs(rows[0]["eval/kl_exact"]) < 1e-6 < rows[-1]["eval/kl_exact"]
@@ -272,7 +272,7 @@ def test_a_quantized_base_trains_and_the_folder_it_leaves_is_plain_and_the_same_
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    words = [f"model.path={tmp_path / 'base'}", "model.attention=eager"]
+    words = [f"model.path={tmp_path / 'base'}", "model.attn_implementation=eager"]
     lora = ["lora=default", "lora.rank=3", "critic=adapter", f"model.quantization={bits}", "optimizer.lr=1e-2"]
     directory = run_train(*words, *lora)
     rows = records(directory / "metrics.jsonl")

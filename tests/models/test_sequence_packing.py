@@ -104,7 +104,7 @@ def computed(model: torch.nn.Module, run) -> list[tuple[int, ...]]:
 def test_log_probs_and_values_are_those_of_padded_rows_and_no_padding_is_computed(family, rows, padded):
     policy = made(TAKE[family])
     kind = CriticSettings(kind=CriticKind.separate, init=CriticInit.policy, head=HeadKind.mlp)
-    critic = build_critic(policy, kind, LoraSettings(rank=0, alpha=1.0, targets=None), "value", 3, None)
+    critic = build_critic(policy, kind, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", 3, None)
     torch.nn.init.normal_(critic.head[2].weight)
     model = TrainingModel(policy, {"value": critic}, 0.7)
     expected, found = padded(lambda: model(rows)), model(rows)
@@ -135,7 +135,7 @@ def test_gradients_are_those_of_padded_rows(again, rows, padded):
 
 
 def test_adapters_and_the_base_without_them(rows, padded):
-    policy, lora = made(TAKE["gpt_neox"]), LoraSettings(rank=2, alpha=4.0, targets=None)
+    policy, lora = made(TAKE["gpt_neox"]), LoraSettings(rank=2, alpha=4.0, target_modules=None)
     add_adapter(policy, lora, POLICY, 0)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
@@ -155,7 +155,7 @@ def test_adapters_and_the_base_without_them(rows, padded):
 def test_a_critic_on_the_trunk_reads_the_states_of_the_same_rows(rows, padded):
     policy = made(TAKE["qwen2"])
     kind = CriticSettings(kind=CriticKind.head, init=CriticInit.policy, head=HeadKind.mlp)
-    critic = build_critic(policy, kind, LoraSettings(rank=0, alpha=1.0, targets=None), "value", 3, None)
+    critic = build_critic(policy, kind, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", 3, None)
     torch.nn.init.normal_(critic.head[2].weight)
     model = TrainingModel(policy, {"value": critic}, 1.0)
     close(model(rows).values["value"], padded(lambda: model(rows)).values["value"])

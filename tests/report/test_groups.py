@@ -83,9 +83,9 @@ def groups_of(*directories):
 def test_runs_that_differ_in_nothing_but_their_seed_are_one_group(write_run, history):
     metrics = history(0.8, 10.0)
     groups = groups_of(
-        write_run("a", metrics, seed=1, microbatch=8, launch={"device": "cpu"}),
-        write_run("b", metrics, seed=0, microbatch=4, launch={"device": "cuda"}),  # does not change results
-        write_run("c", metrics, seed=0, epochs=4),
+        write_run("a", metrics, seed=1, microbatch_size=8, launch={"device": "cpu"}),
+        write_run("b", metrics, seed=0, microbatch_size=4, launch={"device": "cuda"}),  # does not change results
+        write_run("c", metrics, seed=0, update_epochs=4),
     )
     assert sorted(group.seeds for group in groups) == [[0], [0, 1]]
 

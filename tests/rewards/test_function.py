@@ -57,7 +57,7 @@ def too_few(prompts, responses):
     return [1.0]
 
 def refusing(prompts, responses):
-    from apa_cli.types import UserError
+    from apa_cli.errors import UserError
     raise UserError("install the other package")
 
 number = 3

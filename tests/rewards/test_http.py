@@ -86,7 +86,7 @@ def lengths(number, request):
 
 def reward(url, **changes):
     settings = {
-        "columns": [], "batch": 2, "concurrency": 2, "timeout": 5.0, "retries": 2, "backoff": 0.01,
+        "columns": [], "batch_size": 2, "concurrency": 2, "timeout": 5.0, "retries": 2, "backoff": 0.01,
         "longest_backoff": 0.1, "max_bytes": 1000, "token_env": None,
     }  # fmt: skip
     return HTTPReward(url, **{**settings, **changes})
@@ -123,7 +123,7 @@ def test_scores_come_back_in_order_whatever_the_batches_and_only_the_texts_are_s
 
 def test_columns_are_sent_where_they_are_listed_and_no_others():
     with serving(lengths) as server:
-        score(server.url, columns=["topic"], batch=5)
+        score(server.url, columns=["topic"], batch_size=5)
     assert server.seen[0]["columns"] == {"topic": ["tea"] * 5}
     with pytest.raises(UserError, match=r"reward\.columns: the data set has no column colour"):
         score(server.url, columns=["colour"])
@@ -144,14 +144,14 @@ def test_as_many_requests_as_asked_for_are_under_way_at_once():
 @pytest.mark.parametrize("fault", [(503, {}, b"busy"), (429, {}, b""), None], ids=["503", "429", "closed"])
 def test_what_may_pass_is_tried_again(fault):
     with serving(lambda number, request: fault if number < 2 else lengths(number, request)) as server:
-        assert score(server.url, batch=5) == LENGTHS
+        assert score(server.url, batch_size=5) == LENGTHS
     assert len(server.seen) == 3
     assert server.seen[0]["responses"] == server.seen[2]["responses"] == RESPONSES
 
 
 def test_the_waits_double_up_to_the_longest():
     said, server, _ = failure(
-        lambda *_: (500, {}, b""), batch=5, retries=4, backoff=0.1, longest_backoff=0.25, concurrency=1
+        lambda *_: (500, {}, b""), batch_size=5, retries=4, backoff=0.1, longest_backoff=0.25, concurrency=1
     )
     waits = [after - before for before, after in zip(server.times, server.times[1:], strict=False)]
     assert len(waits) == 4
@@ -167,19 +167,19 @@ def test_retry_after_is_kept_to(said):
         return (429, {"Retry-After": value}, b"") if number == 0 else lengths(number, request)
 
     with serving(later) as server:
-        assert score(server.url, batch=5, longest_backoff=5.0) == LENGTHS
+        assert score(server.url, batch_size=5, longest_backoff=5.0) == LENGTHS
     first, second = server.times
     assert second - first > (0.9 if said == "date" else 0.29)
 
 
 def test_retry_after_is_bounded():
-    _, server, seconds = failure(lambda *_: (429, {"Retry-After": "3600"}, b""), batch=5)
+    _, server, seconds = failure(lambda *_: (429, {"Retry-After": "3600"}, b""), batch_size=5)
     assert len(server.seen) == 3 and seconds < 3
 
 
 @pytest.mark.parametrize("value", ["nan", "9" * 400, "soon", "Mon, 99 Foo", "-5"])
 def test_a_retry_after_that_makes_no_sense_is_none(value):
-    _, server, _ = failure(lambda *_: (503, {"Retry-After": value}, b""), batch=5, retries=1)
+    _, server, _ = failure(lambda *_: (503, {"Retry-After": value}, b""), batch_size=5, retries=1)
     assert len(server.seen) == 2
 
 
@@ -192,7 +192,7 @@ def test_an_endpoint_that_is_not_there():
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422])
 def test_what_another_try_does_not_change_stops_at_once(status):
-    said, server, _ = failure(lambda *_: (status, {}, b"no"), batch=5)
+    said, server, _ = failure(lambda *_: (status, {}, b"no"), batch_size=5)
     assert f"status {status}" in said and len(server.seen) == 1
 
 
@@ -223,7 +223,7 @@ def drip(*_):
 
 @pytest.mark.parametrize("answers", [drip, lambda *_: time.sleep(3)], ids=["drip", "silence"])
 def test_an_answer_that_takes_too_long(answers):
-    said, server, seconds = failure(answers, batch=5, timeout=0.3, retries=1)
+    said, server, seconds = failure(answers, batch_size=5, timeout=0.3, retries=1)
     assert "no answer within 0.3 s" in said and len(server.seen) == 2 and seconds < 2.5
 
 
@@ -235,12 +235,12 @@ def test_an_answer_that_is_too_long_is_not_read_to_its_end():
             sent.append(number)
             yield b" " * 10000
 
-    said, server, _ = failure(lambda *_: (200, {}, endless()), batch=5)
+    said, server, _ = failure(lambda *_: (200, {}, endless()), batch_size=5)
     assert "longer than reward.max_bytes 1000" in said and len(server.seen) == 1
     assert len(sent) < 5000
     exact = json.dumps({"scores": [1, 2, 3, 4, 5]}).encode().ljust(1000)
     with serving(lambda *_: (200, {}, exact)) as server:
-        assert score(server.url, batch=5) == [1, 2, 3, 4, 5]
+        assert score(server.url, batch_size=5) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_an_answer_that_is_too_long_is_not_read_to_its_end():
     ],
 )
 def test_an_answer_that_is_none(answer, message):
-    said, server, _ = failure(lambda *_: (200, {}, answer), batch=5)
+    said, server, _ = failure(lambda *_: (200, {}, answer), batch_size=5)
     assert message in said and len(server.seen) == 1
 
 
@@ -269,7 +269,7 @@ def test_a_score_that_is_not_finite_is_named(number, shown):
 
     answer = f'{{"scores": [1, {number}, 2, 3, 4]}}'.encode()
     with serving(lambda *_: (200, {}, answer)) as server, pytest.raises(UserError, match=shown):
-        checked(reward(server.url, batch=5).load(Placement("cpu", "float32")))(PROMPTS, RESPONSES, COLUMNS)
+        checked(reward(server.url, batch_size=5).load(Placement("cpu", "float32")))(PROMPTS, RESPONSES, COLUMNS)
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path):

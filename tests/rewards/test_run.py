@@ -45,7 +45,7 @@ def words(file):
 @pytest.fixture(scope="module")
 def run(train, words, tmp_path_factory):
     penalties = ["penalty.per_token=0.01", "penalty.missing_eos=0.7"]
-    return train(tmp_path_factory.mktemp("run") / "run", *words, *penalties, "optimizer.lr=1e-2", "eval_every=1")
+    return train(tmp_path_factory.mktemp("run") / "run", *words, *penalties, "optimizer.lr=1e-2", "evaluation.every=1")
 
 
 def test_the_mean_score_is_the_weighted_sum_of_the_parts_means(run, records):
@@ -111,7 +111,7 @@ def test_without_penalties_the_algorithm_sees_the_raw_scores_and_nothing_is_logg
 
 
 def test_a_resumed_run_keeps_the_sft_models_scores_by_every_reward(run_train, words, comparable, tmp_path):
-    words = [*words, "iterations=2", "eval_every=1", "checkpoint.keep_last=4", "optimizer.lr=1e-2"]
+    words = [*words, "iterations=2", "evaluation.every=1", "checkpoint.keep_last=4", "optimizer.lr=1e-2"]
     whole = run_train(*words, name="whole")
     shutil.copytree(whole, tmp_path / "resumed")
     run_train(*words, "name=whole", f"resume={tmp_path}/resumed/checkpoints/iteration_000001", name="resumed")

@@ -78,8 +78,8 @@ WRONG = {
     "[{use: gptj_rm, architecture: 3}]": "reward.parts[0].architecture: 3 is not a dict",
     "[{use: sum, parts: [vader, {use: vadr}]}]": "reward.parts[0].parts[1]: no 'vadr'; did you mean 'vader'?",
     "[{use: sum, parts: []}]": "reward=sum: parts needs at least one reward",
-    "[{use: model, microbatch: x}]": "reward.parts[0].microbatch: 'x' is not a whole number",
-    "[{use: model, microbatch: 0}]": "reward.parts[0].microbatch: 0 must be at least 1",
+    "[{use: model, microbatch_size: x}]": "reward.parts[0].microbatch_size: 'x' is not a whole number",
+    "[{use: model, microbatch_size: 0}]": "reward.parts[0].microbatch_size: 0 must be at least 1",
     "[{use: model, output: 1.5}]": "reward.parts[0].output: 1.5 is not a whole number or a text",
     "[{use: model, dtype: fp16}]": "reward.parts[0].dtype: 'fp16' is not one of float32, bfloat16",
     "[{use: vader, weight: much}]": "reward.parts[0].weight: 'much' is not a number",
@@ -157,7 +157,7 @@ def test_the_command_checks_specs_before_anything_heavy_is_imported(own_dir, tmp
 @pytest.mark.slow
 def test_every_job_of_a_sweep_finds_the_users_own_yamls(own_dir, tmp_path):
     done = apa_train(
-        "--config-dir", str(own_dir), "-m", "seed=0,1", "plan=true", "reward=sum",
+        "--config-dir", str(own_dir), "-m", "seed=0,1", "dry_run=true", "reward=sum",
         "reward.parts=[{use: kind, weight: 2}]", "evaluation.rewards=[vader]", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -81,7 +81,7 @@ SETTINGS = SamplingSettings(
     top_k=0,
     top_p=1.0,
     stop_strings=[],
-    microbatch=5,
+    microbatch_size=5,
     cuda_graph=True,
 )
 
@@ -199,7 +199,7 @@ def test_a_prefix_of_what_rolls_in_is_completed_by_what_rolls_out(both, words, p
 
 def test_prefixes_are_of_every_length_but_the_whole_alike_often(both, words):
     prompts = [Prompt("", [1 + place % 9], place, 0, {}) for place in range(600)]
-    settings = replace(SETTINGS, max_new_tokens=4, microbatch=600)
+    settings = replace(SETTINGS, max_new_tokens=4, microbatch_size=600)
     plan = RolloutPlan("guide", "policy", 1.0)
     whole = collected(both, words, prompts, plan, frozenset(), settings)
     # 600 of lengths 1, 2, 3: 200 each, with a deviation of √(600 · ⅓ · ⅔) = 11.5
@@ -225,7 +225,7 @@ def test_a_sequence_of_one_token_has_no_prefix(both, words, prompts, limit):
 def test_a_stop_string_that_begins_in_the_prefix_ends_the_response(both, words):
     """With `e f` a stop string: 4, the last token of a prefix, and 5, the first one that completes it."""
     prompts = [Prompt("", [1 + place % 9], place, 0, {}) for place in range(200)]
-    settings, plan = replace(SETTINGS, stop_strings=["e f"], microbatch=200), RolloutPlan("guide", "policy", 1.0)
+    settings, plan = replace(SETTINGS, stop_strings=["e f"], microbatch_size=200), RolloutPlan("guide", "policy", 1.0)
     rollout = collected(both, words, prompts, plan, settings=settings)
     prefixes, joined = rollout.prefix_mask.sum(-1).tolist(), 0
     for cut, tokens, ending in zip(prefixes, rows(rollout, rollout.response_ids), rollout.endings, strict=True):

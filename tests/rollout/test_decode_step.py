@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from apa_cli.rollout import steps
+from apa_cli.rollout import decode_step as steps
 from apa_cli.rollout.decode_step import FixedLayer, Growing, Repeated, RoomyLayer, repeats, tried
 
 LLAMA = {

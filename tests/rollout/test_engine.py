@@ -23,7 +23,8 @@ from transformers import (
 from apa_cli.models.forward import response_logprobs
 from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
 from apa_cli.models.sequence_packing import packs
-from apa_cli.rollout import sampler, steps
+from apa_cli.rollout import engine as sampler
+from apa_cli.rollout import steps
 from apa_cli.rollout.decode_step import RoomyLayer
 from apa_cli.rollout.engine import Sampled, StopStrings, left_padded, right_padded, sample
 from apa_cli.rollout.token_sampling import inverse_cdf, truncated
@@ -154,7 +155,7 @@ SETTINGS = SamplingSettings(
     top_k=0,
     top_p=1.0,
     stop_strings=[],
-    microbatch=64,
+    microbatch_size=64,
     cuda_graph=True,
 )
 N = 24
@@ -306,7 +307,7 @@ def test_steps_that_repeat_themselves_draw_the_same(policy, tokenizer, prompts, 
 
 def test_the_base_of_a_model_with_an_adapter_draws_as_the_base(prompts, uniforms, tokenizer, monkeypatch):
     base, model = tiny_policy("gpt_neox"), tiny_policy("gpt_neox")
-    add_adapter(model, LoraSettings(rank=2, alpha=4.0, targets=None), POLICY, 0)
+    add_adapter(model, LoraSettings(rank=2, alpha=4.0, target_modules=None), POLICY, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -376,7 +377,9 @@ def assert_equal_where_clear(one: Sampled, other: Sampled, clear: list[int]) -> 
 @pytest.mark.parametrize("microbatch", [1, 5])
 def test_responses_do_not_depend_on_the_microbatch(policy, tokenizer, prompts, uniforms, microbatch):
     whole = sample(policy, tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS}))
-    split = sample(policy, tokenizer, prompts, uniforms, replace(SETTINGS, microbatch=microbatch), frozenset({EOS}))
+    split = sample(
+        policy, tokenizer, prompts, uniforms, replace(SETTINGS, microbatch_size=microbatch), frozenset({EOS})
+    )
     assert_equal_where_clear(whole, split, clear_draws(policy, prompts, uniforms))
 
 
@@ -388,7 +391,7 @@ def test_responses_do_not_depend_on_the_order_of_the_prompts(policy, tokenizer, 
         tokenizer,
         [prompts[i] for i in order],
         uniforms[order],
-        replace(SETTINGS, microbatch=7),
+        replace(SETTINGS, microbatch_size=7),
         frozenset({EOS}),
     )
     back = np.argsort(order)

@@ -129,7 +129,7 @@ def test_memory_that_runs_out_on_the_way_leaves_the_model_as_it_was(monkeypatch)
 
 def test_adapters_and_the_base_without_them():
     model = made("gpt_neox")
-    add_adapter(model, LoraSettings(rank=2, alpha=4.0, targets=None), POLICY, 0)
+    add_adapter(model, LoraSettings(rank=2, alpha=4.0, target_modules=None), POLICY, 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

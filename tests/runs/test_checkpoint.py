@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apa_cli.errors import UserError
-from apa_cli.runs import checkpoint as checkpoints
+from apa_cli.training.launch import checkpoint as checkpoints
 
 
 class Tied(nn.Module):
@@ -152,7 +152,7 @@ def test_the_latest_checkpoint_of_a_run_is_found_or_the_one_that_is_named(tmp_pa
 
 
 def test_a_runs_checkpoints_are_pruned_as_it_was_asked(run_train, records):
-    run = run_train("iterations=5", "eval_every=1", "checkpoint.keep_last=1", "optimizer.lr=1e-2")
+    run = run_train("iterations=5", "evaluation.every=1", "checkpoint.keep_last=1", "optimizer.lr=1e-2")
     scores = {row["iteration"]: row["eval/reward_mean"] for row in records(run / "metrics.jsonl")}
     best = max(scores, key=lambda iteration: (scores[iteration], -iteration))
     names = {int(path.name[-6:]) for path in (run / "checkpoints").iterdir()}
@@ -162,5 +162,5 @@ def test_a_runs_checkpoints_are_pruned_as_it_was_asked(run_train, records):
 
 
 def test_without_keep_best_only_the_last_stay(run_train):
-    run = run_train("iterations=3", "eval_every=1", "checkpoint.keep_last=2", "checkpoint.keep_best=false")
+    run = run_train("iterations=3", "evaluation.every=1", "checkpoint.keep_last=2", "checkpoint.keep_best=false")
     assert sorted(path.name[-1] for path in (run / "checkpoints").iterdir()) == ["2", "3"]

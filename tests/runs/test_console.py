@@ -103,7 +103,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_the_screen_goes_on(capsys
 SCRIPT = """
 import sys
 from pathlib import Path
-from apa_cli.console import Console
+from apa_cli.runs.console import Console
 with Console(Path(sys.argv[1]), iterations=20) as console:
     for number in range(1, 21):
         metrics = {"iteration": number, "samples": 64 * number, "reward/mean": number / 8, "kl/sequence": 7.0}

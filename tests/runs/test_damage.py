@@ -205,7 +205,12 @@ def test_replies_that_are_empty_at_once(words, ending, model, run_train, records
     (tmp_path / "seen.py").write_text(SEEN)
     stop = ["sampling.stop_strings=[e]"] if ending == "stop" else []
     run = run_train(
-        f"model.path={model}", f"reward.target={tmp_path}/seen.py:score", "iterations=2", "eval_every=1", *words, *stop
+        f"model.path={model}",
+        f"reward.target={tmp_path}/seen.py:score",
+        "iterations=2",
+        "evaluation.every=1",
+        *words,
+        *stop,
     )
     rows = records(run / "metrics.jsonl")
     assert len(rows) == 3 and all(torch.tensor(list(row.values())).isfinite().all() for row in rows)

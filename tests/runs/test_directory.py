@@ -10,17 +10,17 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.checkpoint import load
 from apa_cli.runs.records import located_run
 from apa_cli.runs.resume import differences
+from apa_cli.training.launch import checkpoint as checkpoints
 
 WORDS = [
-    "eval_every=1",
+    "evaluation.every=1",
     "checkpoint.keep_last=9",
     "algo.kl_horizon=24",
     "algo=ppo",
-    "algo.controller=adaptive",
+    "algo.kl_controller=adaptive",
 ]
 
 
@@ -120,7 +120,7 @@ def test_other_words_are_refused_with_their_old_and_new_values(copied, resume):
 
 def test_a_run_can_be_made_longer(copied, resume, records, comparable):
     before = comparable(copied / "metrics.jsonl")
-    resume("iterations=4", "checkpoint_every=2")
+    resume("iterations=4", "checkpoint.every=2")
     after = comparable(copied / "metrics.jsonl")
     assert after[:4] == before and [row["iteration"] for row in after] == [0, 1, 2, 3, 4]
     assert after[-1]["samples"] == 32
@@ -143,14 +143,14 @@ def test_a_finished_run_that_is_resumed_only_writes_its_results_again(copied, re
 
 
 def test_fewer_iterations_than_were_done_end_the_run_at_once(train, tmp_path):
-    words = ["iterations=3", "eval_every=0"]
+    words = ["iterations=3", "evaluation.every=0"]
     run = train(tmp_path / "run", *words)
     train(run, *words, f"resume={run}/checkpoints/iteration_000002", "iterations=1")
     assert (run / "model" / "model.safetensors").is_file()
 
 
 def test_records_behind_the_checkpoint_are_cut(copied, train, records):
-    train(copied, *WORDS, f"resume={copied}/checkpoints/iteration_000001", "iterations=2", "eval_every=0")
+    train(copied, *WORDS, f"resume={copied}/checkpoints/iteration_000001", "iterations=2", "evaluation.every=0")
     rows = records(copied / "metrics.jsonl")
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     assert sorted({row["iteration"] for row in records(copied / "samples.jsonl")}) == [0, 1, 2]

@@ -67,7 +67,7 @@ def ended(run_train, *words, **options) -> str:
 # --- a reward that fails --------------------------------------------------------------------------------------
 
 # Calls: 1 evaluates the SFT model, 2 and 3 score iterations 1 and 2, 4 evaluates iteration 2, 5 and 6 score 3 and 4, …
-WORDS = ["iterations=4", "eval_every=2", "checkpoint_every=0", "optimizer.lr=1e-3"]
+WORDS = ["iterations=4", "evaluation.every=2", "checkpoint.every=0", "optimizer.lr=1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_the_state_is_saved_whatever_is_wrong_with_the_scores(kind, message, fau
 
 # --- numbers that are not finite ------------------------------------------------------------------------------
 
-HUGE = ["iterations=3", "eval_every=0", "checkpoint_every=1", "algo.score_scaling=none"]
+HUGE = ["iterations=3", "evaluation.every=0", "checkpoint.every=1", "algo.score_scaling=none"]
 HUGE += ["optimizer.lr=1e-3", "checkpoint.keep_last=9"]
 # Calls: 1 evaluates, 2 to 4 score iterations 1 to 3. 4e18 over λ = 0.1, squared, is more than float32 holds.
 
@@ -142,7 +142,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_batch(faulty,
 
 
 def test_such_updates_can_be_left_out_and_are_counted(faulty, run_train, records):
-    run = run_train(*HUGE, faulty(3, "huge"), "guard.nonfinite=skip", "epochs=2")
+    run = run_train(*HUGE, faulty(3, "huge"), "guard.nonfinite=skip", "update_epochs=2")
     _, *rows = records(run / "metrics.jsonl")
     # Response 0 is in one of the two minibatches of each of the two passes.
     assert [row["guard/skipped_updates"] for row in rows] == [0, 2, 0]
@@ -156,7 +156,9 @@ def test_such_updates_can_be_left_out_and_are_counted(faulty, run_train, records
 
 
 def test_an_iteration_may_lose_all_its_updates(faulty, run_train, records):
-    run = run_train(*HUGE, faulty(3, "huge"), "guard.nonfinite=skip", "minibatch=8", "microbatch=8", "epochs=1")
+    run = run_train(
+        *HUGE, faulty(3, "huge"), "guard.nonfinite=skip", "minibatch_size=8", "microbatch_size=8", "update_epochs=1"
+    )
     rows = records(run / "metrics.jsonl")
     assert rows[2]["guard/skipped_updates"] == 1 and "loss/policy" not in rows[2]
     before, after = (load(run / "checkpoints" / f"iteration_00000{n}")[0]["policy"] for n in (1, 2))
@@ -168,7 +170,7 @@ def test_without_the_option_nothing_is_counted(run_train, records):
 
 
 def test_advantages_beyond_float32_are_named(faulty, run_train, tmp_path):
-    words = ["algo.advantage=group_mean", "samples_per_prompt=2", "algo.score_scaling=none"]
+    words = ["algo.advantage_estimator=group_mean", "samples_per_prompt=2", "algo.score_scaling=none"]
     said = ended(run_train, *words, faulty(2, "opposite"), "guard.nonfinite=skip")
     # 3e38 less the other sample's −3e38
     assert said.startswith("iteration 1: advantages is inf at token 0 of response 0; nothing was changed")

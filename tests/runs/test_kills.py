@@ -19,18 +19,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.checkpoint import load
+from apa_cli.training.launch import checkpoint as checkpoints
 
 KILLS = int(os.environ.get("APA_KILLS", "10"))
 """Kills of each slow test."""
 ALGORITHMS = {
-    "apa": ["algo=apa", "optimizer.schedule=cosine", "optimizer.warmup_steps=3"],
-    "ppo-adaptive": ["algo=ppo", "algo.controller=adaptive", "algo.kl_horizon=16"],
+    "apa": ["algo=apa", "optimizer.lr_scheduler=cosine", "optimizer.warmup_ratio=3"],
+    "ppo-adaptive": ["algo=ppo", "algo.kl_controller=adaptive", "algo.kl_horizon=16"],
     "awr": ["algo=awr", "critic=head"],
     "apa-moving-reference": ["algo=apa", "reference.refresh_every=2"],
 }
-LONG = ["iterations=12", "eval_every=3", "checkpoint_every=2", "checkpoint.keep_last=2"]
+LONG = ["iterations=12", "evaluation.every=3", "checkpoint.every=2", "checkpoint.keep_last=2"]
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,21 @@ from apa_cli.config.build import build
 from apa_cli.config.compose import compose, run_directory_name
 from apa_cli.config.from_run import compose_again, source_of
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.runs import checkpoint as checkpoints
-from apa_cli.runs import stopping
 from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.records import rows_until
 from apa_cli.runs.resume import code_in, resume_words
 from apa_cli.runs.stopping import Stopped
-from apa_cli.training.launch import resume_command, start
+from apa_cli.training.launch import checkpoint as checkpoints
+from apa_cli.training.launch import resume_command, start, stopping
 
-WORDS = ["algo=ppo", "algo.controller=adaptive", "lambda=0.2", "seed=4", "checkpoint.keep_last=9", "eval_every=2"]
+WORDS = [
+    "algo=ppo",
+    "algo.kl_controller=adaptive",
+    "lambda=0.2",
+    "seed=4",
+    "checkpoint.keep_last=9",
+    "evaluation.every=2",
+]
 """A run that differs from conf/ in a group, in a key of it, in lambda and at the top."""
 
 
@@ -90,7 +96,7 @@ def test_a_directory_is_all_that_needs_to_be_said(begun, again, whole, comparabl
 def test_so_are_all_words_or_some_of_them(begun, small_words):
     recorded = yaml.safe_load((begun / "config.yaml").read_text())
     target = [word for word in small_words if word.startswith("reward.target=")]
-    for words in ([*small_words, *WORDS, "iterations=4"], ["algo=ppo", "lambda=0.2", "algo.controller=adaptive"]):
+    for words in ([*small_words, *WORDS, "iterations=4"], ["algo=ppo", "lambda=0.2", "algo.kl_controller=adaptive"]):
         config = build(compose_again([*words, *target, f"resume={begun}"], begun))
         RunDirectory(begun).check_resume(config.raw)
         assert config.raw == recorded | {"resume": str(begun)}
@@ -353,7 +359,9 @@ def test_checkpoints_of_a_future_that_was_given_up_are_gone(copied, again):
 
 
 def test_the_best_is_kept_although_no_checkpoint_was_due(run_train, records):
-    run = run_train("iterations=4", "eval_every=1", "checkpoint_every=4", "checkpoint.keep_last=1", "optimizer.lr=1e-2")
+    run = run_train(
+        "iterations=4", "evaluation.every=1", "checkpoint.every=4", "checkpoint.keep_last=1", "optimizer.lr=1e-2"
+    )
     scores = [row["eval/reward_mean"] for row in records(run / "metrics.jsonl")]
     best = scores.index(max(scores))
     assert 0 < best < 4  # else this run shows nothing
@@ -391,7 +399,7 @@ def test_a_signal_ends_the_run_after_its_iteration_saved(
 ):
     monkeypatch.chdir(tmp_path)
     stopping_at(2, lambda: os.kill(os.getpid(), number))
-    words = [*WORDS, "iterations=4", "checkpoint_every=0"]
+    words = [*WORDS, "iterations=4", "checkpoint.every=0"]
     with pytest.raises(Stopped) as error:
         train(Path("outputs/whole"), *words)
     assert error.value.status == status
@@ -414,7 +422,7 @@ def test_stop_after_ends_the_run_with_a_status_of_its_own(stopping_at, train, ag
     stopping_at(2, late)
     monkeypatch.setattr(stopping, "STARTED", stopping.time.monotonic())
     with pytest.raises(Stopped, match=r"stopped by stop_after=1h after iteration 2 of 3, saved") as error:
-        train(tmp_path / "run", "stop_after=1h", "checkpoint_every=0")
+        train(tmp_path / "run", "stop_after=1h", "checkpoint.every=0")
     assert error.value.status == 75
     monkeypatch.undo()
     assert checkpoints.all_in(tmp_path / "run" / "checkpoints")[-1].name == "iteration_000002"
@@ -515,7 +523,7 @@ def test_a_fork_may_take_another_algorithm_and_a_reference_that_moves(run_train,
 
 
 def test_a_shortened_run_ends_with_an_evaluation_of_the_policy_that_it_leaves(run_train, records):
-    words = ["eval_every=0", "checkpoint.keep_last=3"]
+    words = ["evaluation.every=0", "checkpoint.keep_last=3"]
     run = run_train(*words, "iterations=3")
     run_train(*words, "iterations=2", f"resume={run}/checkpoints/iteration_000002")
     rows = records(run / "metrics.jsonl")

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from apa_cli.runs import stopping
 from apa_cli.runs.stopping import Interrupted, Stopping, seconds
+from apa_cli.training.launch import stopping
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_before_there_is_anything_to_save_a_signal_ends_the_program():
 
 TWICE = """
 import os, signal
-from apa_cli.stopping import Stopping
+from apa_cli.runs.stopping import Stopping
 with Stopping() as listening:
     listening.listen()
     os.kill(os.getpid(), signal.{first})

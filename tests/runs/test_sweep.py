@@ -72,7 +72,7 @@ def test_directories_are_named_by_the_overrides(sweep):
 @pytest.mark.slow
 def test_a_sweep_that_was_stopped_does_what_is_left(small_words, run_train, comparable, tmp_path):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
-    words = [*small_words, "iterations=30", "eval_every=0", "checkpoint_every=2"]
+    words = [*small_words, "iterations=30", "evaluation.every=0", "checkpoint.every=2"]
     (tmp_path / "mine" / "experiment" / "small.yaml").write_text(as_yaml(words))
     command = [
         sys.executable, "-c", "from apa_cli.cli.train import main; main()", "--config-dir", "mine", "-m",

@@ -15,8 +15,8 @@ import pytest
 
 from apa_cli import network
 from apa_cli.errors import UserError
-from apa_cli.runs import tracking
 from apa_cli.runs.tracking import SAMPLE_KEYS, TensorBoardTracker, Tracker, WandbTracker, make_tracker
+from apa_cli.training.launch import tracking
 
 KEY = "0123456789" * 4
 
@@ -52,7 +52,7 @@ def sample(iteration: int, response: str) -> dict:
 OFFLINE_RUN = """
 import json, sys
 from pathlib import Path
-from apa_cli.tracking import make_tracker
+from apa_cli.runs.tracking import make_tracker
 
 run_dir, run_id, begin = Path(sys.argv[1]), sys.argv[2] or None, int(sys.argv[3])
 config = {"lambda": 0.1, "algo": {"gamma": 1.0}}

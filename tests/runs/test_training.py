@@ -102,7 +102,7 @@ def test_another_seed_gives_others_and_is_evaluated_on_the_same_random_numbers(
     first, second = comparable(baseline / "metrics.jsonl"), comparable(other / "metrics.jsonl")
     assert all(a["reward/mean"] != b["reward/mean"] for a, b in zip(first[1:], second[1:], strict=True))
     assert first[0] == second[0]  # the SFT model's evaluation depends on eval_seed alone
-    shifted = run_train("eval_seed=7", "iterations=0", name="shifted")
+    shifted = run_train("evaluation.seed=7", "iterations=0", name="shifted")
     replies = [row["response"] for row in records(shifted / "samples.jsonl")]
     assert replies != [row["response"] for row in records(baseline / "samples.jsonl")][: len(replies)]
 
@@ -112,8 +112,8 @@ def test_another_seed_gives_others_and_is_evaluated_on_the_same_random_numbers(
     [
         pytest.param(words.split(), id=name, marks=[] if quick else pytest.mark.slow)
         for name, quick, words in [
-            ("apa", True, "algo=apa optimizer.schedule=linear optimizer.warmup_steps=3"),
-            ("ppo-adaptive", True, "algo=ppo algo.controller=adaptive algo.kl_horizon=16"),
+            ("apa", True, "algo=apa optimizer.lr_scheduler=linear optimizer.warmup_ratio=3"),
+            ("ppo-adaptive", True, "algo=ppo algo.kl_controller=adaptive algo.kl_horizon=16"),
             ("awr-head", False, "algo=awr critic=head critic.head=mlp"),
             ("refreshed", False, "algo=apa reference.refresh_every=1"),
             ("lora", True, "algo=apa lora=default critic=adapter model.gradient_checkpointing=true optimizer.lr=3e-3"),
@@ -127,7 +127,7 @@ def test_another_seed_gives_others_and_is_evaluated_on_the_same_random_numbers(
     ],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one(words, run_train, comparable, tmp_path):
-    words = [*words, "iterations=4", "eval_every=2", "checkpoint.keep_last=4"]
+    words = [*words, "iterations=4", "evaluation.every=2", "checkpoint.keep_last=4"]
     whole = run_train(*words, name="whole")
     resumed = tmp_path / "resumed"
     shutil.copytree(whole, resumed)
@@ -156,11 +156,11 @@ def nearest_edge(configured, folder, *words) -> float:
     prompts = trainer.evaluator.prompts
     evaluated = collect(
         {"policy": trainer.model.policy}, trainer.tokenizer, prompts, settings, trainer.end_tokens,
-        config.run.eval_seed, Stream.evaluation, iteration=0,
+        config.evaluation.seed, Stream.evaluation, iteration=0,
     )  # fmt: skip
     for part, key in (
         (rollout, (config.run.seed, Stream.rollout, 1)),
-        (evaluated, (config.run.eval_seed, Stream.evaluation, 0)),
+        (evaluated, (config.evaluation.seed, Stream.evaluation, 0)),
     ):
         places = [(place, 0) for place in range(len(part.prompts))]
         draws = torch.from_numpy(uniforms(*key, places, settings.max_new_tokens))
@@ -175,13 +175,13 @@ def nearest_edge(configured, folder, *words) -> float:
 
 
 def test_microbatches_change_nothing(run_train, configured, comparable, records, tmp_path):
-    words = ["iterations=1", "minibatch=8", "optimizer.lr=1e-3", "sampling.max_new_tokens=8"]
+    words = ["iterations=1", "minibatch_size=8", "optimizer.lr=1e-3", "sampling.max_new_tokens=8"]
     # A draw within rounding of an edge may fall either way: the seed taken has none within ten times that.
     (tmp_path / "seed").mkdir()
-    seeds = ([f"seed={seed}", f"eval_seed={seed}"] for seed in range(50))
+    seeds = ([f"seed={seed}", f"evaluation.seed={seed}"] for seed in range(50))
     seed = next(pair for pair in seeds if nearest_edge(configured, tmp_path / "seed", *words, *pair) > 2e-6)
     runs = [
-        run_train(*words, *seed, f"microbatch={size}", f"sampling.microbatch={size}", name=f"size_{size}")
+        run_train(*words, *seed, f"microbatch_size={size}", f"sampling.microbatch_size={size}", name=f"size_{size}")
         for size in (8, 4, 1)
     ]
     whole, *split = [comparable(run / "metrics.jsonl") for run in runs]
@@ -237,7 +237,7 @@ def test_no_iterations_evaluate_the_sft_model_and_write_it_out(run_train, record
 
 @pytest.mark.parametrize(("every", "evaluated"), [(0, [0, 3]), (2, [0, 2, 3])])
 def test_evaluations_come_at_the_start_the_end_and_every_so_often(every, evaluated, run_train, records):
-    run = run_train(f"eval_every={every}")
+    run = run_train(f"evaluation.every={every}")
     rows = records(run / "metrics.jsonl")
     assert [row["iteration"] for row in rows if "eval/reward_mean" in row] == evaluated
     assert sorted({row["iteration"] for row in records(run / "samples.jsonl")}) == evaluated
@@ -256,14 +256,14 @@ def test_evaluations_come_at_the_start_the_end_and_every_so_often(every, evaluat
         "algo.whitening=minibatch algo.normalizer=batch",
         "sampling.temperature=0.7",
         "sampling.top_k=5 sampling.top_p=0.9",
-        "algo.advantage=monte_carlo algo.score_scaling=batch algo.score_clip=2",
+        "algo.advantage_estimator=monte_carlo algo.score_scaling=batch algo.score_clip=2",
         "model.dtype=bfloat16",
         "model.dtype=bfloat16 algo=ppo critic=head",
-        "rollout_batch=8 minibatch=8 microbatch=1 samples_per_prompt=8",
+        "rollout_batch_size=8 minibatch_size=8 microbatch_size=1 samples_per_prompt=8",
     ],
 )
 def test_variants_train(words, run_train, records):
-    run = run_train(*words.split(), "iterations=1", "checkpoint_every=0")
+    run = run_train(*words.split(), "iterations=1", "checkpoint.every=0")
     rows = records(run / "metrics.jsonl")
     assert finite(rows)
     assert rows[1]["loss/policy"] != 0 and rows[1]["optimizer/grad_norm"] > 0
@@ -301,7 +301,7 @@ def test_in_its_warm_up_only_the_critic_learns(run_train):
 
 
 def test_group_means_need_no_critic(run_train, records):
-    run = run_train("algo.advantage=group_mean", "samples_per_prompt=4", "iterations=2")
+    run = run_train("algo.advantage_estimator=group_mean", "samples_per_prompt=4", "iterations=2")
     rows = records(run / "metrics.jsonl")
     assert finite(rows)
     assert not {"loss/value", "value/explained_variance", "optimizer/critic_grad_norm"} & rows[-1].keys()
@@ -338,8 +338,8 @@ def test_the_score_rises(words, run_train, records, tmp_path):
     )
     run = run_train(
         *words.split(), f"reward.target={tmp_path}/letter.py:letter", "optimizer.critic_lr=1e-2",
-        "iterations=15", "rollout_batch=32", "minibatch=16", "microbatch=16", "sampling.microbatch=32",
-        "evaluation.prompts=10", "eval_every=0", "checkpoint_every=0",
+        "iterations=15", "rollout_batch_size=32", "minibatch_size=16", "microbatch_size=16", "sampling.microbatch_size=32",
+        "evaluation.prompts=10", "evaluation.every=0", "checkpoint.every=0",
     )  # fmt: skip
     _, *rows = records(run / "metrics.jsonl")
     scores = [row["reward/mean"] for row in rows]

@@ -30,7 +30,7 @@ SETTINGS = build(compose([])).sft
 
 
 def settings(**changes):
-    return replace(SETTINGS, **{"epochs": 1, "batch": 1, "weight_decay": 0.0, "warmup_fraction": 0.0, **changes})
+    return replace(SETTINGS, **{"epochs": 1, "batch_size": 1, "weight_decay": 0.0, "warmup_ratio": 0.0, **changes})
 
 
 def silent(*_) -> None:
@@ -54,7 +54,7 @@ def place(**more) -> Workplace:
     ],
 )
 def test_the_learning_rate_rises_and_then_follows_its_schedule(schedule, expected):
-    given = settings(schedule=schedule, warmup_fraction=0.2)
+    given = settings(lr_scheduler=schedule, warmup_ratio=0.2)
     assert [factor(given, step, 10) for step in range(10)] == pytest.approx(expected)
 
 
@@ -72,7 +72,7 @@ class Number(nn.Module):
 def fitted(eval_every, epochs=6):
     """Steps of about 0.1 along the gradient −1: w goes up by 0.1 a step, while held out 0.3 would be best."""
     model, rows = Number(), []
-    given = settings(epochs=epochs, lr=0.1, schedule=Schedule.constant, eval_every=eval_every)
+    given = settings(epochs=epochs, lr=0.1, lr_scheduler=Schedule.constant, eval_every=eval_every)
 
     def measure():
         return {"eval/loss": abs(float(model.weight.detach()) - 0.3)}
@@ -127,7 +127,7 @@ def test_frozen_weights_stay_and_are_not_kept(tmp_path):
 WORDS = [
     "model=local", "dataset.train_prompts=40", "dataset.test_prompts=20", "launch.device=cpu", "launch.threads=1",
     *(f"{stage}.{word}" for stage in ("sft", "reward_model") for word in
-      ("epochs=3", "batch=8", "lr=5e-3", "held_out=20", "eval_every=4", "checkpoint_every=3", "max_tokens=100")),
+      ("epochs=3", "batch_size=8", "lr=5e-3", "held_out=20", "eval_every=4", "checkpoint_every=3", "max_tokens=100")),
 ]  # fmt: skip
 
 

@@ -25,9 +25,9 @@ from apa_cli.types import Example
 
 CPU = torch_device("cpu")
 WORDS = [
-    "sft.epochs=2", "sft.batch=8", "sft.lr=5e-3", "sft.weight_decay=0", "sft.warmup_fraction=0.1", "sft.max_tokens=100",
-    "sft.held_out=20", "reward_model.epochs=2", "reward_model.batch=8", "reward_model.lr=5e-3",
-    "reward_model.weight_decay=0", "reward_model.warmup_fraction=0.1", "reward_model.max_tokens=100",
+    "sft.epochs=2", "sft.batch_size=8", "sft.lr=5e-3", "sft.weight_decay=0", "sft.warmup_ratio=0.1", "sft.max_tokens=100",
+    "sft.held_out=20", "reward_model.epochs=2", "reward_model.batch_size=8", "reward_model.lr=5e-3",
+    "reward_model.weight_decay=0", "reward_model.warmup_ratio=0.1", "reward_model.max_tokens=100",
     "reward_model.held_out=20",
 ]  # fmt: skip
 ROWS = EmbeddedDataset(80, 20, 0, [])
@@ -274,7 +274,7 @@ def test_runs_of_several_seeds_share_their_stages(configured, tmp_path, capsys):
         "model.tokenizer_vocabulary=400",
         "model.architecture.hidden_size=32", "model.architecture.num_hidden_layers=1", "sft.epochs=1",
         "model.architecture.intermediate_size=32", f"stages.cache_dir={tmp_path}/cache", "iterations=1",
-        "checkpoint_every=0",
+        "checkpoint.every=0",
     ]  # fmt: skip
     for seed in (0, 1):
         start(configured(*words, f"name=seed_{seed}", f"seed={seed}"), tmp_path / f"seed_{seed}", None)

@@ -134,7 +134,7 @@ def test_a_critic_without_a_trunk_and_a_reward_without_a_model_are_one_line(othe
 
 
 def test_an_algorithm_without_a_critic_asks_for_none(make_trainer):
-    trainer = make_trainer("critic.init=reward", "algo.advantage=group_mean", "samples_per_prompt=2")
+    trainer = make_trainer("critic.init=reward", "algo.advantage_estimator=group_mean", "samples_per_prompt=2")
     assert not trainer.model.critics
 
 
@@ -152,7 +152,7 @@ def test_a_run_that_goes_on_with_other_held_out_prompts_is_compared_on_those(
     prompts, lora, run_train, records, tmp_path
 ):
     """As if it had been evaluated on them from the start: its policy does not depend on what it is evaluated on."""
-    common = [*lora, "iterations=3", "eval_every=1", "checkpoint.keep_last=9", "optimizer.lr=1e-2"]
+    common = [*lora, "iterations=3", "evaluation.every=1", "checkpoint.keep_last=9", "optimizer.lr=1e-2"]
     fresh = run_train(*common, f"evaluation.prompts={prompts}", name="fresh")
     run = tmp_path / "run"
     shutil.copytree(run_train(*common, "iterations=1", name="first"), run)  # six prompts

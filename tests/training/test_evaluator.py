@@ -72,13 +72,13 @@ def evaluator() -> Evaluator:
             top_k=0,
             top_p=1.0,
             stop_strings=[],
-            microbatch=3,
+            microbatch_size=3,
             cuda_graph=True,
         ),
         end_tokens=frozenset({EOS}),
         eval_seed=SEED,
-        sampling_batch=Halving("sampling.microbatch", 3, 1, print),
-        microbatch=Halving("microbatch", 2, 1, print),
+        sampling_batch=Halving("sampling.microbatch_size", 3, 1, print),
+        microbatch=Halving("microbatch_size", 2, 1, print),
         dtype=DType.float32,
     )
 

@@ -75,7 +75,7 @@ def test_a_run_says_each_sign_once_and_a_resumed_one_goes_on_counting(run_train)
 
 
 def test_a_run_that_the_guard_stops_can_be_resumed(run_train, comparable):
-    words = [*BLIND, "iterations=4", "checkpoint_every=0", "guard.max_kl=null"]
+    words = [*BLIND, "iterations=4", "checkpoint.every=0", "guard.max_kl=null"]
     with pytest.raises(UserError, match=r"explained_variance.*guard\.action=stop.*after iteration 3.*resume=") as error:
         run_train(*words, "guard.action=stop")
     assert "\n" not in str(error.value) and error.value.status == 1
@@ -91,7 +91,7 @@ def test_a_healthy_run_says_nothing(run_train):
 
 
 def test_a_run_ends_at_its_kl_budget_like_any_other(run_train, records):
-    words = ["optimizer.lr=1e-2", "iterations=30", "eval_every=0", "checkpoint_every=0"]
+    words = ["optimizer.lr=1e-2", "iterations=30", "evaluation.every=0", "checkpoint.every=0"]
     run = run_train(*words, "stop_at_kl=1.5")
     rows = records(run / "metrics.jsonl")
     kls = [row["kl/sequence"] for row in rows[1:]]

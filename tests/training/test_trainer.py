@@ -156,7 +156,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def test_every_model_gives_what_is_asked_of_it_at_the_temperature(make_trainer):
-    trainer = make_trainer("algo=ppo", HOT, "reference.refresh_every=2", "microbatch=2", "minibatch=8")
+    trainer = make_trainer("algo=ppo", HOT, "reference.refresh_every=2", "microbatch_size=2", "minibatch_size=8")
     policy, moving = trainer.model.policy, trainer.moving_reference
     drawn_by = trainer.sample(1)[0]
     for number, module in enumerate((policy, moving, trainer.model.critics)):
@@ -211,7 +211,9 @@ def test_the_reference_moves_to_the_policy_every_second_iteration_and_at_no_othe
 
 
 def test_the_loss_takes_the_moving_reference(make_trainer):
-    trainer = make_trainer("algo=apa", "reference.refresh_every=2", "optimizer.lr=1e-30", "epochs=1", "minibatch=8")
+    trainer = make_trainer(
+        "algo=apa", "reference.refresh_every=2", "optimizer.lr=1e-30", "update_epochs=1", "minibatch_size=8"
+    )
     drawn_by = trainer.sample(1)[0]
     shifted(trainer.moving_reference, 0)
     moved = plain_logprobs(trainer.moving_reference, drawn_by, 1.0)
@@ -241,7 +243,7 @@ def test_the_gap_is_a_mean_over_true_tokens():
 
 
 def test_ppos_gap_is_of_the_whole_rollout_before_the_first_update(make_trainer, monkeypatch):
-    trainer = make_trainer("algo=ppo", HOT, "minibatch=2", "microbatch=2", "optimizer.lr=1e-2")
+    trainer = make_trainer("algo=ppo", HOT, "minibatch_size=2", "microbatch_size=2", "optimizer.lr=1e-2")
     rollout, cut = trainer.sample(1)
     # Row i is off by (i + 1)/8 on its first token: 36/8 in all.
     off = rollout.sampler_logprobs.clone()

@@ -47,35 +47,32 @@ COMMON = {
     "score_scaling": ScoreScaling.none,
     "score_clip": None,
     "whitening": Whitening.minibatch,
-    "advantage": Estimator.gae,
+    "advantage_estimator": Estimator.gae,
     "value_coef": 0.7,
-    "value_clip": 0.2,
+    "value_clip_range": 0.2,
 }
 ALGORITHMS = {
     "apa": APA(**COMMON, lambda_=0.5, normalizer=Normalizer.batch),
     "awr": AWR(**COMMON, lambda_=0.5, weight_clip=20.0),
-    "ppo": PPO(**COMMON, kl_coef=0.1, clip_range=0.2, controller=Controller.fixed, kl_target=6.0, kl_horizon=10_000),
+    "ppo": PPO(**COMMON, kl_coef=0.1, clip_range=0.2, kl_controller=Controller.fixed, kl_target=6.0, kl_horizon=10_000),
 }
 
 RUN = RunSettings(
     name="test",
     seed=0,
-    eval_seed=0,
     iterations=10,
-    rollout_batch=8,
-    minibatch=8,
-    microbatch=8,
+    rollout_batch_size=8,
+    minibatch_size=8,
+    microbatch_size=8,
     samples_per_prompt=1,
-    epochs=1,
+    update_epochs=1,
     update_order=UpdateOrder.epochs,
-    eval_every=0,
-    checkpoint_every=0,
     stop_at_kl=None,
     resume=None,
     resume_changed=[],
     fork=None,
     stop_after=None,
-    plan=False,
+    dry_run=False,
     run=None,
 )
 OPTIMIZER = OptimizerSettings(
@@ -85,8 +82,8 @@ OPTIMIZER = OptimizerSettings(
     eps=1e-8,
     weight_decay=1e-6,
     max_grad_norm=1.0,
-    schedule=Schedule.constant,
-    warmup_steps=0,
+    lr_scheduler=Schedule.constant,
+    warmup_ratio=0.0,
     critic_warmup_iterations=0,
 )
 
@@ -150,7 +147,7 @@ def make_batch(model: TrainingModel, left: int = 0, right: int = 0, junk: int = 
 
 def updater(algorithm: Algorithm, model: TrainingModel, optimizer=None, settings=OPTIMIZER, **run) -> Updater:
     optimizer, run = optimizer or build_optimizer(model, settings), replace(RUN, **run)
-    microbatch = Halving("microbatch", run.microbatch, 1, print)
+    microbatch = Halving("microbatch_size", run.microbatch_size, 1, print)
     return Updater(algorithm, model, optimizer, run, settings, DType.float32, CPU, microbatch)
 
 
@@ -158,7 +155,7 @@ def gradients(algorithm: Algorithm, batch: Batch, microbatch: int = 8) -> tuple[
     """The gradient of the whole batch as one minibatch, by parameter, and the metrics."""
     model = tiny_model()
     minibatch = algorithm.prepare_minibatch(batch)
-    part = updater(algorithm, model, microbatch=microbatch).accumulate(minibatch, first=True)
+    part = updater(algorithm, model, microbatch_size=microbatch).accumulate(minibatch, first=True)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, part.sums | part.maxima
 
 
@@ -232,7 +229,7 @@ def test_whole_updates_do_not_depend_on_the_microbatch(algorithm):
         batch = make_batch(model, drift=0.3)
         # plain descent: Adam makes a step of any gradient, the rounding of one that is 0 too
         descent = plain_descent(model, rate=0.1)
-        run = updater(algorithm, model, descent, microbatch=microbatch, minibatch=4, epochs=2)
+        run = updater(algorithm, model, descent, microbatch_size=microbatch, minibatch_size=4, update_epochs=2)
         metrics = run.update(batch, 1)
         results.append((metrics, flat(model.parameters())))
     (metrics, weights), (other_metrics, other_weights) = results
@@ -336,7 +333,7 @@ def test_sampler_gap_is_the_mean_difference_and_ratio_max_the_largest_ratio_of_a
 
 def test_sampler_gap_is_measured_before_the_first_step_only():
     model = tiny_model()
-    run = updater(ALGORITHMS["apa"], model, settings=replace(OPTIMIZER, lr=0.1), minibatch=4, epochs=2)
+    run = updater(ALGORITHMS["apa"], model, settings=replace(OPTIMIZER, lr=0.1), minibatch_size=4, update_epochs=2)
     metrics = run.update(make_batch(model).with_(old_logprobs=None), 1)
     assert metrics["policy/sampler_gap"] < 1e-6
     assert metrics["policy/ratio_max"] > 1.1
@@ -382,11 +379,11 @@ def test_clip_fraction_is_over_all_true_tokens():
 
 
 def run_settings(**changes) -> RunSettings:
-    return replace(RUN, **{"rollout_batch": 12, "minibatch": 4, "epochs": 2, **changes})
+    return replace(RUN, **{"rollout_batch_size": 12, "minibatch_size": 4, "update_epochs": 2, **changes})
 
 
 def test_epochs_are_shuffled_passes_over_the_rollout_batch():
-    rows = [part.tolist() for part in minibatch_rows(run_settings(epochs=3), iteration=1)]
+    rows = [part.tolist() for part in minibatch_rows(run_settings(update_epochs=3), iteration=1)]
     assert [len(part) for part in rows] == [4] * 9
     passes = [list(itertools.chain(*rows[i : i + 3])) for i in (0, 3, 6)]
     for order in passes:
@@ -413,7 +410,7 @@ def test_the_order_of_minibatches_is_keyed_by_seed_and_iteration():
 
 def test_an_iteration_makes_epochs_times_minibatches_steps():
     model = tiny_model()
-    run = updater(ALGORITHMS["awr"], model, minibatch=4, microbatch=2, epochs=3)
+    run = updater(ALGORITHMS["awr"], model, minibatch_size=4, microbatch_size=2, update_epochs=3)
     assert run.steps_per_iteration == 6
     run.update(make_batch(model), 1)
     assert {int(state["step"]) for state in run.optimizer.state.values()} == {6}
@@ -435,26 +432,26 @@ def test_an_iteration_makes_epochs_times_minibatches_steps():
     ],
 )
 def test_schedule_by_hand(schedule, factors):
-    settings = replace(OPTIMIZER, schedule=schedule, warmup_steps=2)
+    settings = replace(OPTIMIZER, lr_scheduler=schedule, warmup_ratio=2 / 6)
     found = [schedule_factor(settings, step, total=6) for step in range(8)]
     assert found == pytest.approx(factors, rel=1e-12, abs=1e-12)
 
 
 def test_without_warm_up_the_first_step_has_the_full_rate():
-    assert schedule_factor(replace(OPTIMIZER, schedule=Schedule.linear), 0, total=10) == 1
+    assert schedule_factor(replace(OPTIMIZER, lr_scheduler=Schedule.linear), 0, total=10) == 1
 
 
 def test_a_run_that_is_all_warm_up_never_divides_by_zero():
-    settings = replace(OPTIMIZER, schedule=Schedule.linear, warmup_steps=4)
+    settings = replace(OPTIMIZER, lr_scheduler=Schedule.linear, warmup_ratio=1.0)
     assert schedule_factor(settings, 3, total=4) == 1
     assert schedule_factor(settings, 4, total=4) == 1
-    assert schedule_factor(settings, 5, total=5) == 0  # one step of descent: done = 1
+    assert schedule_factor(settings, 5, total=4) == 0  # a step beyond the end: done = 1
 
 
 def test_the_schedule_runs_over_all_steps_of_all_iterations_and_scales_both_rates():
     model = tiny_model()
-    settings = replace(OPTIMIZER, schedule=Schedule.linear)
-    run = updater(ALGORITHMS["awr"], model, settings=settings, minibatch=4, iterations=5)
+    settings = replace(OPTIMIZER, lr_scheduler=Schedule.linear)
+    run = updater(ALGORITHMS["awr"], model, settings=settings, minibatch_size=4, iterations=5)
     metrics = run.update(make_batch(model), 3)
     # 2 steps an iteration, 10 in all; the last of iteration 3 is number 5 from 0: 1 − 5/10
     assert metrics["optimizer/lr"] == pytest.approx(0.5 * 1e-3, rel=1e-12)
@@ -482,7 +479,7 @@ def test_one_adamw_has_a_group_for_the_policy_and_one_for_the_critics():
 def test_critic_warm_up_leaves_the_policy_bit_identical_while_the_critic_moves(on_trunk):
     model = tiny_model(on_trunk)
     settings = replace(OPTIMIZER, critic_warmup_iterations=2, weight_decay=0.1)
-    run = updater(ALGORITHMS["ppo"], model, settings=settings, minibatch=4)
+    run = updater(ALGORITHMS["ppo"], model, settings=settings, minibatch_size=4)
     batch = make_batch(model)
     policy, critic = flat(model.policy.parameters()), flat(model.critics.parameters())
     for iteration in (1, 2):
@@ -553,7 +550,7 @@ def test_metrics_of_an_iteration_are_means_over_its_steps_and_maxima_where_they_
 def test_minibatch_diagnostics_are_averaged_into_the_iterations_metrics():
     model = tiny_model()
     algorithm, batch = ALGORITHMS["apa"], make_batch(model, drift=0.3)
-    run = updater(algorithm, model, minibatch=4)
+    run = updater(algorithm, model, minibatch_size=4)
     parts = [algorithm.prepare_minibatch(batch.rows(rows)).metrics["apa/log_z"] for rows in minibatch_rows(run.run, 1)]
     assert run.update(batch, 1)["apa/log_z"] == pytest.approx(sum(parts) / 2, rel=1e-6)
     assert parts[0] != pytest.approx(parts[1], rel=1e-3)
