@@ -1,4 +1,4 @@
-"""Every command in the README, parsed from it, runs; only sizes are overridden."""
+"""Every command in the README and in the pages, parsed from them, runs; only sizes are overridden."""
 
 import os
 import re
@@ -13,9 +13,13 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-FILES = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", README, flags=re.S)
+PAGES = ROOT / "apa_cli" / "pages"
+DOCUMENTS = [ROOT / "README.md", *sorted(PAGES.glob("*.md")), ROOT / "tests" / "benchmarks" / "RESULTS.md"]
+"""In the order in which their commands run."""
+TEXTS = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+README, MANUAL = TEXTS[ROOT / "README.md"], "\n".join(TEXTS.values())
+BLOCKS = re.findall(r"```bash\n(.*?)```", MANUAL, flags=re.S)
+FILES = re.findall(r"```python\n# (\S+\.py)\n(.*?)```", MANUAL, flags=re.S)
 PROMPTS = re.search(r"```json\n(.*?)```", README, flags=re.S)[1]
 HUB_MODEL = "nickypro/tinyllama-15M"
 
@@ -68,7 +72,25 @@ def sized(line: str) -> list[str]:
     return words + [f"{key}={value}" for key, value in sizes.items()]
 
 
-def test_the_readme_has_commands_and_none_is_unknown():
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 200
+    for path, text in TEXTS.items():
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
+
+
+def test_the_readme_lists_every_page():
+    listed = re.findall(r"^\| \[(\w+)\]\(apa_cli/pages/(\w+)\.md\)", README, flags=re.M)
+    assert sorted(listed) == sorted((page.stem, page.stem) for page in PAGES.glob("*.md"))
+
+
+def test_commands_are_quoted_for_every_shell():
+    for line in commands():
+        unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", line)
+        assert not re.search(r"[\[\]{}*?]", unquoted), line
+
+
+def test_the_documents_have_commands_and_none_is_unknown():
     names = {shlex.split(line)[0] for line in commands()}
     assert names == {
         "make", "pip", "apa-train", "apa-sft", "apa-reward", "apa-compare", "apa-eval", "apa-export", "apa-chat",
@@ -143,7 +165,8 @@ def test_the_make_and_pip_commands_run_in_a_fresh_copy(fresh_copy, tmp_path):
         "make test": ["ARGS=tests/test_losses.py"],
         "make check": [],
     }
-    listed = [line for line in commands() if line.startswith("make")]
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.S))
+    listed = re.findall(r"^make .*$", blocks, flags=re.M)
     assert sorted(listed) == sorted(arguments)
     for line in listed:
         done = subprocess.run(

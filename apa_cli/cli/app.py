@@ -1,64 +1,76 @@
-"""A command: its words checked, its task run once for each job, whatever goes wrong said in one line."""
+"""A command of the Hydra kind: check all overrides, run the task once for each job, say errors in one line."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-import typing
+from argparse import Namespace
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from apa_cli.cli.help import print_help
 from apa_cli.config.build import build
-from apa_cli.config.compose import RUN, VERSION_BASE, compose, config_dir, expand, run_directory_name
-from apa_cli.config.from_run import always, compose_again, compose_run, source_of
+from apa_cli.config.compose import LOCAL_MODEL, check_choices, choose_local_model, compose
+from apa_cli.config.continuation import compose_continuation, find_continued_run
+from apa_cli.config.explain import suggest_for_flag
+from apa_cli.config.from_run import RUN, always, compose_from_run
+from apa_cli.config.hydra_api import CONFIG_NAME, VERSION_BASE, config_dir, expand_sweep
+from apa_cli.config.run_names import locate_run_directory
 from apa_cli.errors import ConfigError, UserError, first_line
 from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.resume import FORK, RESUME
 from apa_cli.settings import Config
 
+Task = Callable[[Config], None]
 
-def command(
-    name: str,
-    task: Callable[[Config], None],
-    takes: tuple[str, ...] = (),
-    scores: Callable[[DictConfig], bool] = always,
+
+def run_command(
+    name: str, task: Task, takes: tuple[str, ...] = (), scores: Callable[[DictConfig], bool] = always
 ) -> None:
-    """Runs one of the Hydra commands: checks all words, hands `task` a checked Config for each job.
+    """Run one of the Hydra commands; an error ends in one line on stderr and its exit status.
 
-    A UserError ends in one line on stderr and its exit status; --help, --cfg, --config-dir and -m are Hydra's.
     `takes` are the keys by which a command that looks at a model is told which, "run" and perhaps "model.path";
-    `scores` is whether it then asks the run's reward, of which a function must be named on the command line. Jobs
-    that take the settings of a run, with run=, resume= or fork=, are composed here without Hydra's own program.
+    `scores` tells whether it then asks the run's reward, of which a function must be named on the command line.
+    A single job is composed and checked once, here; Hydra's own program serves -m and its own flags.
     """
+    if "--version" in sys.argv[1:]:
+        print(f"apa-cli {version('apa-cli')}")
+        return
     parser = get_args_parser()
-    parser.error = refuse_flag
+    parser.error = refuse_flag  # type: ignore[method-assign]  # in place of argparse's usage of many lines
     try:
         args = parser.parse_args()
+        for flag in ("config_name", "config_path"):
+            if getattr(args, flag) is not None:
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')}: not offered; your own yamls go into a folder given by --config-dir"
+                )
         if args.help:
-            with contextlib.suppress(BrokenPipeError):  # whoever reads it has seen enough
-                print_help(name, config_dir(), args.overrides)
-                sys.stdout.flush()
+            _print_help(name, args.overrides)
+        elif args.hydra_help or args.info or args.shell_completion:
+            run_hydra(task, args, [])
+        else:
+            overrides = [quote_folder(override) for override in args.overrides]
+            jobs = expand_jobs(overrides) if args.multirun else [overrides]
+            checked = [check_job(job, args, takes, scores) for job in jobs]
+            if is_for_hydra(args, takes):
+                run_hydra(task, args, jobs)
                 return
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return
-        jobs, again = [], False
-        if not (args.hydra_help or args.info or args.shell_completion):
-            jobs, again = checked_jobs(args.overrides, args.multirun, args.config_dir, takes, scores)
-        if not again:
-            _run_hydra(task, args.config_dir, told_apart(args.overrides) if args.multirun else [])
-            return
-        for cfg, config in jobs:
-            if args.cfg:
-                print(OmegaConf.to_yaml(cfg), end="")
-            else:
-                task(config)
+            for cfg, config in checked:
+                if args.cfg:
+                    print(OmegaConf.to_yaml(cfg, resolve=args.resolve), end="")
+                else:
+                    task(config)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.status)
@@ -67,65 +79,70 @@ def command(
         sys.exit(getattr(error, "status", 130))
 
 
-def refuse_flag(message: str) -> typing.NoReturn:
-    """In place of argparse's own usage, which is Hydra's and of many lines."""
+def refuse_flag(message: str) -> NoReturn:
+    """Raise ConfigError for what argparse refuses: a flag of another tool is answered with key=value."""
+    unknown = message.partition("unrecognized arguments: ")[2].split()
+    if unknown and unknown[0].startswith("--"):
+        flag = unknown[0]
+        value = next((after for before, after in zip(sys.argv, sys.argv[1:], strict=False) if before == flag), None)
+        raise ConfigError(suggest_for_flag(flag, value))
     raise ConfigError(f"{first_line(ValueError(message))}; --help lists the flags and keys")
 
 
-def checked_jobs(
-    overrides: list[str],
-    multirun: bool,
-    extra_dir: str | None,
-    takes: tuple[str, ...],
-    scores: Callable[[DictConfig], bool] = always,
-) -> tuple[list[tuple[DictConfig, Config]], bool]:
-    """Each job's configuration, and whether they take the settings of a run."""
-    overrides = [_quoted(word) for word in overrides]
-    try:
-        jobs = expand(overrides) if multirun else [overrides]
-    except HydraException as error:
-        raise ConfigError(_no_sweep(error, overrides)) from error
-    checked, again = [], False
-    for job in jobs:
-        source = None
-        if RUN in takes and any(word.startswith(f"{RUN}=") for word in job):
-            cfg, again = compose_run(job, extra_dir, scores), True
-        elif takes or multirun or (source := source_of(job, extra_dir)) is None:
-            cfg = compose(job, extra_dir)
-        else:
-            cfg, again = compose_again(job, source, extra_dir), True
-        config = build(cfg, extra_dir)
-        check_subject(config, takes)
-        if multirun and any(word.startswith(f"{FORK}=") for word in job):
-            raise ConfigError(f"{FORK}: one run is forked at a time, without -m")
-        if source is not None and source == run_directory(config).expanduser():
-            RunDirectory(source).check_resume(config.raw)
-        checked.append((cfg, config))
-    return checked, again
+def _print_help(name: str, overrides: list[str]) -> None:
+    """Print the help; a reader that closes the pipe has seen enough."""
+    with contextlib.suppress(BrokenPipeError):
+        print_help(name, config_dir(), overrides)
+        sys.stdout.flush()
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _quoted(word: str) -> str:
-    """run=FOLDER in quotation marks: the folder of a job of a sweep has signs in its name that mean something here."""
-    key, _, folder = word.partition("=")
-    mistyped = "=" in folder and folder[0] not in "'\""
-    if key not in (RUN, RESUME, FORK) or not (mistyped or Path(folder).expanduser().is_dir()):
-        return word
-    escaped = folder.replace("'", "\\'")
-    return f"{key}='{escaped}'"
+def is_for_hydra(args: Namespace, takes: tuple[str, ...]) -> bool:
+    """Return True if Hydra's own program is needed: for a sweep, for its flags, or if its settings are overridden.
+
+    Jobs that take the settings of a recorded run are composed here also in a sweep, since Hydra knows conf/ alone.
+    """
+    overrides = [override.lstrip("+~") for override in args.overrides]
+    if RUN in takes and any(override.startswith(f"{RUN}=") for override in overrides):
+        return False
+    sets_hydra = any(override.startswith(("hydra.", "hydra/")) for override in overrides)
+    return bool(args.multirun or sets_hydra or args.package or args.experimental_rerun or args.cfg in ("hydra", "all"))
 
 
-def _no_sweep(error: HydraException, overrides: list[str]) -> str:
-    """Which word of a sweep it is that cannot be expanded, and why."""
-    for word in overrides:
-        try:
-            expand([word])
-        except HydraException as own:
-            return f"cannot read {word!r}: {first_line(own)}; words have the form key=value"
-    return first_line(error)
+# One job
+
+
+def check_job(
+    overrides: list[str], args: Namespace, takes: tuple[str, ...], scores: Callable[[DictConfig], bool] = always
+) -> tuple[DictConfig, Config]:
+    """Compose and check the configuration of one job. ConfigError for anything wrong with it."""
+    extra_dir = args.config_dir
+    folder = next(
+        (word for word in overrides if word and "=" not in word and os.path.isdir(os.path.expanduser(word))), None
+    )
+    if folder is not None:
+        key = next(iter(takes), RESUME if not args.multirun else "name")
+        raise ConfigError(f"{folder}: overrides have the form key=value; give {key}={folder}")
+    source = None
+    if RUN in takes and any(override.startswith(f"{RUN}=") for override in overrides):
+        cfg = compose_from_run(overrides, extra_dir, scores)
+    elif takes or args.multirun or (source := find_continued_run(overrides)) is None:
+        check_choices(overrides, extra_dir)
+        cfg = compose(overrides, extra_dir)
+    else:
+        cfg = compose_continuation(overrides, source, extra_dir)
+    config = build(cfg, extra_dir)
+    check_subject(config, takes)
+    if args.multirun and config.run.fork is not None:
+        raise ConfigError(f"{FORK}: one run is forked at a time, without -m")
+    if source is not None and source == get_run_directory(config).expanduser():
+        RunDirectory(source).check_resume(config.raw)
+    return cfg, config
 
 
 def check_subject(config: Config, takes: tuple[str, ...]) -> None:
-    """Only the commands that look at a model take run=, and they need one of what they take."""
+    """Raise ConfigError unless a command that looks at a model, and no other, is told which."""
     if not takes and config.run.run is not None:
         raise ConfigError("run: this command takes none; apa-train continues a run with resume=")
     given = {"run": config.run.run, "model.path": config.model.path}
@@ -133,64 +150,88 @@ def check_subject(config: Config, takes: tuple[str, ...]) -> None:
         raise ConfigError(f"run: a model is needed, give {' or '.join(f'{key}=…' for key in takes)}")
 
 
-def told_apart(overrides: list[str]) -> list[str]:
-    """Of each job of a sweep, the words that another job has not."""
-    jobs = expand([_quoted(word) for word in overrides])
-    return [" ".join(word for word in job if any(word not in other for other in jobs)) for job in jobs]
+def quote_folder(override: str) -> str:
+    """Return run=, resume= or fork= with its folder quoted: the name of a sweep's job has signs that Hydra reads."""
+    key, _, folder = override.partition("=")
+    is_unquoted_name = "=" in folder and folder[0] not in "'\""
+    if key not in (RUN, RESUME, FORK) or not (is_unquoted_name or os.path.isdir(os.path.expanduser(folder))):
+        return override
+    escaped = folder.replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
-def _run_hydra(task: Callable[[Config], None], extra_dir: str | None, sweep: list[str]) -> None:
-    """Hydra's own program; `sweep` is what tells its jobs apart."""
-    failed: list[UserError] = []
-    inside, own = False, os.getpid()
+# Sweeps and Hydra's own flags
 
-    def job(cfg: DictConfig) -> None:
-        nonlocal inside
-        if failed:  # of a sweep the jobs after one that failed are not begun, and Hydra's folders not left behind
+
+def run_hydra(task: Task, args: Namespace, jobs: list[list[str]]) -> None:
+    """Run Hydra's own program on the command line; `jobs` are the overrides of each job, checked before."""
+    labels = label_jobs(jobs) if args.multirun else []
+    if jobs and choose_local_model(jobs[0], args.config_dir) != jobs[0]:
+        sys.argv.append(LOCAL_MODEL)  # what `compose` adds, Hydra's program must be given
+    failures: list[UserError] = []
+    state = {"inside_task": False}
+    main_process = os.getpid()
+
+    def run_job(cfg: DictConfig) -> None:
+        if failures:  # the jobs after one that failed do not start, and leave no folder of Hydra's behind
             with contextlib.suppress(OSError):
-                Path(hydra.core.hydra_config.HydraConfig.get().runtime.output_dir).rmdir()
+                Path(HydraConfig.get().runtime.output_dir).rmdir()
             return
-        inside = True
-        if sweep:
-            number = int(hydra.core.hydra_config.HydraConfig.get().job.num)
-            print(f"job {number + 1} of {len(sweep)}: {sweep[number]}".rstrip(": "), flush=True)
+        state["inside_task"] = True
+        if labels:
+            number = int(HydraConfig.get().job.num)
+            print(f"job {number + 1} of {len(labels)}: {labels[number]}".rstrip(": "), flush=True)
         try:
-            task(build(cfg, extra_dir))
-        except UserError as error:  # Hydra would print all the job's words over its one line
-            if os.getpid() != own:  # a launcher runs the jobs of a sweep in processes of their own
-                raise UserError(f"{Path(run_directory(build(cfg, extra_dir))).name}: {error}") from None
-            failed.append(error)
-        inside = False
+            task(build(cfg, args.config_dir))
+        except UserError as error:  # Hydra would print all overrides of the job over the error's one line
+            if os.getpid() != main_process:  # some launchers run the jobs of a sweep in processes of their own
+                directory = get_run_directory(build(cfg, args.config_dir))
+                raise UserError(f"{directory.name}: {error}") from None
+            failures.append(error)
+        state["inside_task"] = False
 
-    # Hydra then hands other exceptions on instead of printing its own account of them.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes other exceptions on instead of printing its own account
     try:
-        hydra.main(config_path=str(config_dir()), config_name="config", version_base=VERSION_BASE)(job)()
+        hydra.main(config_path=str(config_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(run_job)()
     except (OSError, ValueError, HydraException) as error:
-        if inside:
+        if state["inside_task"]:
             raise
         if isinstance(error, HydraException | ValueError):
             raise ConfigError(first_line(error)) from error
         raise UserError(f"name: the directory {error.filename} cannot be made ({error.strerror})") from error
-    if failed:
-        raise failed[0]
+    if failures:
+        raise failures[0]
 
 
-def run_directory(config: Config) -> Path:
-    """The directory of the job that Hydra is running, or of the run that goes on."""
-    from hydra.core.hydra_config import HydraConfig
+def expand_jobs(overrides: list[str]) -> list[list[str]]:
+    """Return the overrides of each job of a sweep. ConfigError naming the override that cannot be expanded."""
+    try:
+        return expand_sweep(overrides)
+    except HydraException as error:
+        for override in overrides:
+            try:
+                expand_sweep([override])
+            except HydraException as reason:
+                raise ConfigError(
+                    f"cannot read {override!r}: {first_line(reason)}; overrides have the form key=value"
+                ) from error
+        raise ConfigError(first_line(error)) from error
 
-    if not HydraConfig.initialized():
-        return Path(run_directory_name(config.run.name, config.run.resume))
-    return Path(HydraConfig.get().runtime.output_dir)
+
+def label_jobs(jobs: list[list[str]]) -> list[str]:
+    """Return, for each job of a sweep, the overrides that distinguish it."""
+    return [" ".join(override for override in job if any(override not in other for other in jobs)) for job in jobs]
 
 
-def sweep_name() -> str | None:
-    """The name of the sweep that this job belongs to, or None."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+def get_run_directory(config: Config) -> Path:
+    """Return the directory of this job: Hydra's in a sweep, else outputs/NAME or that of the run that is resumed."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return Path(HydraConfig.get().runtime.output_dir)
+    return Path(locate_run_directory(config.run.name, config.run.resume))
 
-    if not HydraConfig.initialized():
+
+def get_sweep_name() -> str | None:
+    """Return the name of the sweep that this job belongs to, or None."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    job = HydraConfig.get()
-    return Path(job.sweep.dir).name if job.mode == RunMode.MULTIRUN else None
+    return Path(HydraConfig.get().sweep.dir).name

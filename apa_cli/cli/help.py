@@ -1,12 +1,16 @@
-"""--help: conf/ is the manual, and this prints it."""
+"""--help: conf/ and the pages are the manual, and this prints them."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
+from apa_cli.config.aliases import CHOSEN_BY_GROUP
+from apa_cli.errors import ConfigError
+
 COMMANDS = {
-    "apa-train": "trains a language model by online RLHF: sample replies, score them, estimate advantages, update",
+    "apa-train": "trains a language model by online RLHF: sample responses, score them, estimate advantages, update",
     "apa-sft": "supervised fine-tuning on the chosen replies of a data set; writes a plain model folder",
     "apa-reward": "trains a reward model on pairs of chosen and rejected replies; writes a plain model folder",
     "apa-eval": "evaluates a policy on held-out prompts against the SFT model it comes from; writes eval.json",
@@ -21,20 +25,20 @@ EXAMPLES = {
         "apa-train algo=apa lambda=0.1                  the same, spelled out",
         "apa-train algo=ppo lambda=0.05 seed=1          another algorithm, another seed",
         "apa-train -m algo=apa lambda=0.03,0.1,0.3,1    a sweep: one run for each value",
-        "apa-train model=local model.path=FOLDER reward=function reward.target=my_file.py:my_function",
-        "apa-train dry_run=true                            say what would run, and stop",
+        "apa-train model.path=FOLDER_OR_HUB_ID reward=function reward.target=my_file.py:my_function",
+        "apa-train dry_run=true                         print what would run, and stop",
         "apa-train resume=outputs/NAME                  continue a run with its own settings",
-        "apa-train name=NAME resume=auto WORDS          begin it, or continue it where it was begun",
+        "apa-train name=NAME resume=auto KEY=VALUE …    start it, or continue it if it was started",
         "apa-train fork=outputs/NAME name=NEW lambda=1  another run from the state of this one",
     ],
-    "apa-sft": ["apa-sft sft.epochs=3", "apa-sft model=local model.path=FOLDER name=my_sft"],
+    "apa-sft": ["apa-sft sft.epochs=3", "apa-sft model.path=FOLDER_OR_HUB_ID name=my_sft"],
     "apa-reward": [
         "apa-reward",
-        "apa-reward model=local model.path=FOLDER reward_model.lr=1e-4 name=my_reward",
+        "apa-reward model.path=FOLDER_OR_HUB_ID reward_model.lr=1e-4 name=my_reward",
     ],
     "apa-eval": [
         "apa-eval run=outputs/NAME                      with the settings of the run",
-        "apa-eval run=outputs/NAME evaluation.prompts=256 evaluation.rewards=[vader] evaluation.best_of=[4,16,64]",
+        "apa-eval run=outputs/NAME evaluation.prompts=256 'evaluation.rewards=[vader]' 'evaluation.best_of=[4,16,64]'",
         "apa-eval model.path=FOLDER evaluation.reference=FOLDER reward=vader dataset=story_openings",
     ],
     "apa-export": [
@@ -42,7 +46,7 @@ EXAMPLES = {
         "apa-export run=outputs/NAME/checkpoints/iteration_000020 export.folder=FOLDER export.dtype=bfloat16",
     ],
     "apa-chat": [
-        "apa-chat run=outputs/NAME                      /reset begins anew, /quit ends",
+        "apa-chat run=outputs/NAME                      /reset starts over, /quit ends",
         "apa-chat run=outputs/NAME sampling.temperature=0.7 sampling.max_new_tokens=200 chat.score=true",
         "apa-chat model.path=FOLDER_OR_HUB_ID",
     ],
@@ -57,53 +61,100 @@ FLAGS = """\
   -m, --multirun      a sweep: every combination of comma-separated values is one run
   --cfg job           print the whole configuration and stop
   --config-dir DIR    a folder with your own yaml files, laid out as conf/
+  --help PAGE         print one of the pages below
+  --version           print the version of apa-cli
   --hydra-help        all other flags"""
 
+PAGES = Path(__file__).resolve().parents[1] / "pages"
+"""Folder of the manual's pages, NAME.md each."""
+KEY = re.compile(r"( *)(\w+):\s*(.*)$")
+DEFAULT = re.compile(r"^  - (?:override )?/?(\w+)(?:@\w+)?$", re.MULTILINE)
+"""An entry of a yaml's defaults list that names another yaml of its group."""
 
-def described_keys(yaml: str) -> list[tuple[str, str, str]]:
-    """(dotted key, value, comment above it) for each key of a yaml file that has a comment directly above it."""
+
+def print_help(command: str, conf: Path, arguments: list[str]) -> None:
+    """Print a page if `arguments` name one, else usage, examples, groups with their options, and every key.
+
+    Arguments such as dataset=jsonl choose the option whose keys are printed. ConfigError for an unknown page.
+    """
+    names = [argument for argument in arguments if "=" not in argument]
+    if names:
+        print(read_page(names[0]), end="")
+        return
+    print(f"{command} {COMMANDS[command]}.\n\nUsage: {command} [group=option | key=value] … [flags]\n\nExamples:")
+    print("\n".join(f"  {line}" for line in EXAMPLES[command]))
+    print(f"\nFlags:\n{FLAGS}")
+    print(f"\nPages ({command} --help PAGE):\n  {', '.join(list_pages())}")
+    print("\nGroups (conf/GROUP/OPTION.yaml; the one whose keys follow has a star):")
+    main = (conf / "config.yaml").read_text(encoding="utf-8")
+    options = dict(re.findall(r"^  - (\w+): (\w+)$", main, flags=re.MULTILINE))
+    options |= {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in options}
+    for group, option in options.items():
+        files = [file for file in (conf / group).rglob("*.yaml") if not file.name.startswith("_")]
+        names = sorted(str(file.relative_to(conf / group).with_suffix("")) for file in files)
+        print(f"  {group + '=':15s}{', '.join(f'{name}*' if name == option else name for name in names)}")
+    print(f"\nKeys (key=value; for those of another option: {command} --help dataset=jsonl):")
+    _print_keys("", main.partition("\nhydra:")[0], set())
+    for group, option in options.items():
+        if (conf / group / f"{option}.yaml").is_file():
+            print(f"\n {group}={option}")
+            printed: set[str] = set()
+            for text in _read_with_defaults(conf / group, option):
+                _print_keys("" if "# @package _global_" in text else f"{group}.", text, printed)
+
+
+def list_pages() -> list[str]:
+    """Return the names of the manual's pages."""
+    return sorted(file.stem for file in PAGES.glob("*.md"))
+
+
+def read_page(name: str) -> str:
+    """Return a page of the manual. ConfigError naming the nearest one if there is none of that name."""
+    pages = list_pages()
+    if name not in pages:
+        nearest = difflib.get_close_matches(name, pages, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(pages)}"
+        raise ConfigError(f"--help: no page {name!r}; {hint}")
+    return (PAGES / f"{name}.md").read_text(encoding="utf-8")
+
+
+def _read_with_defaults(folder: Path, option: str) -> list[str]:
+    """Return the texts of an option's yaml and of those of its group that it starts from."""
+    text = (folder / f"{option}.yaml").read_text(encoding="utf-8")
+    texts = [text]
+    for name in DEFAULT.findall(text):
+        if name != "_self_" and (folder / f"{name}.yaml").is_file():
+            texts += _read_with_defaults(folder, name)
+    return texts
+
+
+def describe_keys(yaml: str) -> list[tuple[str, str, str]]:
+    """Return (dotted key, value, comment above it) for each key of a yaml file with a comment directly above it."""
     rows, comment = [], []
-    above: list[tuple[int, str]] = []
+    parents: list[tuple[int, str]] = []
     for line in yaml.splitlines():
         stripped = line.strip()
         if stripped.startswith("#"):
             comment.append(stripped.lstrip("# "))
             continue
-        if found := re.match(r"( *)(\w+):\s*(.*)$", line):
-            above = [(indent, name) for indent, name in above if indent < len(found[1])]
-            above.append((len(found[1]), found[2]))
+        if match := KEY.match(line):
+            indent, name = len(match[1]), match[2]
+            parents = [(depth, parent) for depth, parent in parents if depth < indent]
+            parents.append((indent, name))
             if comment:
-                rows.append((".".join(name for _, name in above), found[3], " ".join(comment)))
+                rows.append((".".join(part for _, part in parents), match[3], " ".join(comment)))
         comment = []
     return rows
 
 
-def print_help(command: str, conf: Path, words: list[str]) -> None:
-    """Usage, examples, groups with their options, and every key of those chosen with its comment and value.
-
-    `words` such as dataset=jsonl choose.
-    """
-    print(f"{command} {COMMANDS[command]}.\n\nUsage: {command} [group=option | key=value] … [flags]\n\nExamples:")
-    print("\n".join(f"  {line}" for line in EXAMPLES[command]))
-    print(f"\nFlags:\n{FLAGS}\n\nGroups (conf/GROUP/OPTION.yaml; the one whose keys follow has a star):")
-    main = (conf / "config.yaml").read_text()
-    chosen = dict(re.findall(r"^  - (\w+): (\w+)$", main, flags=re.M))
-    chosen |= {key: value for key, _, value in (word.partition("=") for word in words) if key in chosen}
-    for group, default in chosen.items():
-        options = sorted(str(f.relative_to(conf / group).with_suffix("")) for f in (conf / group).rglob("*.yaml"))
-        marked = [f"{option}*" if option == default else option for option in options]
-        print(f"  {group + '=':15s}{', '.join(marked)}")
-    print(f"\nKeys (key=value; for those of another option: {command} --help dataset=jsonl):")
-    _print_keys("", main.split("\nhydra:")[0])
-    for group, default in chosen.items():
-        file = conf / group / f"{default}.yaml"
-        if file.is_file():
-            print(f"\n {group}={default}")
-            text = file.read_text()
-            _print_keys("" if "# @package _global_" in text else f"{group}.", text)
-
-
-def _print_keys(prefix: str, yaml: str) -> None:
-    for key, value, comment in described_keys(yaml):
-        if key not in ("defaults", "_target_"):
-            print(f"  {f'{prefix}{key}={value}':38s} {comment}")
+def _print_keys(prefix: str, yaml: str, printed: set[str]) -> None:
+    """Print each key with its value and its comment, a section as a heading; keys in `printed` are left out."""
+    for key, value, comment in describe_keys(yaml):
+        name = f"{prefix}{key}"
+        if key in ("defaults", "_target_") or name in printed or name in CHOSEN_BY_GROUP:
+            continue
+        printed.add(name)
+        if value:
+            print(f"  {f'{name}={value}':38s} {comment}")
+        else:
+            print(f"\n {name}: {comment}")

@@ -1,6 +1,6 @@
-"""From a configuration to a checked `Config`. Besides `composing`, `recorded` and `command` nothing knows OmegaConf.
+"""From a composed configuration to a checked `Config`.
 
-Everything wrong with a configuration is found here, before torch is imported, and said in one line.
+Anything wrong with a configuration is found here, before torch is imported, and reported in one line.
 """
 
 from __future__ import annotations
@@ -18,37 +18,42 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from apa_cli.config.compose import LAMBDA, compose, groups_of, keys_of, no_option, unknown_key
+from apa_cli.config.compose import compose
+from apa_cli.config.explain import LAMBDA, describe_missing_option, describe_unknown_key
+from apa_cli.config.hydra_api import list_groups, list_keys, to_dict
 from apa_cli.config.trust import check_references
 from apa_cli.errors import ConfigError, first_line
-from apa_cli.rewards.base import Part
+from apa_cli.rewards.base import NamedReward
 from apa_cli.runs.resume import AUTO, RESUME
-from apa_cli.runs.stopping import seconds
+from apa_cli.runs.stopping import parse_duration
 from apa_cli.secrets import check_secrets
-from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, PartSettings, RewardSpecs, RunSettings
+from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, RewardSpecs, RewardSpecSettings, RunSettings
 from apa_cli.types import Range
+
+LONGEST_FILE_NAME = 255
+"""Bytes, the limit of common file systems."""
 
 
 def build(cfg: DictConfig, extra_dir: str | None = None) -> Config:
-    """The typed sections of a configuration, composed with the user's own folder `extra_dir`, if there is one.
+    """Return the checked configuration; `extra_dir` is the user's own folder of yamls, or None.
 
-    ConfigError, one line, for anything wrong with it.
+    ConfigError in one line for anything wrong with it.
     """
-    check_references(typing.cast(dict, OmegaConf.to_container(cfg, resolve=False)))
+    check_references(to_dict(cfg))
     check_lambda(cfg)
     known = {f.name for f in fields(RunSettings)} | set(SECTIONS) | set(TARGET_SECTIONS) | {LAMBDA}
     for key in cfg:
         if key not in known:
-            raise ConfigError(unknown_key(str(key), cfg))
-    run = {f.name: _value(cfg, f.name, f.name) for f in fields(RunSettings) if f.name in cfg}
-    sections: dict[str, Any] = {"run": _typed(RunSettings, run, "", cfg)}
+            raise ConfigError(describe_unknown_key(str(key), cfg))
+    run = {f.name: _resolve_value(cfg, f.name, f.name) for f in fields(RunSettings) if f.name in cfg}
+    sections: dict[str, Any] = {"run": _build_section(RunSettings, run, "", cfg)}
     for name in (*TARGET_SECTIONS, *SECTIONS):
         if not isinstance(cfg.get(name), DictConfig):
             raise ConfigError(f"{name}: a section is needed here, with keys of its own")
-        values = {str(key): _value(cfg[name], key, f"{name}.{key}") for key in cfg[name]}
-        kind = SECTIONS.get(name) or _target(values.pop("_target_", None), name)
-        sections[name] = _typed(kind, values, name, cfg, extra_dir)
-    config = Config(**sections, raw=typing.cast(dict, OmegaConf.to_container(cfg, resolve=True)))
+        values = {str(key): _resolve_value(cfg[name], key, f"{name}.{key}") for key in cfg[name]}
+        kind = SECTIONS.get(name) or _import_target(values.pop("_target_", None), name)
+        sections[name] = _build_section(kind, values, name, cfg, extra_dir)
+    config = Config(**sections, raw=to_dict(cfg, resolve=True))
     check_secrets(config.raw)
     check_arithmetic(config)
     check_continuation(config, cfg)
@@ -56,21 +61,24 @@ def build(cfg: DictConfig, extra_dir: str | None = None) -> Config:
 
 
 def check_lambda(cfg: DictConfig) -> None:
-    """`lambda` is there only for an algorithm that has one, and is the one way to set it."""
+    """Raise ConfigError if the algorithm has no λ, or if the key that `lambda` sets was set directly."""
     algo = cfg.get("algo")
-    raw = OmegaConf.to_container(algo, resolve=False) if isinstance(algo, DictConfig) else {}
+    raw = to_dict(algo) if isinstance(algo, DictConfig) else {}
     linked = f"${{{LAMBDA}}}" in raw.values()
     if LAMBDA in cfg and not linked:
         raise ConfigError(
-            f"{LAMBDA}: this algorithm has none, or the key of it that {LAMBDA} sets was set directly; give {LAMBDA}=…"
+            f"{LAMBDA}: the algorithm has none, or the key that {LAMBDA} sets was set directly; give {LAMBDA}=…"
         )
 
 
 def check_arithmetic(config: Config) -> None:
-    """The three batch sizes divide one another, the algorithm gets what it needs, and the like."""
+    """Raise ConfigError if batch sizes do not divide one another, or for other numbers that do not fit together."""
     run = config.run
-    if not run.name.strip() or ".." in Path(run.name).parts:
+    parts = Path(run.name).parts
+    if not run.name.strip() or not parts or ".." in parts or Path(run.name).is_absolute():
         raise ConfigError(f"name: {run.name!r} is no folder under outputs/")
+    if any(len(part.encode()) > LONGEST_FILE_NAME for part in parts):
+        raise ConfigError(f"name: {run.name[:40]!r}… is longer than the {LONGEST_FILE_NAME} bytes of a folder's name")
     for large, small in (
         ("rollout_batch_size", "minibatch_size"),
         ("minibatch_size", "microbatch_size"),
@@ -92,19 +100,19 @@ def check_arithmetic(config: Config) -> None:
 
 
 def check_continuation(config: Config, cfg: DictConfig) -> None:
-    """What says where a run comes from, and when it is to stop, makes sense."""
+    """Raise ConfigError for resume=auto without a name, or a time limit that is no time."""
     run = config.run
-    if run.resume == AUTO and "${run_name:" in str(OmegaConf.to_container(cfg, resolve=False).get("name")):
-        raise ConfigError(f"{RESUME}: {AUTO} needs name=…, by which the run is found again")
+    if run.resume == AUTO and "${run_name:" in str(to_dict(cfg).get("name")):
+        raise ConfigError(f"{RESUME}: {AUTO} needs name=…, which identifies the run")
     if run.stop_after is not None:
         try:
-            seconds(run.stop_after)
+            parse_duration(run.stop_after)
         except ValueError as error:
             raise ConfigError(f"stop_after: {error}") from error
 
 
-def _value(node: DictConfig, key: Any, name: str) -> Any:
-    """One value, resolved; ConfigError where it is missing or refers to nothing."""
+def _resolve_value(node: DictConfig, key: Any, name: str) -> Any:
+    """Return one value, resolved. ConfigError if it is missing or refers to nothing."""
     if OmegaConf.is_missing(node, key):
         raise ConfigError(f"{name}: a value is needed, give {name}=…")
     try:
@@ -117,8 +125,8 @@ def _value(node: DictConfig, key: Any, name: str) -> Any:
         raise ConfigError(f"{name}: {first_line(error)}") from error
 
 
-def _target(path: Any, section: str) -> type:
-    """The dataclass that a section's `_target_` names."""
+def _import_target(path: Any, section: str) -> type:
+    """Return the dataclass that a section's `_target_` names. ConfigError if there is none."""
     module, _, name = str(path or "").rpartition(".")
     try:
         found = getattr(import_module(module), name)
@@ -131,61 +139,65 @@ def _target(path: Any, section: str) -> type:
 
 @cache
 def _schema(kind: type) -> DictConfig:
-    """The fields of a dataclass without their values. To be merged into, never written to."""
+    """Return the fields of a dataclass without values: a schema to merge values onto."""
     schema = OmegaConf.structured(kind)
     OmegaConf.set_readonly(schema, False)
     return schema
 
 
-def _typed(kind: type, values: dict[str, Any], section: str, cfg: DictConfig, extra_dir: str | None = None) -> Any:
-    """An instance of the dataclass `kind`; ConfigError naming the key for an unknown, missing or wrong value."""
+def _build_section(
+    kind: type, values: dict[str, Any], section: str, cfg: DictConfig, extra_dir: str | None = None
+) -> Any:
+    """Return an instance of the dataclass `kind`. ConfigError naming the key for an unknown, missing or wrong value."""
     hints = typing.get_type_hints(kind, include_extras=True)
     named = {f.name for f in fields(kind)}
     prefix = f"{section}." if section else ""
     for key in values:
         if key not in named:
-            raise ConfigError(unknown_key(f"{prefix}{key}", cfg, [f"{prefix}{name}" for name in named]))
-    schema = _schema(kind)
+            raise ConfigError(describe_unknown_key(f"{prefix}{key}", cfg, [f"{prefix}{name}" for name in named]))
+    schema: Any = _schema(kind)
     try:
         schema, apart = OmegaConf.merge(schema, values), False
     except OmegaConfBaseException:
-        apart = True  # one by one it is seen which is wrong
-    for key in sorted(named, key=lambda key: (_refers(cfg, section, key), key)):
-        name = _typed_by(cfg, section, key)
+        apart = True  # merged one by one, the wrong value is known by its key
+    for key in sorted(named, key=lambda key: (_is_reference(cfg, section, key), key)):
+        name = _user_key(cfg, section, key)
         if key not in values:
             raise ConfigError(f"{name}: a value is needed")
         value, hint = values[key], hints[key]
         try:
             schema = OmegaConf.merge(schema, {key: value}) if apart else schema
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{name}: {value!r} is not {_described(hint)}") from error
+            raise ConfigError(f"{name}: {value!r} is not {_describe_type(hint)}") from error
         _check_range(name, schema[key], hint)
-    typed = OmegaConf.to_object(schema)
+    typed: Any = OmegaConf.to_object(schema)
     for key, hint in hints.items():
         if RewardSpecs in getattr(hint, "__metadata__", ()):
-            typed = replace(typed, **{key: _parts(values[key], f"{prefix}{key}", cfg, extra_dir)})
+            typed = replace(typed, **{key: _build_parts(values[key], f"{prefix}{key}", cfg, extra_dir)})
     return typed
 
 
-def _parts(specs: list[Any], where: str, cfg: DictConfig, extra_dir: str | None) -> list[Part]:
-    """The typed rewards of a list of specs, as `RewardSpecs` describes them."""
-    own_keys = [f.name for f in fields(PartSettings)]
+def _build_parts(specs: list[Any], where: str, cfg: DictConfig, extra_dir: str | None) -> list[NamedReward]:
+    """Return the rewards of a list of specs, as `RewardSpecs` describes them."""
+    own_keys = [f.name for f in fields(RewardSpecSettings)]
     settings, rewards = [], []
     for number, spec in enumerate(specs):
         place = f"{where}[{number}]"
         if not isinstance(spec, dict | str):
             raise ConfigError(f"{place}: the name of a reward or {{use: NAME, …}} is needed, got {spec!r}")
         given = {"name": None, "weight": 1.0, **(spec if isinstance(spec, dict) else {"use": spec})}
-        settings.append(_typed(PartSettings, {key: given.pop(key) for key in own_keys if key in given}, place, cfg))
-        rewards.append(_reward(settings[-1].use, given, place, cfg, extra_dir))
+        settings.append(
+            _build_section(RewardSpecSettings, {key: given.pop(key) for key in own_keys if key in given}, place, cfg)
+        )
+        rewards.append(_build_reward(settings[-1].use, given, place, cfg, extra_dir))
     return [
-        Part(name, part.weight, reward)
-        for name, part, reward in zip(_part_names(settings, where), settings, rewards, strict=True)
+        NamedReward(name, part.weight, reward)
+        for name, part, reward in zip(_name_parts(settings, where), settings, rewards, strict=True)
     ]
 
 
-def _part_names(parts: list[PartSettings], where: str) -> list[str]:
-    """Each part's own name, or that of its reward, with a number where that is taken."""
+def _name_parts(parts: list[RewardSpecSettings], where: str) -> list[str]:
+    """Return each part's own name, or its reward's, numbered if another part has it."""
     names = [part.name for part in parts if part.name]
     if len(set(names)) < len(names):
         raise ConfigError(f"{where}: two of these rewards have one name: {', '.join(names)}")
@@ -197,17 +209,17 @@ def _part_names(parts: list[PartSettings], where: str) -> list[str]:
     return found
 
 
-def _reward(name: str, given: dict[str, Any], place: str, cfg: DictConfig, extra_dir: str | None) -> Any:
-    """The typed reward of conf/reward/NAME.yaml, or of the user's own folder, with these of its keys changed."""
-    options = groups_of(extra_dir)["reward"]
+def _build_reward(name: str, given: dict[str, Any], place: str, cfg: DictConfig, extra_dir: str | None) -> Any:
+    """Return the reward of conf/reward/NAME.yaml, or of the user's own folder, with the keys in `given` changed."""
+    options = list_groups(extra_dir)["reward"]
     if name not in options:
-        raise ConfigError(f"{place}: {no_option(name, options)}")
+        raise ConfigError(f"{place}: {describe_missing_option(name, options)}")
     node = compose([f"+reward={name}"], extra_dir, None).reward
-    known = {f"{place}.{key}" for key in [*(f.name for f in fields(PartSettings)), *keys_of(node)]}
-    for key in keys_of(OmegaConf.create(given)):
+    known = {f"{place}.{key}" for key in [*(f.name for f in fields(RewardSpecSettings)), *list_keys(node)]}
+    for key in list_keys(OmegaConf.create(given)):
         above = key.rpartition(".")[0]
         if f"{place}.{key}" not in known and (not above or OmegaConf.select(node, above)):
-            raise ConfigError(unknown_key(f"{place}.{key}", OmegaConf.create(), sorted(known)))
+            raise ConfigError(describe_unknown_key(f"{place}.{key}", OmegaConf.create(), sorted(known)))
     whole = cfg.copy()  # so that the yaml may refer to other sections, as a reward section may
     OmegaConf.set_struct(whole, False)
     OmegaConf.set_struct(node, False)
@@ -215,25 +227,26 @@ def _reward(name: str, given: dict[str, Any], place: str, cfg: DictConfig, extra
     for key in whole["reward"]:
         if OmegaConf.is_missing(whole["reward"], key):
             raise ConfigError(f"{place}.{key}: a value is needed")
-    values = {str(key): _value(whole["reward"], key, f"{place}.{key}") for key in whole["reward"]}
-    return _typed(_target(values.pop("_target_", None), place), values, place, whole, extra_dir)
+    values = {str(key): _resolve_value(whole["reward"], key, f"{place}.{key}") for key in whole["reward"]}
+    return _build_section(_import_target(values.pop("_target_", None), place), values, place, whole, extra_dir)
 
 
-def _typed_by(cfg: DictConfig, section: str, key: str) -> str:
-    """The key as the user knows it: `lambda` for the field that it sets."""
+def _user_key(cfg: DictConfig, section: str, key: str) -> str:
+    """Return the key that the user sets: `lambda` for the field that refers to it."""
     node = cfg.get(section) if section else None
-    if isinstance(node, DictConfig) and OmegaConf.to_container(node, resolve=False).get(key) == f"${{{LAMBDA}}}":
+    if isinstance(node, DictConfig) and to_dict(node).get(key) == f"${{{LAMBDA}}}":
         return LAMBDA
     return f"{section}.{key}" if section else key
 
 
-def _refers(cfg: DictConfig, section: str, key: str) -> bool:
-    """Whether a value is another key's, by which what is wrong with it is better named."""
+def _is_reference(cfg: DictConfig, section: str, key: str) -> bool:
+    """Return True if the value interpolates another key; errors then name that key."""
     node = cfg.get(section) if section else cfg
     return isinstance(node, DictConfig) and key in node and OmegaConf.is_interpolation(node, key)
 
 
 def _check_range(name: str, value: Any, hint: Any) -> None:
+    """Raise ConfigError for a number that is not finite, or outside the `Range` of its type."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name}: {value} is not a finite number")
     if value is None or typing.get_origin(hint) is not Annotated:
@@ -243,8 +256,8 @@ def _check_range(name: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{name}: {value} must be {allowed}")
 
 
-def _described(hint: Any) -> str:
-    """A type in a user's words."""
+def _describe_type(hint: Any) -> str:
+    """Return a type as a user names it, such as "a whole number or null"."""
     if typing.get_origin(hint) is Annotated:
         hint = typing.get_args(hint)[0]
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]

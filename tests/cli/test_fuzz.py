@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from apa_cli.cli.app import command as run_command
-from apa_cli.config.compose import config_dir
+from apa_cli.cli.app import run_command
+from apa_cli.config.hydra_api import config_dir
 
 COMMANDS = {"apa-train": (), "apa-sft": (), "apa-reward": (), "apa-eval": ("run", "model.path"),
             "apa-export": ("run",), "apa-chat": ("run", "model.path")}  # fmt: skip

@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 from apa_cli.cli import chat, evaluate, export
 from apa_cli.config.build import build
 from apa_cli.config.compose import compose
-from apa_cli.config.from_run import compose_run
+from apa_cli.config.from_run import compose_from_run
 from apa_cli.errors import ConfigError, UserError
 from apa_cli.models.loading import load_policy
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.gptj_rm import GPTJReward
 
-look = partial(compose_run, scores=lambda cfg: False)
-"""compose_run for a command that asks no reward."""
+look = partial(compose_from_run, scores=lambda cfg: False)
+"""compose_from_run for a command that asks no reward."""
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def secrets(monkeypatch):
 def test_no_secret_of_the_environment_is_written(secrets, run_train, monkeypatch):
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     spec = "{use: http, url: 'http://127.0.0.1:9/', token_env: MY_SCORE_TOKEN, weight: 0, retries: 0}"
-    monkeypatch.setattr("apa_cli.rewards.http.HTTPReward.answer", lambda *_: b'{"scores": [0, 0, 0, 0, 0, 0]}')
+    monkeypatch.setattr("apa_cli.rewards.http.HTTPReward.post", lambda *_: b'{"scores": [0, 0, 0, 0, 0, 0]}')
     words = ["tracking=wandb", "tracking.mode=offline", f"evaluation.rewards=[{spec}]", "iterations=1"]
     run = run_train(*words)
     assert "MY_SCORE_TOKEN" in (run / "config.yaml").read_text()
@@ -249,7 +249,7 @@ def test_no_secret_of_the_environment_is_written(secrets, run_train, monkeypatch
 def test_a_secret_in_a_word_is_refused(word, secrets):
     for name, value in secrets.items():
         with pytest.raises(
-            ConfigError, match=rf"^[\w.\[\]]+: it holds the value of the environment variable {name}"
+            ConfigError, match=rf"^[\w.\[\]]+: contains the value of the environment variable {name}"
         ) as e:
             build(compose([word.format(value)]))
         assert value not in str(e.value)

@@ -1,0 +1,153 @@
+"""The settings of a recorded run with overrides on top, to continue it: resume=… and fork=…"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from apa_cli.config.compose import compose
+from apa_cli.config.explain import LAMBDA
+from apa_cli.config.from_run import (
+    apply_overrides,
+    check_offered,
+    fill_missing,
+    list_unoffered_code,
+    mark_missing,
+    parse_single_values,
+    refuse_code,
+)
+from apa_cli.config.hydra_api import list_config_dirs, list_groups, parse_override, to_dict
+from apa_cli.config.run_names import locate_run_directory
+from apa_cli.config.trust import check_plain
+from apa_cli.errors import ConfigError
+from apa_cli.runs.directory import RunDirectory
+from apa_cli.runs.old_names import is_old
+from apa_cli.runs.records import nearest
+from apa_cli.runs.resume import AUTO, FORK, RESUME
+from apa_cli.settings import SECTIONS, TARGET_SECTIONS
+
+OF_ONE_COMMAND = ("resume", "resume_changed", "stop_after", "dry_run")
+"""Keys that tell what one command does with a run; they are not inherited."""
+
+
+def find_continued_run(overrides: list[str]) -> Path | None:
+    """Return the directory of the run that these overrides resume or fork, or None if they start a new one.
+
+    ConfigError if that directory holds no run.
+    """
+    values = {override.key_or_group: override.value() for override in map(parse_override, overrides)}
+    resume, fork, name = (values.get(key) for key in (RESUME, FORK, "name"))
+    if fork is not None and resume not in (None, AUTO):
+        raise ConfigError(f"{FORK}: give it without {RESUME}={resume}; a fork is a run of its own")
+    if resume == AUTO and name is not None:
+        path = Path(locate_run_directory(str(name), AUTO))
+        if any(path.glob("checkpoints/iteration_*")):
+            return path
+    for key, value in ((RESUME, None if resume == AUTO else resume), (FORK, fork)):
+        if value is not None:
+            path = Path(locate_run_directory("", str(value))).expanduser()
+            if not (path / "config.yaml").is_file():
+                raise ConfigError(f"{key}: there is no run in {path}{nearest(path)}")
+            return path
+    return None
+
+
+def compose_continuation(overrides: list[str], source: Path, extra_dir: str | None = None) -> DictConfig:
+    """Compose the settings of the run in the directory `source`, which is resumed or forked, with overrides on top.
+
+    A group=option sets all that it sets in a new run. ConfigError if the run was recorded under old key names, or if
+    its config.yaml names code that neither conf/, `extra_dir` nor an override names.
+    """
+    parsed = parse_single_values(overrides)
+    groups = list_groups(extra_dir)
+    defaults = to_dict(compose([], extra_dir))
+    recorded = RunDirectory(source).read_config()
+    if is_old(recorded):
+        raise ConfigError(
+            f"{RESUME}: {source} was recorded by an earlier version, whose keys had other names; it can be evaluated, "
+            "exported and compared, but not continued"
+        )
+    check_plain(recorded, source / "config.yaml", (*SECTIONS, *TARGET_SECTIONS))
+    recorded = fill_missing(recorded, defaults)
+    recorded |= {key: defaults[key] for key in OF_ONE_COMMAND}
+    if any(override.key_or_group == FORK for override in parsed):
+        recorded["name"] = defaults["name"]
+    for section in TARGET_SECTIONS:
+        recorded[section] = _restore_lambda_link(recorded[section], section, extra_dir)
+    cfg = OmegaConf.create(_restore_links(recorded, defaults, OmegaConf.create(recorded)))
+    code = list_unoffered_code(recorded, extra_dir)
+    mark_missing(cfg, code)
+    options = [override for override in parsed if override.key_or_group in groups]
+    if options:
+        new = to_dict(compose([override.input_line for override in options], extra_dir))
+        settings = to_dict(cfg)
+        for override in options:
+            settings = _take_keys(settings, new, _list_set_keys(override, new, defaults, extra_dir))
+        cfg = OmegaConf.create(settings)
+    apply_overrides(cfg, [override for override in parsed if override not in options], extra_dir)
+    check_offered(cfg, parsed, source, extra_dir)
+    refuse_code(cfg, code, source)
+    return cfg
+
+
+def _restore_lambda_link(section: dict[str, Any], name: str, extra_dir: str | None) -> dict[str, Any]:
+    """Return the section with the keys that `lambda` sets in the yaml of its `_target_` linked to it again."""
+    target = section.get("_target_")
+    for root in list_config_dirs(extra_dir):
+        for file in sorted((root / name).rglob("*.yaml")):
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            keys = content.get(name, content)
+            if target is not None and keys.get("_target_") == target:
+                return section | {key: value for key, value in keys.items() if value == f"${{{LAMBDA}}}"}
+    return section
+
+
+def _restore_links(settings: dict[str, Any], defaults: dict[str, Any], resolved: DictConfig) -> dict[str, Any]:
+    """Return the settings with the defaults' references ${another.key} wherever they equal that key's value."""
+    linked = dict(settings)
+    for key, value in settings.items():
+        default = defaults.get(key)
+        if isinstance(value, dict) and isinstance(default, dict):
+            linked[key] = _restore_links(value, default, resolved)
+        elif reference := re.fullmatch(r"\$\{([\w.]+)\}", str(default)):
+            linked[key] = default if OmegaConf.select(resolved, reference[1]) == value else value
+    return linked
+
+
+def _list_set_keys(override: Any, new: dict[str, Any], defaults: dict[str, Any], extra_dir: str | None) -> dict:
+    """Return the keys, nested, that group=option sets in a new run; None for the section that it sets as a whole.
+
+    A yaml without a section of its own name, an experiment, is known by what differs from the defaults.
+    """
+    group = override.key_or_group
+    if group not in new:
+        return _list_different_keys(new, defaults)
+    return to_dict(compose([f"+{override.input_line}"], extra_dir, None)) | {group: None}
+
+
+def _list_different_keys(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys, nested, whose values differ; None for sections that are of two types."""
+    keys: dict[str, Any] = {}
+    for key, value in new.items():
+        other = old.get(key)
+        if value != other:
+            if isinstance(value, dict) and isinstance(other, dict) and value.get("_target_") == other.get("_target_"):
+                keys[key] = _list_different_keys(value, other)
+            else:
+                keys[key] = None
+    return keys
+
+
+def _take_keys(settings: dict[str, Any], new: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings with the values of `new` under these keys, nested."""
+    updated = dict(settings)
+    for key, inner in keys.items():
+        if isinstance(inner, dict) and isinstance(settings.get(key), dict) and isinstance(new[key], dict):
+            updated[key] = _take_keys(settings[key], new[key], inner)
+        else:
+            updated[key] = new[key]
+    return updated

@@ -1,0 +1,101 @@
+"""What is wrong with overrides that cannot be composed, in one line with the nearest right key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig
+
+from apa_cli.config.aliases import suggest_for_key, suggest_for_option
+from apa_cli.config.hydra_api import compose_unchecked, list_groups, list_keys, parse_override
+from apa_cli.errors import ConfigError, first_line
+
+LAMBDA = "lambda"
+"""The one key of the command line whose meaning the algorithm decides."""
+
+
+def explain_error(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
+    """Return why these overrides cannot be composed: a group's option, an unknown key, or Hydra's own first line."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    groups = list_groups(extra_dir)
+    choices = []
+    for override in overrides:
+        parsed = parse_override(override)
+        if parsed.key_or_group in groups:
+            options, option = groups[parsed.key_or_group], parsed.value()
+            if not isinstance(option, str):
+                return f"{parsed.key_or_group}: {override} does not name one of {', '.join(sorted(options))}"
+            if option not in options:
+                return f"{parsed.key_or_group}: {describe_missing_option(option, options, parsed.key_or_group)}"
+            choices.append(override)
+    base = None
+    if choices != overrides:
+        try:
+            base = compose_unchecked(choices, extra_dir, config_name)
+        except Exception as base_error:
+            return explain_error(base_error, choices, extra_dir, config_name)
+    if base is not None:
+        known = [*list_keys(base), *groups]
+        for override in overrides:
+            key = parse_override(override).key_or_group
+            if key not in known and not override.startswith("+") and not key.startswith("hydra"):
+                return describe_unknown_key(key, base, list(groups))
+    if "Ambiguous value" in str(error):
+        return f"{first_line(error)}: several values need -m (a sweep), a list needs brackets"
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    return _add_override(first_line(cause), overrides, extra_dir, config_name)
+
+
+def _add_override(message: str, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
+    """Return the message behind the override that cannot be composed even alone, if there is one."""
+    if len(overrides) == 1:
+        return f"{overrides[0]!r}: {message}"
+    for override in overrides:
+        try:
+            compose_unchecked([override], extra_dir, config_name)
+        except Exception as error:
+            return explain_error(error, [override], extra_dir, config_name)
+    return message
+
+
+def describe_missing_option(option: str, options: set[str], group: str | None = None) -> str:
+    """Return one line for an option that a group does not have: how to give what it looks like, or the nearest one."""
+    if group is not None and (suggestion := suggest_for_option(group, option)):
+        return f"no '{option}'; give {suggestion}"
+    nearest = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(sorted(options))}"
+    return f"no '{option}'; {hint}"
+
+
+def describe_unknown_key(key: str, cfg: DictConfig, candidates: list[str] | None = None) -> str:
+    """Return one line for a key that does not exist: its name here, or the nearest key.
+
+    `candidates` are preferred over the keys of `cfg` where both are equally near.
+    """
+    if key == LAMBDA:
+        return f"{LAMBDA}: the algorithm of this run has none"
+    keys = [name for name in [*(candidates or []), *list_keys(cfg)] if name != key]
+    section, _, last = key.rpartition(".")
+    same_section = [name for name in keys if section and name.rpartition(".")[0] == section]
+    nearest = difflib.get_close_matches(key, same_section, n=1, cutoff=0.85)
+    if not nearest and (suggestion := suggest_for_key(key)):
+        return f"unknown key '{key}'; here it is {suggestion}"
+    nearest = nearest or [name for name in keys if name.rpartition(".")[2] == last]
+    nearest = nearest or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    if not nearest:
+        by_last = {name.rpartition(".")[2]: name for name in reversed(keys)}
+        nearest = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    return f"unknown key '{key}'" + (f"; did you mean '{nearest[0]}'?" if nearest else "; --help lists the keys")
+
+
+def suggest_for_flag(flag: str, value: str | None) -> str:
+    """Return one line for a flag of another tool, such as --learning_rate 1e-5: how it is given here."""
+    key, _, attached = flag.lstrip("-").partition("=")
+    value = attached or (value if value and not value.startswith("-") else None) or "VALUE"
+    suggestion = suggest_for_key(key)
+    simple = suggestion is None or re.fullmatch(r"[\w.]+", suggestion)
+    answer = f"{suggestion or key}={value}" if simple else suggestion
+    return f"{flag.partition('=')[0]}: no such flag; options have the form key=value, here {answer}; --help lists them"

@@ -1,0 +1,103 @@
+"""Hydra's composition of conf/: groups, keys, sweeps; nothing here knows what a key means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from apa_cli.errors import ConfigError, first_line
+
+VERSION_BASE = "1.3"
+CONFIG_NAME = "config"
+"""The primary configuration, conf/config.yaml."""
+SHARED = "_"
+"""Prefix of yamls that other yamls of their group start from; they are no options."""
+
+
+def config_dir() -> Path:
+    """Return the absolute path of conf/: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def list_config_dirs(extra_dir: str | None) -> list[Path]:
+    """Return the folders that hold yamls: conf/ and, if there is one, the user's own."""
+    return [config_dir(), *([Path(extra_dir)] if extra_dir else [])]
+
+
+def compose_unchecked(
+    overrides: list[str], extra_dir: str | None = None, config_name: str | None = CONFIG_NAME, choices: bool = False
+) -> DictConfig:
+    """Compose conf/ with these overrides; without a `config_name` the overrides add all there is.
+
+    With `choices` the section `hydra` is included, whose `runtime.choices` has each group's option. Raises Hydra's and
+    OmegaConf's own errors, and ConfigError if `extra_dir` does not exist.
+    """
+    search_path = []
+    if extra_dir is not None:
+        if not Path(extra_dir).is_dir():
+            raise ConfigError(f"--config-dir: no folder {extra_dir}")
+        search_path = [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"]
+    running_job = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
+            return hydra.compose(config_name, overrides=[*overrides, *search_path], return_hydra_config=choices)
+    finally:
+        GlobalHydra.instance().hydra = running_job
+
+
+def parse_override(override: str) -> Override:
+    """Return one parsed override. ConfigError in one line if it has no form that Hydra knows."""
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise ConfigError(
+            f"cannot read {override!r}: {first_line(error)}; overrides have the form key=value"
+        ) from error
+
+
+def expand_sweep(overrides: list[str]) -> list[list[str]]:
+    """Return the jobs of a sweep: one list of overrides for each combination of values."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+def list_groups(extra_dir: str | None) -> dict[str, set[str]]:
+    """Return each group with its options, in conf/ and in the user's own folder."""
+    groups: dict[str, set[str]] = {}
+    for root in list_config_dirs(extra_dir):
+        for file in root.rglob("*.yaml"):
+            if file.parent != root and not file.name.startswith(SHARED):
+                group = file.relative_to(root).parts[0]
+                groups.setdefault(group, set()).add(str(file.with_suffix("").relative_to(root / group)))
+    return groups
+
+
+def list_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
+    """Return all dotted keys of a configuration, `_target_` left out."""
+    names = []
+    for key in map(str, cfg):
+        name = f"{prefix}{key}"
+        names.append(name)
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not OmegaConf.is_missing(cfg, key) and not node._is_none():
+            names += list_keys(node, f"{name}.")
+    return [name for name in names if not name.endswith("_target_")]
+
+
+def to_dict(cfg: Any, resolve: bool = False) -> dict[str, Any]:
+    """Return a section of a configuration as nested dicts and lists; interpolations stay unless `resolve`."""
+    container = OmegaConf.to_container(cfg, resolve=resolve)
+    if not isinstance(container, dict):
+        raise TypeError(f"a section is needed, got {type(container).__name__}")
+    return {str(key): value for key, value in container.items()}
