@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
-# Further words for apa-train or pytest: make train ARGS="algo=ppo seed=1"
+# Further overrides for apa-train, or arguments for pytest: make train ARGS="algo=ppo seed=1"
 ARGS ?=
 # PyTorch's version for these installs; pyproject.toml gives the range that is supported.
 TORCH ?= 2.13.0
@@ -30,7 +30,7 @@ test: install ## the quick tests, one process per core
 test-slow: install ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-bench: bench-floor bench-trl bench-growth bench-head bench-processes ## every figure of the README's speed tables (an hour or two on 2 cores)
+bench: bench-floor bench-trl bench-growth bench-head bench-processes ## every figure of tests/benchmarks/RESULTS.md (an hour or two on 2 cores)
 
 # One iteration's work in all of them: 32 responses after prompts of 16 to 64 tokens.
 BENCH_WORK := sampling.max_prompt_tokens=64 rollout_batch_size=32 minibatch_size=8 update_epochs=2 sampling.stop_strings=[]
@@ -70,11 +70,12 @@ bench-processes: install ## one process against two, each with all cores
 	$(BIN)/apa-train -m launch.processes=1,2 iterations=8 evaluation.every=0 checkpoint.every=0 name=bench_processes $(ARGS)
 	$(BIN)/python tests/benchmarks/processes.py outputs/sweeps/bench_processes
 
-check: install ## lint and formatting, as CI does
+check: install ## lint, formatting and types, as CI does
 	$(BIN)/ruff check apa_cli tests
 	$(BIN)/ruff format --check apa_cli tests
+	$(BIN)/mypy
 
-format: install ## mend lint and formatting where that can be done
+format: install ## fix lint and formatting where that can be done
 	$(BIN)/ruff check --fix apa_cli tests
 	$(BIN)/ruff format apa_cli tests
 

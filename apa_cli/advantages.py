@@ -1,4 +1,4 @@
-"""Scaling of scores, token rewards and advantage estimators: pure functions of tensors."""
+"""Score moments, token rewards and advantage estimators: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+Moments = tuple[float, float, float]
+"""Count, mean and sum of squared deviations of a set of scores."""
 
-def updated_moments(moments: tuple[float, float, float], scores: Tensor) -> tuple[float, float, float]:
-    """Count, mean and sum of squared deviations of all scores so far, this batch [N] included.
 
-    Merges two sets by the parallel formula of Chan, Golub and LeVeque (1979), in float64.
+def update_moments(moments: Moments, scores: Tensor) -> Moments:
+    """Return the moments of all scores so far, this batch [N] included.
+
+    Two sets are merged by the parallel formula of Chan, Golub and LeVeque (1979), in float64.
     """
     count, mean, squares = moments
     batch = scores.double()
@@ -25,23 +28,24 @@ def updated_moments(moments: tuple[float, float, float], scores: Tensor) -> tupl
     )
 
 
-def end_scores(scores: Tensor, mask: Tensor) -> Tensor:
-    """Token rewards that hold each response's score on its last true token and 0 elsewhere. [N], [N, T] → [N, T].
+def place_scores_at_end(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return token rewards: each response's score at its last true token, 0 elsewhere. [N], [N, T] → [N, T].
 
-    A response without a true token has nowhere to hold a score and gets none.
+    A response without a true token gets no reward.
     """
     last = mask & (mask.long().flip(-1).cumsum(-1).flip(-1) == 1)
     return last * scores.unsqueeze(-1)
 
 
 def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (1506.02438, equations 11 to 16).
+    """Return generalised advantage estimates and returns (1506.02438, equations 11 to 16).
 
-    δ_t = r_t + γ V_{t+1} − V_t;  A_t = δ_t + γ·gae_lambda·A_{t+1};  G_t = A_t + V_t.
+        δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γ·gae_lambda·A_{t+1},   G_t = A_t + V_t
+
     V after the last true token is 0, however the response ended: the length limit is part of the task.
 
-    token_rewards, values [N, T] float32, mask [N, T] bool with the true tokens of a row side by side
-    → advantages, returns [N, T], 0 outside the mask.
+    token_rewards and values [N, T] float32; mask [N, T] bool with the true tokens of a row contiguous; γ and
+    gae_lambda in [0, 1] → advantages, returns [N, T], 0 outside the mask.
     """
     zero = values.new_zeros(())
     rewards, values = token_rewards.where(mask, zero), values.where(mask, zero)
@@ -56,16 +60,17 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_l
 
 
 def group_mean(token_rewards: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
-    """Each response's total reward minus the mean of the other responses to its prompt, on every true token.
+    """Return each response's total reward minus the mean of the other responses to its prompt, on every true token.
 
-    The leave-one-out baseline of 2402.14740. Without a KL penalty in the token rewards the total is the
-    score. token_rewards [N, T], groups [N] int64, mask [N, T] → [N, T]. ValueError if a prompt has one response.
+    The leave-one-out baseline of RLOO (2402.14740). Without a KL penalty in the token rewards the total is the score.
+    token_rewards [N, T], groups [N] int64 (the prompt of each response), mask [N, T] → [N, T], 0 outside the mask.
+    ValueError if a prompt has only one response.
     """
-    # In float64, so that replies of equal score get exactly nothing.
+    # In float64, so that responses with equal scores get exactly 0.
     totals = token_rewards.where(mask, token_rewards.new_zeros(())).double().sum(-1)
-    same = (groups.unsqueeze(0) == groups.unsqueeze(1)).to(totals.dtype)
-    others = same.sum(-1) - 1
+    same_prompt = (groups.unsqueeze(0) == groups.unsqueeze(1)).to(totals.dtype)
+    others = same_prompt.sum(-1) - 1
     if bool((others < 1).any()):
         raise ValueError("group_mean needs at least two responses to every prompt")
-    baseline = (same @ totals - totals) / others
+    baseline = (same_prompt @ totals - totals) / others
     return (totals - baseline).to(token_rewards.dtype).unsqueeze(-1) * mask

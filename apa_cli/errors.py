@@ -1,20 +1,10 @@
-"""Errors that a user can mend, and their one-line texts."""
+"""Errors that a user can fix, and their one-line messages."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
 
 class UserError(Exception):
-    """Something the user can mend: shown as one line, without a traceback. `status` is the exit status."""
+    """An error that the user can fix, shown as one line without a traceback; `status` is the exit status."""
 
     status = 1
 
@@ -23,3 +13,9 @@ class ConfigError(UserError):
     """A configuration that cannot be run."""
 
     status = 2
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of the error's message, or the name of its class if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

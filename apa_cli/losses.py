@@ -1,6 +1,6 @@
-"""The losses, one value per token; the trainer reduces them.
+"""The losses, one value per token, reduced by the trainer.
 
-Each is a pure function of [B, T] float32 tensors. ℓ is the log-prob of the chosen token under the policy
+Each is a pure function of [B, T] float32 tensors. ℓ is the log-probability of the sampled token under the policy
 being trained (θ), the behaviour policy that sampled it (old) or the frozen reference (init).
 """
 
@@ -20,22 +20,22 @@ def apa_loss(
     lambda_: float,
     log_normalizer: Tensor | float = 0.0,
 ) -> Tensor:
-    """Advantage-Induced Policy Alignment (2306.02231, equation 8): squared error in log space.
+    """Return the loss of Advantage-Induced Policy Alignment (2306.02231, equation 8): squared error in log space.
 
         ( ℓ_θ − ℓ_init − Â/λ + log Z )²
 
-    It is zero, with zero gradient, exactly where π_θ = π_init · exp(Â/λ) / Z. The paper takes Z as 1
+    The loss and its gradient are zero exactly at π_θ = π_init · exp(Â/λ) / Z. The paper takes Z as 1
     (`log_normalizer` 0). Arguments [B, T]; λ > 0, in the unit of Â → [B, T].
     """
     return (logprobs - ref_logprobs - advantages / lambda_ + log_normalizer) ** 2
 
 
 def awr_loss(logprobs: Tensor, advantages: Tensor, lambda_: float, weight_clip: float | None) -> Tensor:
-    """Advantage-Weighted Regression (1910.00177, algorithm 1; per token as in 2306.02231, equation 6).
+    """Return the loss of Advantage-Weighted Regression (1910.00177, algorithm 1; per token: 2306.02231, equation 6).
 
         − w ℓ_θ,   w = exp( min(Â/λ, log weight_clip) )
 
-    `weight_clip` None leaves the weights unbounded. Arguments [B, T]; λ > 0 → [B, T].
+    `weight_clip` None leaves the weights unbounded. Arguments [B, T]; λ > 0, in the unit of Â → [B, T].
     """
     exponent = advantages / lambda_
     if weight_clip is not None:
@@ -44,7 +44,7 @@ def awr_loss(logprobs: Tensor, advantages: Tensor, lambda_: float, weight_clip: 
 
 
 def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """Proximal Policy Optimization's clipped surrogate (1707.06347, equation 7), negated.
+    """Return the negated clipped surrogate of Proximal Policy Optimization (1707.06347, equation 7).
 
         max( −Â ρ , −Â clip(ρ, 1 − ε, 1 + ε) ),   ρ = exp(ℓ_θ − ℓ_old)
 
@@ -54,18 +54,18 @@ def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_ra
     return (-advantages * ratio).maximum(-advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
-def ppo_clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """1 where the clipped branch of `ppo_loss` is the larger one, so the token has no gradient; else 0. [B, T]."""
+def ppo_clip_mask(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """Return 1 for tokens whose clipped branch in `ppo_loss` is the larger one (no gradient), else 0. Each [B, T]."""
     ratio = (logprobs - old_logprobs).exp()
     return ((ratio > 1 + clip_range) & (advantages > 0) | (ratio < 1 - clip_range) & (advantages < 0)).float()
 
 
 def critic_loss(values: Tensor, returns: Tensor, old_values: Tensor, value_clip_range: float | None) -> Tensor:
-    """Half the squared error of the critic; clipped (baselines' PPO, as in 1909.08593) when `value_clip_range` is given.
+    """Return half the critic's squared error, clipped if `value_clip_range` c is given (baselines' PPO; 1909.08593).
 
         ½ (V − G)²    or    ½ max( (V − G)², (V_old + clip(V − V_old, ±c) − G)² )
 
-    Arguments [B, T], in units of the scaled score → [B, T].
+    Arguments [B, T]; V, G and c in units of the scaled score → [B, T], in that unit squared.
     """
     error = (values - returns) ** 2
     if value_clip_range is not None:

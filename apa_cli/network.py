@@ -1,4 +1,4 @@
-"""Whether a server answers, asked once and briefly, before a library asks it again and again."""
+"""Quick checks if a server answers, made before a library retries the same request for minutes."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 HUB_TIMEOUT = 8
-"""Seconds the model hub has to answer."""
+"""Seconds to wait for the model hub."""
 
 
-def answers(url: str, seconds: float) -> bool:
-    """Whether a server answers at `url`, be it with an error, within `seconds` (through the proxy if there is one)."""
-    return status(url, seconds) is not None
+def is_reachable(url: str, timeout: float) -> bool:
+    """Return True if a server responds at `url`, even with an error, within `timeout` seconds."""
+    return fetch_status(url, timeout) is not None
 
 
-def status(url: str, seconds: float) -> int | None:
-    """The HTTP status of an answer within `seconds`, None where there is none.
+def fetch_status(url: str, timeout: float) -> int | None:
+    """Return the HTTP status of a GET request, or None without a response within `timeout` seconds.
 
-    Asked from a thread of its own, because looking up a name may hang for longer than any timeout given.
+    The request runs in a thread of its own because a DNS lookup may exceed any socket timeout. The environment's
+    proxy settings apply.
     """
-    found: list[int | None] = []
-    thread = threading.Thread(target=lambda: found.append(asked(url, seconds)), daemon=True)
+    statuses: list[int | None] = []
+    thread = threading.Thread(target=lambda: statuses.append(request_status(url, timeout)), daemon=True)
     thread.start()
-    thread.join(seconds)
-    return found[0] if found else None
+    thread.join(timeout)
+    return statuses[0] if statuses else None
 
 
-def asked(url: str, seconds: float) -> int | None:
-    """The same, as long as looking up a name takes. Status 0: it is there, and its certificate is not known."""
+def request_status(url: str, timeout: float) -> int | None:
+    """Return the HTTP status of a GET request, 0 if the server's certificate is not trusted, None without a response.
+
+    `timeout`, in seconds, does not cover the DNS lookup.
+    """
     try:
-        with urlopen(url, timeout=seconds) as answer:
-            return answer.status
+        with urlopen(url, timeout=timeout) as response:
+            return int(response.status)
     except HTTPError as error:
         return error.code
     except URLError as error:
@@ -44,18 +48,18 @@ def asked(url: str, seconds: float) -> int | None:
 
 
 @cache
-def hub_answers() -> bool:
-    """Whether the model hub answers. Asked before anything else is asked of it, and once in a process.
+def is_hub_reachable() -> bool:
+    """Return True if the model hub responds; checked once per process, before the first request to the hub.
 
-    Where it does not, its libraries are told to work offline: they take what is cached, or fail at once, where they
-    would try every file five times over minutes.
+    If it does not, `huggingface_hub` and `datasets` are switched to offline mode: they then use cached files or fail
+    at once, instead of retrying every file for minutes.
     """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    found = status(constants.ENDPOINT, HUB_TIMEOUT)
-    if found is None or found >= 500:
+    status = fetch_status(constants.ENDPOINT, HUB_TIMEOUT)
+    if status is None or status >= 500:
         constants.HF_HUB_OFFLINE = True
         if "datasets" in sys.modules:
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -1,55 +1,54 @@
-"""Secrets of the environment: found, refused, redacted."""
+"""Detection, refusal and redaction of the environment's secrets."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from apa_cli.errors import ConfigError
 
 SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)S?$", re.IGNORECASE)
-"""The end of an environment variable's name that says that its value is a secret."""
-SHORTEST_SECRET = 8
-"""Characters; shorter values are words that may stand anywhere."""
+"""Pattern for the end of an environment variable's name that marks its value as a secret."""
+MIN_SECRET_LENGTH = 8
+"""Characters; shorter values are common words that a configuration may hold by coincidence."""
 
 
-def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything in nested mappings and lists that is neither."""
+def iterate_leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Yield (dotted key, value) for every value in nested mappings and lists that is itself neither."""
     if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from leaves(entry, f"{place}.{key}" if place else str(key))
+        for name, entry in value.items():
+            yield from iterate_leaves(entry, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
-        for number, entry in enumerate(value):
-            yield from leaves(entry, f"{place}[{number}]")
+        for index, entry in enumerate(value):
+            yield from iterate_leaves(entry, f"{key}[{index}]")
     else:
-        yield place, value
+        yield key, value
 
 
-def secrets() -> dict[str, str]:
-    """The environment's variables that are secrets by their names."""
+def read_secrets() -> dict[str, str]:
+    """Return the environment variables that hold secrets, recognised by name: variable → value."""
     return {
         name: value.strip()
         for name, value in os.environ.items()
-        if SECRET_NAME.search(name) and len(value.strip()) >= SHORTEST_SECRET
+        if SECRET_NAME.search(name) and len(value.strip()) >= MIN_SECRET_LENGTH
     }
 
 
-def check_secrets(config: dict[str, Any]) -> None:
-    """ConfigError for a value that holds a secret of the environment: config.yaml and trackers would get it."""
-    hidden = secrets()
-    for place, leaf in leaves(config):
-        for name, value in hidden.items():
-            if isinstance(leaf, str) and value in leaf:
+def check_secrets(config: dict[str, object]) -> None:
+    """Raise ConfigError if a value contains a secret of the environment; config.yaml and trackers would record it."""
+    secrets = read_secrets()
+    for key, leaf in iterate_leaves(config):
+        for name, secret in secrets.items():
+            if isinstance(leaf, str) and secret in leaf:
                 raise ConfigError(
-                    f"{place}: it holds the value of the environment variable {name}, which config.yaml and trackers "
-                    "would then hold too; keys that need a token take the variable's name"
+                    f"{key}: contains the value of the environment variable {name}, which config.yaml and trackers "
+                    "would record; keys that need a token take the variable's name"
                 )
 
 
-def without_secrets(text: str) -> str:
-    """A text with the environment's secrets taken out."""
-    for name, value in secrets().items():
-        text = text.replace(value, f"<{name}>")
+def redact_secrets(text: str) -> str:
+    """Return the text with every secret of the environment replaced by its variable's name in angle brackets."""
+    for name, secret in read_secrets().items():
+        text = text.replace(secret, f"<{name}>")
     return text

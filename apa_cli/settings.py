@@ -1,89 +1,118 @@
-"""The typed sections of the configuration: names, types and ranges; every value is in conf/.
+"""The typed sections of the configuration: names, types and ranges. All values are in conf/.
 
-The sections `algo`, `dataset` and `reward` are not here: each is the dataclass that its `_target_` names.
-A field's comment is the one above its key in conf/.
+The type of the sections `algo`, `dataset` and `reward` is the dataclass that their `_target_` names.
+The meaning and unit of a field are in the comment above its key in conf/.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from apa_cli.types import AtLeastOne, NonNegative, Positive, Range, Unit
+from apa_cli.types import AtLeastOne, NonNegative, Positive, Range, UnitInterval
 
-Probability = Range(0, 1, open_low=True)
+if TYPE_CHECKING:
+    from apa_cli.datasets.base import Dataset
+
+PositiveProbability = Range(0, 1, open_low=True)
+"""A probability that is not 0."""
 Seed = Range(0, 2**63 - 1)
+"""Seeds that fit both numpy's Philox key and torch's generators."""
 
 
 class RewardSpecs:
-    """Marks a field that holds rewards. In conf/ each is the name of a yaml in conf/reward, or a mapping {use: NAME,
-    name: …, weight: …, any key of that yaml: value}; the check of the configuration makes `rewards.base.Part`s of them.
+    """Marker for a field that holds rewards.
+
+    In conf/ each is the name of a yaml in conf/reward, or a mapping {use: NAME, name: …, weight: …, any key of that
+    yaml: value}. The check of the configuration turns them into `rewards.base.NamedReward`s.
     """
 
 
 class UpdateOrder(Enum):
+    """Order of the updates within an iteration: shuffled epochs, or consecutive updates of each minibatch."""
+
     epochs = "epochs"
     consecutive = "consecutive"
 
 
 class DType(Enum):
+    """Floating-point type of weights or computation."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
 class Quantization(Enum):
+    """Precision of the quantized base weights under LoRA."""
+
     none = "none"
     int8 = "int8"
     int4 = "int4"
 
 
 class CriticKind(Enum):
+    """Placement of the critic: a separate network, a head on the policy's trunk, or an adapter on that trunk."""
+
     separate = "separate"
     head = "head"
     adapter = "adapter"
 
 
 class CriticInit(Enum):
+    """Model that a separate critic is initialised from."""
+
     policy = "policy"
     reward = "reward"
 
 
 class HeadKind(Enum):
+    """Shape of the critic's value head: one linear layer, or h → 2h → 1."""
+
     linear = "linear"
     mlp = "mlp"
 
 
-class Schedule(Enum):
+class LRScheduler(Enum):
+    """Shape of the learning rate after warm-up: constant, or linear or cosine decay to 0."""
+
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
 
 
 class TrackerKind(Enum):
+    """Tracker that records a run's metrics in addition to metrics.jsonl."""
+
     none = "none"
     wandb = "wandb"
     tensorboard = "tensorboard"
 
 
 class TrackingMode(Enum):
+    """Connection of wandb; auto: online if a key is set and the server responds, else offline."""
+
     auto = "auto"
     online = "online"
     offline = "offline"
 
 
-class NonFinite(Enum):
+class NonFiniteAction(Enum):
+    """Action on a gradient norm that is not finite: end the run, or leave that update out."""
+
     stop = "stop"
     skip = "skip"
 
 
 class GuardAction(Enum):
+    """Action if a bound of the guard is passed: print one warning, or save a checkpoint and end the run."""
+
     warn = "warn"
     stop = "stop"
 
 
-class Matmul(Enum):
-    """Who multiplies float32 matrices on a CPU, see `matmul`."""
+class MatmulLibrary(Enum):
+    """Library for float32 matrix products on a CPU; see `hardware.cpu_matmul`."""
 
     auto = "auto"
     torch = "torch"
@@ -91,17 +120,23 @@ class Matmul(Enum):
 
 
 class Device(Enum):
+    """Device of all models; auto: a GPU if there is one."""
+
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
 
 
-class Strategy(Enum):
+class ParallelStrategy(Enum):
+    """Placement of trained weights in several processes: replicated (ddp) or sharded (fsdp)."""
+
     ddp = "ddp"
     fsdp = "fsdp"
 
 
-class Frozen(Enum):
+class FrozenPlacement(Enum):
+    """Placement of the reference and reward models under fsdp."""
+
     replicated = "replicated"
     sharded = "sharded"
     offloaded = "offloaded"
@@ -109,7 +144,7 @@ class Frozen(Enum):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The keys that stand at the top of config.yaml."""
+    """The keys at the top level of config.yaml."""
 
     name: str
     seed: Annotated[int, Seed]
@@ -131,6 +166,8 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
+    """`model`: the policy's weights, tokenizer and architecture."""
+
     path: str | None
     dtype: DType
     attn_implementation: str | None
@@ -142,9 +179,18 @@ class ModelSettings:
     quantization: Quantization
     architecture: dict[str, Any]
 
+    @property
+    def resolved_path(self) -> str:
+        """Folder or hub id of the model. ValueError while `path` is null: a stage fills it in first."""
+        if self.path is None:
+            raise ValueError("model.path: not filled in yet; the SFT stage must run first")
+        return self.path
+
 
 @dataclass(frozen=True)
 class LoraSettings:
+    """`lora`: low-rank adapters on the policy and the critic."""
+
     rank: Annotated[int, NonNegative]
     alpha: Annotated[float, Positive]
     target_modules: list[str] | None
@@ -152,6 +198,8 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class CriticSettings:
+    """`critic`: placement, initialisation and head of the critic."""
+
     kind: CriticKind
     init: CriticInit
     head: HeadKind
@@ -159,16 +207,20 @@ class CriticSettings:
 
 @dataclass(frozen=True)
 class ReferenceSettings:
+    """`reference`: the reference policy π_init."""
+
     refresh_every: Annotated[int, NonNegative]
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
+    """`sampling`: how the policy samples responses."""
+
     max_prompt_tokens: Annotated[int, AtLeastOne]
     max_new_tokens: Annotated[int, AtLeastOne]
     temperature: Annotated[float, Positive]
     top_k: Annotated[int, NonNegative]
-    top_p: Annotated[float, Probability]
+    top_p: Annotated[float, PositiveProbability]
     stop_strings: list[str]
     microbatch_size: Annotated[int, AtLeastOne]
     cuda_graph: bool
@@ -176,20 +228,22 @@ class SamplingSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
+    """`optimizer`: AdamW, gradient clipping and the learning-rate schedule."""
+
     lr: Annotated[float, Positive]
     critic_lr: Annotated[float, Positive]
     betas: list[float]
     eps: Annotated[float, Positive]
     weight_decay: Annotated[float, NonNegative]
     max_grad_norm: Annotated[float, Positive]
-    lr_scheduler: Schedule
-    warmup_ratio: Annotated[float, Unit]
+    lr_scheduler: LRScheduler
+    warmup_ratio: Annotated[float, UnitInterval]
     critic_warmup_iterations: Annotated[int, NonNegative]
 
 
 @dataclass(frozen=True)
-class PartSettings:
-    """What a reward spec says beside the keys of its reward."""
+class RewardSpecSettings:
+    """The keys of a reward spec besides those of its reward."""
 
     use: str
     name: str | None
@@ -198,12 +252,16 @@ class PartSettings:
 
 @dataclass(frozen=True)
 class PenaltySettings:
+    """`penalty`: amounts subtracted from the score before the algorithm reads it."""
+
     per_token: Annotated[float, NonNegative]
     missing_eos: Annotated[float, NonNegative]
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
+    """`evaluation`: evaluation on held-out prompts, during training and in apa-eval."""
+
     every: Annotated[int, NonNegative]
     seed: Annotated[int, Seed]
     prompts: Annotated[int, AtLeastOne]
@@ -216,6 +274,8 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
+    """`checkpoint`: frequency and retention of checkpoints."""
+
     every: Annotated[int, NonNegative]
     keep_last: Annotated[int, AtLeastOne]
     keep_best: bool
@@ -223,7 +283,9 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class GuardSettings:
-    nonfinite: NonFinite
+    """`guard`: signs of a failing run, and the action that follows."""
+
+    nonfinite: NonFiniteAction
     action: GuardAction
     max_kl: Annotated[float | None, Positive]
     min_entropy: Annotated[float, NonNegative]
@@ -233,17 +295,21 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class LaunchSettings:
+    """`launch`: devices and processes."""
+
     device: Device
     threads: Annotated[int | None, AtLeastOne]
-    matmul: Matmul
+    matmul: MatmulLibrary
     processes: Annotated[int | None, AtLeastOne]
-    strategy: Strategy
-    frozen_placement: Frozen
+    strategy: ParallelStrategy
+    frozen_placement: FrozenPlacement
     timeout: Annotated[float, Positive]
 
 
 @dataclass(frozen=True)
 class TrackingSettings:
+    """`tracking`: the tracker, its project and its mode."""
+
     kind: TrackerKind
     project: str
     mode: TrackingMode
@@ -251,15 +317,15 @@ class TrackingSettings:
 
 
 @dataclass(frozen=True)
-class FitSettings:
-    """What the supervised stages have in common: `sft` in the configuration, and `reward_model`."""
+class SupervisedSettings:
+    """Settings of a supervised stage: `sft`, and the base of `reward_model`."""
 
     epochs: Annotated[int, AtLeastOne]
     batch_size: Annotated[int, AtLeastOne]
     lr: Annotated[float, Positive]
-    lr_scheduler: Schedule
+    lr_scheduler: LRScheduler
     weight_decay: Annotated[float, NonNegative]
-    warmup_ratio: Annotated[float, Unit]
+    warmup_ratio: Annotated[float, UnitInterval]
     max_grad_norm: Annotated[float, Positive]
     max_tokens: Annotated[int, Range(2)]
     held_out: Annotated[int, AtLeastOne]
@@ -268,35 +334,45 @@ class FitSettings:
 
 
 @dataclass(frozen=True)
-class RewardModelSettings(FitSettings):
+class RewardModelSettings(SupervisedSettings):
+    """`reward_model`: training of the Bradley-Terry reward model."""
+
     center_coef: Annotated[float, NonNegative]
     scored_pairs: Annotated[int, AtLeastOne]
 
 
 @dataclass(frozen=True)
 class ExportSettings:
+    """`export`: folder and precision of apa-export."""
+
     folder: str | None
     dtype: DType | None
 
 
 @dataclass(frozen=True)
 class ChatSettings:
+    """`chat`: options of apa-chat."""
+
     dialogue: bool | None
     score: bool
 
 
 @dataclass(frozen=True)
 class BenchSettings:
+    """`bench`: workload of apa-bench."""
+
     iterations: Annotated[int, AtLeastOne]
     warmup: Annotated[int, NonNegative]
     shortest_prompt: Annotated[int, AtLeastOne]
-    end_probability: Annotated[float, Unit]
+    end_probability: Annotated[float, UnitInterval]
     reward: bool
     reward_architecture: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class StagesSettings:
+    """`stages`: seed and cache of the SFT and reward models that a run trains first."""
+
     seed: Annotated[int, Seed]
     cache_dir: str
 
@@ -314,27 +390,29 @@ SECTIONS: dict[str, type] = {
     "guard": GuardSettings,
     "launch": LaunchSettings,
     "tracking": TrackingSettings,
-    "sft": FitSettings,
+    "sft": SupervisedSettings,
     "reward_model": RewardModelSettings,
     "stages": StagesSettings,
     "export": ExportSettings,
     "chat": ChatSettings,
     "bench": BenchSettings,
 }
-"""The sections whose type is fixed."""
+"""The sections with a fixed type, by name."""
 
 TARGET_SECTIONS = ("algo", "dataset", "reward")
-"""The sections whose type their `_target_` names."""
+"""The sections whose type is the dataclass named by their `_target_`."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole checked configuration. `raw` is the same, resolved, as plain dicts and lists."""
+    """A checked configuration. `raw` is the same configuration, resolved, as plain dicts and lists."""
 
     run: RunSettings
     algo: Any
-    dataset: Any
+    """An `algorithms.base.Algorithm`; Any, because this module is below that package."""
+    dataset: Dataset
     reward: Any
+    """A `rewards.base.Reward`; Any, because this module is below that package."""
     model: ModelSettings
     lora: LoraSettings
     critic: CriticSettings
@@ -347,7 +425,7 @@ class Config:
     guard: GuardSettings
     launch: LaunchSettings
     tracking: TrackingSettings
-    sft: FitSettings
+    sft: SupervisedSettings
     reward_model: RewardModelSettings
     stages: StagesSettings
     export: ExportSettings

@@ -9,25 +9,25 @@ if TYPE_CHECKING:
 
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
-    """Sum of `x` where `mask` is true; what lies outside the mask, infinities and NaN included, has no part in it."""
+    """Return the sum of `x` over true tokens; values outside the mask, even inf and NaN, do not enter. → scalar."""
     return x.where(mask, x.new_zeros(())).sum()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `x` where `mask` is true (0 for an empty mask). x [B, T], mask [B, T] bool → scalar."""
+    """Return the mean of `x` over true tokens, 0 for an empty mask. x [B, T], mask [B, T] bool → scalar."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
 
 
 def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
-    """Population variance of `x` where `mask` is true. x [B, T], mask [B, T] bool → scalar."""
+    """Return the population variance of `x` over true tokens. x [B, T], mask [B, T] bool → scalar."""
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """(x − mean) / std over the true tokens; 0 outside the mask. x [B, T] → [B, T].
+    """Return (x − mean) / std over the true tokens, 0 outside the mask. x [B, T] → [B, T].
 
-    Computed in float64, the deviation at least 1e-8 and 1e-6 of the largest true |x|: a constant `x`, and one that
-    is constant but for rounding, gives zeros.
+    Computed in float64 with the population standard deviation, floored at 1e-8 and at 1e-6 of the largest true |x|:
+    an `x` that is constant, or constant up to rounding, gives zeros.
     """
     wide = x.double()
     largest = float(wide.where(mask, wide.new_zeros(())).abs().max()) if x.numel() else 0.0
@@ -36,18 +36,18 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     return centred.where(mask, x.new_zeros(()))
 
 
-def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Logits in float32 at a temperature; at 1 nothing is copied."""
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Return logits / temperature in float32; at temperature 1 without a copy."""
     logits = logits.float()
     return logits if temperature == 1 else logits / temperature
 
 
 def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """log softmax(logits)[token], in float32. logits [B, T, V] of any float type, token_ids [B, T] → [B, T]."""
+    """Return log softmax(logits)[token] in float32. logits [B, T, V] of any float type, token_ids [B, T] → [B, T]."""
     return logits.float().log_softmax(dim=-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits) in nats, in float32. [B, T, V] → [B, T]."""
+    """Return the entropy of softmax(logits) in nats, in float32. [B, T, V] → [B, T]."""
     logprobs = logits.float().log_softmax(dim=-1)
     return -(logprobs.exp() * logprobs).sum(dim=-1)

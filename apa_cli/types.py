@@ -1,27 +1,27 @@
-"""What flows between the rooms of the package: prompts, rollouts, batches, outputs, loss terms.
+"""Data passed between the packages: prompts, rollouts, batches, model outputs, loss terms.
 
 Shape letters, here and everywhere: N sequences of a rollout batch (all processes), B sequences of a
 minibatch or microbatch, P prompt tokens, T response tokens, V vocabulary. Masks are boolean and true
-on tokens the policy chose. Nothing in this module imports torch, so that commands can check a
-configuration before it is loaded.
+on tokens that the policy sampled. This module does not import torch, so that commands can check a
+configuration before torch is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 State = dict[str, Any]
-"""What an algorithm carries from one iteration to the next: plain numbers and tensors, checkpointed."""
+"""An algorithm's state, carried from one iteration to the next: plain numbers and tensors, checkpointed."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values a number in the configuration may take, as the metadata of its type.
+    """The range of a number in the configuration, as metadata of its type (`Annotated[float, Range(0, 1)]`).
 
     `low` and `high` are inclusive unless `open_low` / `open_high`; None means unbounded.
     """
@@ -48,47 +48,53 @@ class Range:
 Positive = Range(0, open_low=True)
 NonNegative = Range(0)
 AtLeastOne = Range(1)
-Unit = Range(0, 1)
+UnitInterval = Range(0, 1)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set: a prompt, optionally a preferred and a rejected response, and further columns.
-
-    `messages` are the prompt's turns, each {"role", "content"}, where the data set knows them: what a chat model's
-    template renders. `prompt` is the same as plain text, which is what rewards see.
-    """
+    """One row of a data set: a prompt, optionally a preferred and a rejected response, and further columns."""
 
     prompt: str
+    """The prompt as plain text, which rewards read."""
     chosen: str | None
+    """The preferred response; None if the data set has no responses."""
     rejected: str | None
+    """The rejected response; None if the data set has no preference pairs."""
     columns: dict[str, Any]
+    """Further fields of the row, passed to reward functions."""
     messages: list[dict[str, str]] | None = None
+    """The prompt's turns, each {"role", "content"}, which a chat template renders; None if the prompt has no turns."""
 
 
 class Examples(list[Example]):
-    """The rows of a split, with how many were left out, by reason."""
+    """The rows of a split; `drop_counts` maps a reason to the number of unusable rows that were left out for it."""
 
-    def __init__(self, rows: Iterable[Example] = (), dropped: Mapping[str, int] | None = None):
+    def __init__(self, rows: Iterable[Example] = (), drop_counts: Mapping[str, int] | None = None) -> None:
         super().__init__(rows)
-        self.dropped = dict(dropped or {})
+        self.drop_counts = dict(drop_counts or {})
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt and its `place` in the rollout batch, which keys its random numbers."""
+    """A tokenized prompt for one response; `place` and `sample` key the response's random numbers."""
 
     text: str
     token_ids: list[int]
     place: int
+    """Index of the prompt in the rollout batch of all processes."""
     sample: int
+    """Number of the response among those to the same prompt, from 0."""
     columns: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """Who draws the sequences: each is begun by `roll_in`, and with `rollin_probability` a uniformly random
-    prefix of it is kept, which `roll_out` completes. The default: the policy draws everything."""
+    """The models that sample a response; by default the policy samples all of it.
+
+    `roll_in` samples a whole response. With probability `rollin_probability` a uniformly random prefix of it is kept,
+    otherwise nothing; `roll_out` completes it.
+    """
 
     roll_in: str = "policy"
     roll_out: str = "policy"
@@ -97,37 +103,47 @@ class RolloutPlan:
 
 @dataclass(frozen=True)
 class Needs:
-    """What an algorithm uses; nothing else is loaded or computed."""
+    """The models and quantities that an algorithm uses; nothing else is loaded or computed."""
 
     reference: bool = True
-    """log π_init on the sampled tokens, in the loss or in the token rewards."""
+    """log π_init of the sampled tokens, used in the loss or in the token rewards."""
     critics: tuple[str, ...] = ("value",)
-    """Names of the critics whose values are computed before, and trained in, the update."""
+    """Names of the critics, whose values are computed before the update and trained in it."""
     old_logprobs: bool = False
-    """log π_old recomputed by the training forward pass (the sampler's own log-probs are always there)."""
+    """log π_old recomputed by the training forward pass; the sampler's own log-probs are always available."""
     guide: bool = False
-    """A guide policy, which `plan` may name."""
+    """A guide policy, which the algorithm's `plan` may name."""
     samples_per_prompt: int = 1
-    """The fewest responses to each prompt that it can work with."""
+    """Minimum number of responses to each prompt."""
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Prompts and responses as tensors: all that a forward pass needs. `Batch` has the same four and more."""
+class Sequences:
+    """Prompts and responses as tensors: the input of a forward pass. `Batch` has the same four fields and more."""
 
     prompt_ids: Tensor
     """[B, P] int64, padded on the left."""
     prompt_mask: Tensor
-    """[B, P] bool."""
+    """[B, P] bool, true on prompt tokens."""
     response_ids: Tensor
     """[B, T] int64, padded on the right."""
     mask: Tensor
-    """[B, T] bool."""
+    """[B, T] bool, true on response tokens."""
+
+
+def require(value: Tensor | None, name: str) -> Tensor:
+    """Return an optional field of a rollout or batch; ValueError if the trainer was not asked to compute it."""
+    if value is None:
+        raise ValueError(f"{name}: not computed; the algorithm's needs() must ask for it")
+    return value
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One iteration's responses and everything known about them before the update. All processes hold all of it."""
+    """One iteration's responses and their scores, log-probs and values before the update, complete in every process.
+
+    The fields that default to None are filled in one after the other; see `require`.
+    """
 
     prompt_ids: Tensor
     """[N, P] int64, padded on the left."""
@@ -136,100 +152,112 @@ class Rollout:
     response_ids: Tensor
     """[N, T] int64, padded on the right."""
     mask: Tensor
-    """[N, T] bool, true on tokens really chosen in sampling, the terminating one included."""
+    """[N, T] bool, true on sampled tokens, the terminating one included."""
     prefix_mask: Tensor
-    """[N, T] bool, true on the kept roll-in prefix (all false under the default plan)."""
+    """[N, T] bool, true on the kept roll-in prefix; all false under the default plan."""
     sampler_logprobs: Tensor
     """[N, T] float32, log π_old of each token as the sampler computed it; 0 outside `mask`."""
     prompts: list[str]
+    """The prompts' texts, as rewards read them."""
     responses: list[str]
-    """The texts that are scored: stop string and terminator cut off."""
+    """The responses' texts, as rewards read them: without stop string and terminator."""
     endings: list[str]
-    """How each response ended: "eos", "stop" or "length"."""
+    """The end of each response: "eos", "stop" or "length"."""
     groups: Tensor
-    """[N] int64, the prompt each response belongs to."""
+    """[N] int64, index of the prompt that each response belongs to."""
     columns: list[dict[str, Any]]
+    """Further fields of each prompt's row."""
     scores: Tensor | None = None
-    """[N] float32, what the reward gave."""
+    """[N] float32, the rewards' scores."""
     ref_logprobs: Tensor | None = None
-    """[N, T] float32, log π of the reference that the loss uses (π_init, or the refreshed one)."""
+    """[N, T] float32, log π of the loss's reference: π_init, or the refreshed one."""
     init_logprobs: Tensor | None = None
-    """[N, T] float32, log π_init; kl/* are measured against it."""
+    """[N, T] float32, log π_init, the reference of kl/*."""
     old_logprobs: Tensor | None = None
-    """[N, T] float32, log π_old by the training forward pass, where the algorithm needs it."""
+    """[N, T] float32, log π_old by the training forward pass, if the algorithm needs it."""
     values: Mapping[str, Tensor] = field(default_factory=dict)
-    """critic name → [N, T] float32; V(s_t) at the position before token t; 0 outside `mask`."""
+    """critic name → [N, T] float32, V(s_t) at the position before token t; 0 outside `mask`."""
 
-    def with_(self, **changes: Any) -> Rollout:
+    def replace(self, **changes: Any) -> Rollout:
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the update trains on. Every tensor's first dimension is the sequence, so rows can be taken."""
+    """The training data of an update. The first dimension of every tensor is the sequence, so rows can be selected."""
 
     prompt_ids: Tensor
+    """[N, P] int64, padded on the left."""
     prompt_mask: Tensor
+    """[N, P] bool, true on prompt tokens."""
     response_ids: Tensor
+    """[N, T] int64, padded on the right."""
     mask: Tensor
-    """[N, T] bool: the tokens whose log-probs and values the forward pass computes."""
+    """[N, T] bool, true on tokens whose log-probs and values the forward pass computes."""
     masks: Mapping[str, Tensor]
-    """name → [N, T] bool: the masks that the loss terms name; each term is divided by its own mask's count."""
+    """mask name → [N, T] bool; each loss term names its mask and is divided by that mask's count."""
     sampler_logprobs: Tensor
+    """[N, T] float32, log π_old as the sampler computed it."""
     advantages: Tensor
     """[N, T] float32, Â; 0 outside `mask`."""
     returns: Mapping[str, Tensor]
-    """critic name → [N, T] float32, the target G."""
+    """critic name → [N, T] float32, the critic's target G."""
     values: Mapping[str, Tensor]
     """critic name → [N, T] float32, V_old."""
     ref_logprobs: Tensor | None = None
+    """[N, T] float32, log π of the loss's reference."""
     old_logprobs: Tensor | None = None
+    """[N, T] float32, log π_old by the training forward pass."""
     log_normalizer: Tensor | None = None
-    """[N, T] float32, the constant an algorithm adds to every token's residual, where it does."""
+    """[N, T] float32, log Z, which APA may add to every token's residual."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """Numbers about the whole batch, for the log."""
+    """Metrics of the whole batch, for the log."""
 
     def __len__(self) -> int:
         return len(self.mask)
 
-    def rows(self, index: Tensor) -> Batch:
-        """The sequences at `index` (int64 [B]), in that order, without the metrics."""
+    def select_rows(self, index: Tensor) -> Batch:
+        """Return the sequences at `index` (int64 [B]), in that order, without the metrics."""
 
-        def take(value: Any) -> Any:
+        def select(value: Any) -> Any:
             if isinstance(value, Mapping):
                 return {name: tensor[index] for name, tensor in value.items()}
             return None if value is None else value[index]
 
-        changes = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "metrics"}
+        changes = {f.name: select(getattr(self, f.name)) for f in fields(self) if f.name != "metrics"}
         return replace(self, **changes, metrics={})
 
-    def with_(self, **changes: Any) -> Batch:
+    def replace(self, **changes: Any) -> Batch:
+        """Return a copy with some fields changed."""
         return replace(self, **changes)
 
 
 @dataclass(frozen=True)
 class PolicyOutput:
-    """What one forward pass of the models under training gives a loss; all float32, 0 outside `batch.mask`."""
+    """The output of one forward pass of the models under training; float32, 0 outside `batch.mask`."""
 
     logprobs: Tensor
     """[B, T], log π_θ of each response token."""
     values: Mapping[str, Tensor]
-    """critic name → [B, T]."""
+    """critic name → [B, T], V."""
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One part of a loss: a value per token, before any reduction.
+    """One term of a loss: a value per token, before any reduction.
 
     The trainer sums `values` over the tokens of `batch.masks[mask]`, over all microbatches and processes of
-    the minibatch, divides once by that mask's count there, and multiplies by `weight`. The mask is named,
-    not given, so that the count is known before the first of several microbatches is computed.
+    the minibatch, divides once by that mask's count there, and multiplies by `weight`. The term holds the mask's
+    name, not the mask, so that the count is known before the first of several microbatches is computed.
     """
 
     name: str
+    """Name in the metrics, `loss/NAME`."""
     values: Tensor
-    """[B, T]"""
+    """[B, T] float32."""
     mask: str
+    """A key of `batch.masks`."""
     weight: float
 
 
@@ -240,10 +268,13 @@ class Metric:
     values: Tensor
     """[B, T], without gradient."""
     mask: str
-    reduce: str = "mean"
+    """A key of `batch.masks`."""
+    reduction: Literal["mean", "max"] = "mean"
 
 
 @dataclass(frozen=True)
 class Loss:
+    """An algorithm's loss on a microbatch: the terms that are summed, and metrics by name."""
+
     terms: list[LossTerm]
     metrics: Mapping[str, Metric] = field(default_factory=dict)

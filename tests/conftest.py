@@ -140,14 +140,14 @@ def train(configured):
 
     Drawing takes longer than all the rest, so there is no curves.png unless `curves` is true.
     """
-    from apa_cli.training.launch import start
+    from apa_cli.training.launch import start_training
 
     def run(directory: Path, *words: str, curves: bool = False) -> Path:
         config = configured(f"name={directory.name}", *words)
         with pytest.MonkeyPatch.context() as patch:
             if not curves:
-                patch.setattr("apa_cli.training.trainer.draw_curves", lambda directory: None, raising=False)
-            start(config, directory, None)
+                patch.setattr("apa_cli.training.results.plot_curves", lambda directory: None, raising=False)
+            start_training(config, directory, None)
         return directory
 
     return run
@@ -186,6 +186,6 @@ def pytorchs_own_products():
     yield
     if "apa_cli.hardware.cpu_matmul" in sys.modules:
         from apa_cli.hardware import cpu_matmul as matmul
-        from apa_cli.settings import Matmul
+        from apa_cli.settings import MatmulLibrary
 
-        matmul.use(Matmul.torch)
+        matmul.select_matmul(MatmulLibrary.torch)

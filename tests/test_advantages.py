@@ -1,4 +1,4 @@
-"""Score scaling's moments, scores as token rewards, and the advantage estimators."""
+"""Score moments, token rewards and advantage estimators."""
 
 import math
 from functools import partial
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from apa_cli.advantages import end_scores, gae, group_mean, updated_moments
+from apa_cli.advantages import gae, group_mean, place_scores_at_end, update_moments
 
-close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 NAN, INF = math.nan, math.inf
-NOTHING_YET = (0.0, 0.0, 0.0)
+NO_SCORES = (0.0, 0.0, 0.0)
 
 
 def lengths_mask(lengths: list[int], width: int) -> torch.Tensor:
@@ -20,33 +20,33 @@ def lengths_mask(lengths: list[int], width: int) -> torch.Tensor:
 
 def test_moments_by_hand():
     # 1, 2, 3: mean 2, squares 1 + 0 + 1
-    first = updated_moments(NOTHING_YET, torch.tensor([1.0, 2.0, 3.0]))
+    first = update_moments(NO_SCORES, torch.tensor([1.0, 2.0, 3.0]))
     assert first == pytest.approx((3, 2, 2), rel=1e-12)
     # 1, 2, 3, 4, 8: mean 18/5 = 3.6, squares 2.6² + 1.6² + 0.6² + 0.4² + 4.4² = 29.2
-    assert updated_moments(first, torch.tensor([4.0, 8.0])) == pytest.approx((5, 3.6, 29.2), rel=1e-12)
+    assert update_moments(first, torch.tensor([4.0, 8.0])) == pytest.approx((5, 3.6, 29.2), rel=1e-12)
 
 
 def test_running_moments_are_the_moments_of_the_concatenation():
     scores = torch.from_numpy(1000 + np.random.default_rng(0).standard_normal(100))
-    moments = NOTHING_YET
+    moments = NO_SCORES
     for part in scores.split([1, 9, 40, 50]):
-        moments = updated_moments(moments, part)
+        moments = update_moments(moments, part)
     values = scores.numpy()
     squares = ((values - values.mean()) ** 2).sum()
     assert moments == pytest.approx((100, values.mean(), squares), rel=1e-9)
 
 
-def test_moments_are_float64_whatever_the_scores_are():
+def test_moments_of_float32_scores_are_computed_in_float64():
     # 2²⁴ and twice 2²⁴ + 2, float32 neighbours: mean 2²⁴ + 4/3, squares (4/3)² + 2·(2/3)² = 8/3
     scores = 2.0**24 + torch.tensor([0.0, 2.0, 2.0])
-    found = updated_moments(NOTHING_YET, scores)
-    assert found == pytest.approx((3, 2**24 + 4 / 3, 8 / 3), rel=1e-9)
+    moments = update_moments(NO_SCORES, scores)
+    assert moments == pytest.approx((3, 2**24 + 4 / 3, 8 / 3), rel=1e-9)
 
 
-def test_the_score_is_on_the_last_true_token_and_nowhere_else():
+def test_the_score_is_on_the_last_true_token_only():
     mask = lengths_mask([1, 3, 2, 0], 3)
     expected = torch.tensor([[5.0, 0.0, 0.0], [0.0, 0.0, -2.0], [0.0, 7.0, 0.0], [0.0, 0.0, 0.0]])
-    close(end_scores(torch.tensor([5.0, -2.0, 7.0, 9.0]), mask), expected)
+    assert_close(place_scores_at_end(torch.tensor([5.0, -2.0, 7.0, 9.0]), mask), expected)
 
 
 def test_gae_by_hand():
@@ -54,20 +54,20 @@ def test_gae_by_hand():
     # γ = 0.5: δ = 1 + 0.5·2 − 1 = 1;  0 + 0.5·4 − 2 = 0;  2 + 0 − 4 = −2
     # γ·gae_lambda = 0.4: A_3 = −2;  A_2 = 0 + 0.4·(−2) = −0.8;  A_1 = 1 + 0.4·(−0.8) = 0.68;  G = A + V
     advantages, returns = gae(rewards, values, lengths_mask([3], 3), gamma=0.5, gae_lambda=0.8)
-    close(advantages, torch.tensor([[0.68, -0.8, -2.0]]))
-    close(returns, torch.tensor([[1.68, 1.2, 2.0]]))
+    assert_close(advantages, torch.tensor([[0.68, -0.8, -2.0]]))
+    assert_close(returns, torch.tensor([[1.68, 1.2, 2.0]]))
 
 
 @pytest.fixture
-def many():
-    """Token rewards, values and mask of twelve responses of 1 to 12 tokens, in twelve columns."""
+def random_responses():
+    """Token rewards, values and mask of twelve responses of 1 to 12 tokens, [12, 12] each."""
     torch.manual_seed(0)
     return torch.randn(12, 12), torch.randn(12, 12), lengths_mask(list(range(1, 13)), 12)
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (1.0, 0.0), (1.0, 1.0)])
-def test_gae_equals_the_double_sum_of_its_definition(many, gamma, gae_lambda):
-    rewards, values, mask = many
+def test_gae_equals_the_double_sum_of_its_definition(random_responses, gamma, gae_lambda):
+    rewards, values, mask = random_responses
     expected = np.zeros(mask.shape)
     for row, length in enumerate(mask.sum(1).tolist()):
         r, v = rewards[row, :length].double().numpy(), [*values[row, :length].double().tolist(), 0.0]
@@ -82,46 +82,46 @@ def test_gae_equals_the_double_sum_of_its_definition(many, gamma, gae_lambda):
     torch.testing.assert_close(returns.double(), expected + (values * mask).double(), rtol=1e-6, atol=3e-6)
 
 
-def test_with_gamma_and_gae_lambda_1_the_advantage_is_return_minus_value(many):
-    rewards, values, mask = many
+def test_with_gamma_and_gae_lambda_1_the_advantage_is_return_minus_value(random_responses):
+    rewards, values, mask = random_responses
     advantages, returns = gae(rewards, values, mask, gamma=1.0, gae_lambda=1.0)
     to_come = (rewards * mask).flip(1).cumsum(1).flip(1) * mask
     # float32 sums of up to 24 terms of size 1
-    close(advantages, to_come - values * mask, atol=3e-6)
-    close(returns, to_come, atol=3e-6)
+    assert_close(advantages, to_come - values * mask, atol=3e-6)
+    assert_close(returns, to_come, atol=3e-6)
 
 
-def test_with_gae_lambda_0_the_advantage_is_the_td_error(many):
-    rewards, values, mask = many
+def test_with_gae_lambda_0_the_advantage_is_the_td_error(random_responses):
+    rewards, values, mask = random_responses
     advantages, returns = gae(rewards, values, mask, gamma=0.9, gae_lambda=0.0)
     following = torch.nn.functional.pad((values * mask)[:, 1:], (0, 1))
-    close(returns, (rewards + 0.9 * following) * mask)
-    close(advantages, (rewards + 0.9 * following - values) * mask, atol=1e-6)
+    assert_close(returns, (rewards + 0.9 * following) * mask)
+    assert_close(advantages, (rewards + 0.9 * following - values) * mask, atol=1e-6)
 
 
 def test_nothing_is_bootstrapped_after_the_last_true_token():
     # one token, reward 3, value 1: A = 3 − 1 and G = 3, although columns with values follow
     advantages, returns = gae(torch.tensor([[3.0, 50.0]]), torch.tensor([[1.0, 70.0]]), lengths_mask([1], 2), 1.0, 0.95)
-    close(advantages, torch.tensor([[2.0, 0.0]]))
-    close(returns, torch.tensor([[3.0, 0.0]]))
+    assert_close(advantages, torch.tensor([[2.0, 0.0]]))
+    assert_close(returns, torch.tensor([[3.0, 0.0]]))
 
 
-def test_tokens_before_the_first_true_one_have_no_advantage_either():
+def test_tokens_before_the_first_true_one_have_no_advantage():
     # a prefix that is not trained on: A_3 = 2 − 4 = −2, A_2 = 0 + 4 − 3 − 2·0.5 = 0, nothing at 1
     mask = torch.tensor([[False, True, True]])
     advantages, returns = gae(
         torch.tensor([[7.0, 0.0, 2.0]]), torch.tensor([[9.0, 3.0, 4.0]]), mask, gamma=1.0, gae_lambda=0.5
     )
-    close(advantages, torch.tensor([[0.0, 0.0, -2.0]]))
-    close(returns, torch.tensor([[0.0, 3.0, 2.0]]))
+    assert_close(advantages, torch.tensor([[0.0, 0.0, -2.0]]))
+    assert_close(returns, torch.tensor([[0.0, 3.0, 2.0]]))
 
 
 @pytest.mark.parametrize("junk", [1e30, INF, NAN])
-def test_what_lies_outside_the_mask_changes_no_advantage(many, junk):
-    rewards, values, mask = many
+def test_values_outside_the_mask_change_no_advantage(random_responses, junk):
+    rewards, values, mask = random_responses
     expected = gae(rewards * mask, values * mask, mask, 0.9, 0.8)
-    spoilt = gae(rewards.masked_fill(~mask, junk), values.masked_fill(~mask, -junk), mask, 0.9, 0.8)
-    for clean, dirty in zip(expected, spoilt, strict=True):
+    actual = gae(rewards.masked_fill(~mask, junk), values.masked_fill(~mask, -junk), mask, 0.9, 0.8)
+    for clean, dirty in zip(expected, actual, strict=True):
         torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
         assert not dirty[~mask].any()
 
@@ -132,7 +132,7 @@ def test_group_mean_by_hand():
     # prompt 3: 1 − (2 + 6)/2 = −3;  2 − (1 + 6)/2 = −1.5;  6 − (1 + 2)/2 = 4.5
     # prompt 8: 10 − 4 = 6;  4 − 10 = −6
     expected = torch.tensor([[-3.0, 0.0], [6.0, 6.0], [-1.5, -1.5], [4.5, 0.0], [-6.0, -6.0]])
-    close(group_mean(end_scores(totals, mask), groups, mask), expected)
+    assert_close(group_mean(place_scores_at_end(totals, mask), groups, mask), expected)
 
 
 def test_group_mean_counts_all_token_rewards_of_a_response_and_none_outside_the_mask():
@@ -140,7 +140,7 @@ def test_group_mean_counts_all_token_rewards_of_a_response_and_none_outside_the_
     mask = lengths_mask([3, 2, 1], 3)
     # totals 7, 3.5, 2: 7 − 5.5/2 = 4.25;  3.5 − 9/2 = −1;  2 − 10.5/2 = −3.25
     expected = torch.tensor([[4.25, 4.25, 4.25], [-1.0, -1.0, 0.0], [-3.25, 0.0, 0.0]])
-    close(group_mean(rewards, torch.tensor([0, 0, 0]), mask), expected)
+    assert_close(group_mean(rewards, torch.tensor([0, 0, 0]), mask), expected)
 
 
 def test_group_mean_refuses_a_prompt_with_a_single_response():
@@ -149,9 +149,9 @@ def test_group_mean_refuses_a_prompt_with_a_single_response():
         group_mean(torch.ones(3, 1), torch.tensor([0, 0, 1]), mask)
 
 
-def test_replies_of_equal_score_get_exactly_nothing():
-    # Five replies each to twelve prompts: unanimous, but over different prompts different; (5 · 0.1 − 0.1) / 4 ≠ 0.1.
+def test_group_mean_of_equal_scores_is_0():
+    # Five equal scores for each of twelve prompts; in floating point (5 · 0.1 − 0.1) / 4 ≠ 0.1.
     scores = torch.tensor([0.1, 0.7, 1 / 3] * 4).repeat_interleave(5)
     mask = torch.ones(60, 3, dtype=torch.bool)
-    advantages = group_mean(end_scores(scores, mask), torch.arange(12).repeat_interleave(5), mask)
+    advantages = group_mean(place_scores_at_end(scores, mask), torch.arange(12).repeat_interleave(5), mask)
     assert advantages.abs().max() < 1e-15

@@ -1,4 +1,4 @@
-"""KL to the reference: the estimators on chosen tokens, the exact sum, the adaptive coefficient."""
+"""KL from the reference: estimators on sampled tokens, the exact sum, the adaptive coefficient."""
 
 import math
 from functools import partial
@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from apa_cli.kl import adapted_coefficient, exact_kl, k1, sequence_kl, token_k3
+from apa_cli.kl import adapt_kl_coef, exact_kl, k1, sequence_kl, token_k3
 from apa_cli.tensor_ops import token_logprobs
 
-close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 NAN, INF = math.nan, math.inf
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -19,15 +19,15 @@ JUNK_LOGPROBS = torch.tensor([[-1.0, -2.0, -0.5], [-3.0, NAN, -INF]])
 JUNK_REFERENCE = torch.tensor([[-1.5, -1.0, -0.5], [-3.25, 5.0, -INF]])
 
 
-def test_k1_is_the_policys_log_probability_minus_the_references():
+def test_k1_is_the_difference_of_log_probabilities():
     # −1 + 1.5, −2 + 1, −0.5 + 0.5; −3 + 3.25
-    close(k1(LOGPROBS, REFERENCE), torch.tensor([[0.5, -1.0, 0.0], [0.25, 0.0, 0.0]]))
+    assert_close(k1(LOGPROBS, REFERENCE), torch.tensor([[0.5, -1.0, 0.0], [0.25, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize(("logprobs", "reference"), [(LOGPROBS, REFERENCE), (JUNK_LOGPROBS, JUNK_REFERENCE)])
 def test_sequence_kl_is_the_mean_over_responses_of_their_sums(logprobs, reference):
     # response 1: 0.5 − 1 + 0 = −0.5; response 2: 0.25; mean (−0.5 + 0.25) / 2 = −0.125, so it may be negative
-    close(sequence_kl(logprobs, reference, MASK), torch.tensor(-0.125))
+    assert_close(sequence_kl(logprobs, reference, MASK), torch.tensor(-0.125))
 
 
 @pytest.mark.parametrize(("logprobs", "reference"), [(LOGPROBS, REFERENCE), (JUNK_LOGPROBS, JUNK_REFERENCE)])
@@ -37,7 +37,7 @@ def test_token_k3_by_hand(logprobs, reference):
     assert float(token_k3(logprobs, reference, MASK)) == pytest.approx(total / 4, rel=1e-6)
 
 
-def test_k3_is_never_negative_and_zero_only_where_the_policies_agree():
+def test_k3_is_zero_for_equal_policies_and_positive_otherwise():
     differences = (torch.arange(-30, 31) / 10).reshape(61, 1, 1)
     one = torch.tensor([[True]])
     k3 = torch.stack([token_k3(difference, torch.zeros(1, 1), one) for difference in differences])
@@ -48,15 +48,15 @@ def test_k3_is_never_negative_and_zero_only_where_the_policies_agree():
 def test_k3_of_small_differences_is_half_their_square():
     # exp(−d) − 1 + d = d²/2 − d³/6 + …; the rounding of float32 alone would be 6e-8
     for difference in (1e-3, 1e-4, -1e-4, 1e-5):
-        found = token_k3(torch.tensor([[difference]]), torch.zeros(1, 1), torch.tensor([[True]]))
-        assert float(found) == pytest.approx(difference**2 / 2 - difference**3 / 6, rel=1e-4)
+        k3 = token_k3(torch.tensor([[difference]]), torch.zeros(1, 1), torch.tensor([[True]]))
+        assert float(k3) == pytest.approx(difference**2 / 2 - difference**3 / 6, rel=1e-4)
 
 
 def test_exact_kl_by_hand():
     # p = (½, ¼, ¼), q = (¼, ¼, ½): ½ ln 2 + ¼ ln 1 + ¼ ln ½ = ¼ ln 2; from q to p the same; from p to p 0
     p, q = torch.tensor([2.0, 1.0, 1.0]).log(), torch.tensor([1.0, 1.0, 2.0]).log()
     logits, reference = torch.stack([p, q, p]).unsqueeze(0), torch.stack([q, p, p]).unsqueeze(0)
-    close(exact_kl(logits, reference), torch.tensor([[math.log(2) / 4, math.log(2) / 4, 0.0]]))
+    assert_close(exact_kl(logits, reference), torch.tensor([[math.log(2) / 4, math.log(2) / 4, 0.0]]))
 
 
 def test_exact_kl_is_weighted_by_the_policy_not_the_reference():
@@ -73,25 +73,25 @@ def test_exact_kl_is_the_expectation_of_k1_and_of_k3_under_the_policy():
     every = [torch.full((2, 3), token) for token in range(7)]
     differences = torch.stack([k1(token_logprobs(logits, t), token_logprobs(reference, t)) for t in every], dim=-1)
     # a sum of seven terms of size 1 in another order: 1e-6 absolute
-    close(exact_kl(logits, reference), (probabilities * differences).sum(-1), atol=1e-6)
+    assert_close(exact_kl(logits, reference), (probabilities * differences).sum(-1), atol=1e-6)
     one, zero = torch.tensor([[True]]), torch.zeros(1, 1)
     k3 = torch.stack([token_k3(d.reshape(1, 1), zero, one) for d in differences.flatten()])
     expected = (probabilities * k3.reshape(differences.shape)).sum(-1)
-    close(exact_kl(logits, reference), expected, atol=1e-6)
+    assert_close(exact_kl(logits, reference), expected, atol=1e-6)
 
 
 def test_exact_kl_of_low_precision_logits_is_computed_in_float32():
     torch.manual_seed(0)
     logits, reference = torch.randn(1, 4, 7).bfloat16(), torch.randn(1, 4, 7).bfloat16()
-    found = exact_kl(logits, reference)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact_kl(logits.float(), reference.float()), rtol=0, atol=0)
+    kl = exact_kl(logits, reference)
+    assert kl.dtype == torch.float32
+    torch.testing.assert_close(kl, exact_kl(logits.float(), reference.float()), rtol=0, atol=0)
 
 
 def test_exact_kl_does_not_depend_on_a_shift_of_the_logits():
     torch.manual_seed(0)
     logits, reference = torch.randn(1, 4, 7), torch.randn(1, 4, 7)
-    close(exact_kl(logits + 3, reference - 2), exact_kl(logits, reference), atol=1e-6)
+    assert_close(exact_kl(logits + 3, reference - 2), exact_kl(logits, reference), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -106,4 +106,4 @@ def test_exact_kl_does_not_depend_on_a_shift_of_the_logits():
     ],
 )
 def test_adaptive_coefficient_by_hand(kl, expected):
-    assert adapted_coefficient(0.05, kl, target=6.0, n=64, horizon=10_000) == pytest.approx(expected, rel=1e-12)
+    assert adapt_kl_coef(0.05, kl, target=6.0, n=64, horizon=10_000) == pytest.approx(expected, rel=1e-12)

@@ -79,7 +79,7 @@ import torch
 from apa_cli import kl, runs as started
 import apa_cli.training.trainer
 if TYPE_CHECKING:
-    from apa_cli.models.loading import loaded
+    from apa_cli.models.loading import load_pretrained
 def f():
     from apa_cli.report.curves import draw
 """

@@ -1,4 +1,4 @@
-"""The losses: numbers by hand, where they vanish, their gradients, and nothing from outside the mask."""
+"""The losses: values by hand, zeros, gradients, and independence of values outside the mask."""
 
 import math
 from functools import partial
@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from apa_cli.losses import apa_loss, awr_loss, critic_loss, ppo_clipped, ppo_loss
+from apa_cli.losses import apa_loss, awr_loss, critic_loss, ppo_clip_mask, ppo_loss
 from apa_cli.tensor_ops import masked_mean, token_logprobs
 
-close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 NAN, INF = math.nan, math.inf
 
 
@@ -26,13 +26,13 @@ def test_apa_loss_by_hand():
     logprobs = torch.tensor([-1.0, -2.0, -1.0])
     reference = torch.tensor([-1.5, -1.0, -1.0])
     advantages = torch.tensor([0.1, 0.5, -0.2])
-    close(apa_loss(logprobs, reference, advantages, 0.5), torch.tensor([0.09, 4.0, 0.16]))
+    assert_close(apa_loss(logprobs, reference, advantages, 0.5), torch.tensor([0.09, 4.0, 0.16]))
     # with log Z = 0.7: (0.3 + 0.7)² = 1;  (−2 + 0.7)² = 1.69;  (0.4 + 0.7)² = 1.21
-    close(apa_loss(logprobs, reference, advantages, 0.5, 0.7), torch.tensor([1.0, 1.69, 1.21]))
+    assert_close(apa_loss(logprobs, reference, advantages, 0.5, 0.7), torch.tensor([1.0, 1.69, 1.21]))
 
 
 @pytest.mark.parametrize("log_normalizer", [0.0, 0.75, -1.5])
-def test_apa_loss_and_gradient_vanish_exactly_at_log_ratio_advantage_over_lambda_minus_log_z(log_normalizer):
+def test_apa_loss_and_gradient_vanish_exactly_at_the_target(log_normalizer):
     # sixteenths and λ = 1/8: every number here is exact in float32
     reference = torch.tensor([-1.0, -2.5, -0.0625])
     advantages = torch.tensor([0.25, -0.5, 0.0])
@@ -49,19 +49,19 @@ def test_apa_gradient_is_twice_the_distance_to_the_target():
     logprobs = torch.tensor([-1.0, -3.0], requires_grad=True)
     loss = apa_loss(logprobs, torch.tensor([-2.0, -2.0]), torch.tensor([0.5, 0.5]), 0.25)
     # distances 1 − 2 = −1 and −1 − 2 = −3
-    close(gradient(loss, logprobs), torch.tensor([-2.0, -6.0]))
+    assert_close(gradient(loss, logprobs), torch.tensor([-2.0, -6.0]))
 
 
-def test_apa_pulls_to_the_reference_when_lambda_is_large():
+def test_apa_pulls_to_the_reference_at_large_lambda():
     logprobs, reference = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -1.0])
     advantages = torch.tensor([5.0, -5.0])
     # 5/1e8 is below float32's resolution near 1, so what is left is the squared log-ratio
-    close(apa_loss(logprobs, reference, advantages, 1e8), torch.tensor([1.0, 4.0]))
+    assert_close(apa_loss(logprobs, reference, advantages, 1e8), torch.tensor([1.0, 4.0]))
 
 
-def test_apa_normaliser_may_differ_by_token():
+def test_apa_normalizer_may_differ_by_token():
     loss = apa_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), 1.0, torch.tensor([2.0, -3.0]))
-    close(loss, torch.tensor([4.0, 9.0]))
+    assert_close(loss, torch.tensor([4.0, 9.0]))
 
 
 # AWR
@@ -70,27 +70,27 @@ def test_apa_normaliser_may_differ_by_token():
 def test_awr_loss_by_hand():
     # λ = 0.5: −exp(1)·(−2) = 2e;  −exp(−1)·(−3) = 3/e;  −exp(0)·(−1) = 1
     loss = awr_loss(torch.tensor([-2.0, -3.0, -1.0]), torch.tensor([0.5, -0.5, 0.0]), 0.5, None)
-    close(loss, torch.tensor([2 * math.e, 3 / math.e, 1.0]))
+    assert_close(loss, torch.tensor([2 * math.e, 3 / math.e, 1.0]))
 
 
 def test_awr_weights_are_clipped_from_above_only():
     logprobs = torch.tensor([-1.0, -1.0, -1.0, -1.0])
     advantages = torch.tensor([0.5, 0.75, 10.0, -10.0])
     # λ = 0.5: weights e, e^1.5 = 4.48, e^20, e^−20; clipped at 4
-    close(awr_loss(logprobs, advantages, 0.5, 4.0), torch.tensor([math.e, 4.0, 4.0, math.exp(-20)]), atol=0)
-    close(awr_loss(logprobs, advantages, 0.5, None)[1:3], torch.tensor([math.exp(1.5), math.exp(20)]))
+    assert_close(awr_loss(logprobs, advantages, 0.5, 4.0), torch.tensor([math.e, 4.0, 4.0, math.exp(-20)]), atol=0)
+    assert_close(awr_loss(logprobs, advantages, 0.5, None)[1:3], torch.tensor([math.exp(1.5), math.exp(20)]))
 
 
 def test_awr_gradient_is_minus_the_weight():
     logprobs = torch.tensor([-2.0, -3.0], requires_grad=True)
     loss = awr_loss(logprobs, torch.tensor([1.0, 9.0]), 1.0, 20.0)
-    close(gradient(loss, logprobs), torch.tensor([-math.e, -20.0]))
+    assert_close(gradient(loss, logprobs), torch.tensor([-math.e, -20.0]))
 
 
-def test_awr_without_advantage_is_imitation():
+def test_awr_without_advantages_is_imitation():
     logprobs = torch.tensor([-2.0, -3.0])
-    close(awr_loss(logprobs, torch.zeros(2), 0.1, 20.0), -logprobs)
-    close(awr_loss(logprobs, torch.tensor([3.0, -3.0]), 1e8, 20.0), -logprobs)
+    assert_close(awr_loss(logprobs, torch.zeros(2), 0.1, 20.0), -logprobs)
+    assert_close(awr_loss(logprobs, torch.tensor([3.0, -3.0]), 1e8, 20.0), -logprobs)
 
 
 # PPO
@@ -101,8 +101,8 @@ def test_awr_without_advantage_is_imitation():
     [
         # slope is d loss / d ratio, which times the ratio is the gradient with respect to ℓ_θ
         (2.0, 1.1, -2.2, -2.0, 0),  # inside
-        (2.0, 1.5, -2.4, 0.0, 1),  # −2·1.2: the gain is not followed further
-        (2.0, 0.5, -1.0, -2.0, 0),  # max(−1, −1.6): the loss is
+        (2.0, 1.5, -2.4, 0.0, 1),  # −2·1.2: no gradient beyond the bound
+        (2.0, 0.5, -1.0, -2.0, 0),  # max(−1, −1.6): not clipped
         (-2.0, 0.9, 1.8, 2.0, 0),  # inside
         (-2.0, 0.5, 1.6, 0.0, 1),  # max(1, 1.6): 2·0.8
         (-2.0, 1.5, 3.0, 2.0, 0),  # max(3, 2.4)
@@ -117,49 +117,49 @@ def test_ppo_loss_by_hand(advantage, ratio, loss, slope, clipped):
     # exp(log(ratio)) in float32 has an error of a few 1e-7 relative
     torch.testing.assert_close(value, torch.tensor([loss]), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient(value, logprobs), torch.tensor([slope * ratio]), rtol=1e-6, atol=0)
-    assert ppo_clipped(logprobs, old, advantages, 0.2).item() == clipped
+    assert ppo_clip_mask(logprobs, old, advantages, 0.2).item() == clipped
 
 
-def test_clip_range_is_the_callers():
+def test_clip_range_sets_both_bounds():
     # ratio 1.5, Â 1: clipped at 1 + 0.4; ratio 0.5, Â −1: at 1 − 0.4
     logprobs, old = torch.tensor([1.5, 0.5]).log(), torch.zeros(2)
     advantages = torch.tensor([1.0, -1.0])
-    close(ppo_loss(logprobs, old, advantages, 0.4), torch.tensor([-1.4, 0.6]))
-    assert ppo_clipped(logprobs, old, advantages, 0.4).tolist() == [1, 1]
-    assert ppo_clipped(logprobs, old, advantages, 0.6).tolist() == [0, 0]
+    assert_close(ppo_loss(logprobs, old, advantages, 0.4), torch.tensor([-1.4, 0.6]))
+    assert ppo_clip_mask(logprobs, old, advantages, 0.4).tolist() == [1, 1]
+    assert ppo_clip_mask(logprobs, old, advantages, 0.6).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("log_ratio", "advantage"), [(0.25, 1.0), (-0.25, -1.0)])
-def test_on_the_very_edge_nothing_is_clipped_yet(log_ratio, advantage):
+def test_a_ratio_on_the_bound_is_not_clipped(log_ratio, advantage):
     old, logprobs = torch.zeros(1), torch.tensor([log_ratio], requires_grad=True)
     edge = abs(float(logprobs.detach().exp()) - 1)
     loss = ppo_loss(logprobs, old, torch.tensor([advantage]), edge)
-    close(gradient(loss, logprobs), -torch.tensor([advantage]) * logprobs.detach().exp())
-    assert not ppo_clipped(logprobs, old, torch.tensor([advantage]), edge).any()
+    assert_close(gradient(loss, logprobs), -torch.tensor([advantage]) * logprobs.detach().exp())
+    assert not ppo_clip_mask(logprobs, old, torch.tensor([advantage]), edge).any()
 
 
-def test_on_policy_gradient_of_ppo_is_that_of_reinforce():
+def test_on_policy_gradient_of_ppo_is_reinforces():
     torch.manual_seed(0)
     logits = torch.randn(4, 6, 9, requires_grad=True)
     tokens, advantages = torch.randint(0, 9, (4, 6)), torch.randn(4, 6)
     logprobs = token_logprobs(logits, tokens)
-    ppo = gradient(ppo_loss(logprobs, logprobs.detach(), advantages, 0.2), logits)
-    reinforce = gradient(-advantages * token_logprobs(logits, tokens), logits)
-    close(ppo, reinforce)
-    assert not ppo_clipped(logprobs, logprobs, advantages, 0.2).any()
+    ppo_gradient = gradient(ppo_loss(logprobs, logprobs.detach(), advantages, 0.2), logits)
+    reinforce_gradient = gradient(-advantages * token_logprobs(logits, tokens), logits)
+    assert_close(ppo_gradient, reinforce_gradient)
+    assert not ppo_clip_mask(logprobs, logprobs, advantages, 0.2).any()
 
 
-def test_a_clipped_token_is_one_whose_gradient_is_gone():
+def test_clipped_tokens_are_those_without_a_gradient():
     torch.manual_seed(0)
     old, advantages = -torch.rand(1000), torch.randn(1000)
     logprobs = (old + 0.5 * torch.randn(1000)).requires_grad_()
     slope = gradient(ppo_loss(logprobs, old, advantages, 0.2), logprobs)
-    clipped = ppo_clipped(logprobs, old, advantages, 0.2)
+    clipped = ppo_clip_mask(logprobs, old, advantages, 0.2)
     torch.testing.assert_close(clipped, (slope == 0).float(), rtol=0, atol=0)
     assert 100 < clipped.sum() < 900
 
 
-# The critic's
+# Critic
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -167,30 +167,30 @@ def test_a_clipped_token_is_one_whose_gradient_is_gone():
     ("value", "unclipped", "clipped", "slope"),
     [
         # V_old = 1, c = 0.2, G = 2
-        (1.5, 0.125, 0.32, 0.0),  # ½·0.5²;  V is held at 1.2: ½·0.8², the larger, and flat
-        (0.5, 1.125, 1.125, -1.5),  # ½·1.5²;  held at 0.8: ½·1.2² is smaller: V is followed, slope V − G
-        (1.1, 0.405, 0.405, -0.9),  # within ±0.2 the two are one: ½·0.9²
-        (3.5, 1.125, 1.125, 1.5),  # ½·1.5²;  held at 1.2: ½·0.8² is smaller
-        (2.1, 0.005, 0.32, 0.0),  # ½·0.1²;  held at 1.2
+        (1.5, 0.125, 0.32, 0.0),  # ½·0.5²;  V clipped to 1.2: ½·0.8², the larger, without slope
+        (0.5, 1.125, 1.125, -1.5),  # ½·1.5²;  clipped to 0.8: ½·1.2² is smaller, so the slope is V − G
+        (1.1, 0.405, 0.405, -0.9),  # within ±0.2 both are ½·0.9²
+        (3.5, 1.125, 1.125, 1.5),  # ½·1.5²;  clipped to 1.2: ½·0.8² is smaller
+        (2.1, 0.005, 0.32, 0.0),  # ½·0.1²;  clipped to 1.2: ½·0.8²
     ],
 )
 def test_critic_loss_by_hand(sign, value, unclipped, clipped, slope):
     values = torch.tensor([sign * value], requires_grad=True)
     returns, old = torch.tensor([sign * 2.0]), torch.tensor([sign * 1.0])
-    # 1e-5: V − G loses a digit where V is near G; the other numbers are exact to 1e-6
-    near = partial(torch.testing.assert_close, rtol=1e-5 if value == 2.1 else 1e-6, atol=0)
-    plain, held = critic_loss(values, returns, old, None), critic_loss(values, returns, old, 0.2)
-    near(plain, torch.tensor([unclipped]))
-    near(gradient(plain, values), torch.tensor([sign * (value - 2.0)]))
-    near(held, torch.tensor([clipped]))
-    near(gradient(held, values), torch.tensor([sign * slope]))
+    # 1e-5 for V near G, where V − G loses a digit; the other numbers are exact to 1e-6
+    assert_near = partial(torch.testing.assert_close, rtol=1e-5 if value == 2.1 else 1e-6, atol=0)
+    plain, bounded = critic_loss(values, returns, old, None), critic_loss(values, returns, old, 0.2)
+    assert_near(plain, torch.tensor([unclipped]))
+    assert_near(gradient(plain, values), torch.tensor([sign * (value - 2.0)]))
+    assert_near(bounded, torch.tensor([clipped]))
+    assert_near(gradient(bounded, values), torch.tensor([sign * slope]))
 
 
-def test_a_wide_value_clip_changes_nothing():
+def test_a_wide_value_clip_range_changes_nothing():
     torch.manual_seed(0)
     values, returns, old = torch.randn(3, 50)
     # 1e-6: V_old + (V − V_old) is V up to a rounding
-    close(critic_loss(values, returns, old, 100.0), critic_loss(values, returns, old, None), atol=1e-6)
+    assert_close(critic_loss(values, returns, old, 100.0), critic_loss(values, returns, old, None), atol=1e-6)
 
 
 # Masks
@@ -207,7 +207,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("junk", [1e30, INF, -INF, NAN])
-def test_what_lies_outside_the_mask_changes_neither_loss_nor_gradient(loss, junk):
+def test_values_outside_the_mask_change_neither_loss_nor_gradient(loss, junk):
     torch.manual_seed(0)
     x, first, second = torch.randn(3, 2, 3)
 

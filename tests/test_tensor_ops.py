@@ -1,4 +1,4 @@
-"""Masked reductions and log-probabilities: numbers by hand, and no part for what lies outside the mask."""
+"""Masked reductions and log-probabilities: values by hand, and independence of values outside the mask."""
 
 import math
 from functools import partial
@@ -15,7 +15,7 @@ from apa_cli.tensor_ops import (
     whiten,
 )
 
-close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 NAN, INF = math.nan, math.inf
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -24,20 +24,20 @@ JUNK = torch.tensor([[1.0, 2.0, NAN], [4.0, INF, -INF]])
 
 
 @pytest.mark.parametrize("x", [CLEAN, JUNK])
-def test_reductions_see_the_true_tokens_only(x):
+def test_reductions_are_over_true_tokens_only(x):
     # true tokens 1, 2, 4: sum 7, mean 7/3, variance ((−4/3)² + (−1/3)² + (5/3)²) / 3 = (42/9) / 3 = 14/9
-    close(masked_sum(x, MASK), torch.tensor(7.0))
-    close(masked_mean(x, MASK), torch.tensor(7 / 3))
-    close(masked_variance(x, MASK), torch.tensor(14 / 9))
+    assert_close(masked_sum(x, MASK), torch.tensor(7.0))
+    assert_close(masked_mean(x, MASK), torch.tensor(7 / 3))
+    assert_close(masked_variance(x, MASK), torch.tensor(14 / 9))
 
 
 @pytest.mark.parametrize("x", [CLEAN, JUNK])
-def test_gradient_of_the_sum_is_the_mask_and_of_the_mean_the_mask_over_its_count(x):
+def test_gradients_of_sum_and_mean_are_the_mask_and_the_mask_over_its_count(x):
     x = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(masked_sum(x, MASK), x)
-    close(gradient, MASK.float())
+    assert_close(gradient, MASK.float())
     (gradient,) = torch.autograd.grad(masked_mean(x, MASK), x)
-    close(gradient, MASK / 3)
+    assert_close(gradient, MASK / 3)
 
 
 def test_mean_over_an_empty_mask_is_zero():
@@ -51,13 +51,13 @@ def test_mean_over_one_token_is_that_token():
 
 
 @pytest.mark.parametrize("x", [CLEAN, JUNK])
-def test_whitened_by_hand(x):
+def test_whitening_by_hand(x):
     # deviations −4/3, −1/3, 5/3 over the standard deviation √14 / 3: −4, −1 and 5 over √14
     root = math.sqrt(14)
-    close(whiten(x, MASK), torch.tensor([[-4 / root, -1 / root, 0.0], [5 / root, 0.0, 0.0]]))
+    assert_close(whiten(x, MASK), torch.tensor([[-4 / root, -1 / root, 0.0], [5 / root, 0.0, 0.0]]))
 
 
-def test_whitened_true_tokens_have_mean_0_and_variance_1_and_the_rest_is_0():
+def test_whitened_tokens_have_mean_0_and_variance_1_and_the_rest_is_0():
     torch.manual_seed(0)
     x, mask = 7 + 3 * torch.randn(50, 20), torch.rand(50, 20) < 0.3
     white = whiten(x, mask)
@@ -67,39 +67,39 @@ def test_whitened_true_tokens_have_mean_0_and_variance_1_and_the_rest_is_0():
     assert not white[~mask].any()
 
 
-def test_whitening_undoes_shift_and_scale():
+def test_whitening_removes_shift_and_scale():
     torch.manual_seed(0)
     x, mask = torch.randn(8, 5), torch.rand(8, 5) < 0.5
     # 1e-6: the shift costs a few units in the last place of numbers near 1
     torch.testing.assert_close(whiten(3 * x + 5, mask), whiten(x, mask), rtol=1e-6, atol=1e-6)
-    close(whiten(-x, mask), -whiten(x, mask))
+    assert_close(whiten(-x, mask), -whiten(x, mask))
 
 
-def test_a_constant_whitens_to_zeros_and_deviations_are_floored_at_1e_8():
+def test_a_constant_whitens_to_zeros_and_the_standard_deviation_is_floored_at_1e_8():
     mask = torch.tensor([[True, True, False]])
     assert not whiten(torch.tensor([[3.0, 3.0, 9.0]]), mask).any()
     # ±1e-9 have the deviation 1e-9, below the floor: ±1e-9 / 1e-8
-    close(whiten(torch.tensor([[1e-9, -1e-9, 9.0]]), mask), torch.tensor([[0.1, -0.1, 0.0]]))
+    assert_close(whiten(torch.tensor([[1e-9, -1e-9, 9.0]]), mask), torch.tensor([[0.1, -0.1, 0.0]]))
 
 
-def test_log_probability_of_the_chosen_token_by_hand():
+def test_log_probability_of_the_sampled_token_by_hand():
     # weights 1, 2, 5: probabilities 1/8, 2/8, 5/8
     logits = torch.tensor([1.0, 2.0, 5.0]).log().expand(1, 3, 3)
-    chosen = torch.tensor([[2, 0, 1]])
-    close(token_logprobs(logits, chosen), torch.tensor([[5 / 8, 1 / 8, 2 / 8]]).log())
-    close(token_logprobs(logits + 7, chosen), torch.tensor([[5 / 8, 1 / 8, 2 / 8]]).log(), atol=1e-6)
+    token_ids = torch.tensor([[2, 0, 1]])
+    assert_close(token_logprobs(logits, token_ids), torch.tensor([[5 / 8, 1 / 8, 2 / 8]]).log())
+    assert_close(token_logprobs(logits + 7, token_ids), torch.tensor([[5 / 8, 1 / 8, 2 / 8]]).log(), atol=1e-6)
 
 
 def test_each_position_has_its_own_distribution():
     logits = torch.tensor([[[1.0, 3.0], [1.0, 1.0]], [[4.0, 1.0], [1.0, 9.0]]]).log()
-    chosen = torch.tensor([[1, 0], [0, 1]])
-    close(token_logprobs(logits, chosen), torch.tensor([[3 / 4, 1 / 2], [4 / 5, 9 / 10]]).log())
+    token_ids = torch.tensor([[1, 0], [0, 1]])
+    assert_close(token_logprobs(logits, token_ids), torch.tensor([[3 / 4, 1 / 2], [4 / 5, 9 / 10]]).log())
 
 
 def test_gradient_of_the_log_probability_is_one_hot_minus_softmax():
     logits = torch.tensor([[[1.0, 2.0, 5.0]]]).log().requires_grad_()
     token_logprobs(logits, torch.tensor([[1]])).sum().backward()
-    close(logits.grad, torch.tensor([[[-1 / 8, 1 - 2 / 8, -5 / 8]]]))
+    assert_close(logits.grad, torch.tensor([[[-1 / 8, 1 - 2 / 8, -5 / 8]]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -116,18 +116,18 @@ def test_low_precision_logits_are_normalised_in_float32(dtype):
 def test_entropy_by_hand():
     # ½, ¼, ¼: ½ ln 2 + 2 · ¼ ln 4 = 1.5 ln 2; uniform over 3: ln 3; certain: 0
     logits = torch.tensor([[[2.0, 1.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1e-30, 1e-30]]]).log()
-    close(token_entropy(logits), torch.tensor([[1.5 * math.log(2), math.log(3), 0.0]]))
+    assert_close(token_entropy(logits), torch.tensor([[1.5 * math.log(2), math.log(3), 0.0]]))
 
 
 def test_entropy_is_the_expected_negative_log_probability():
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 5)
     every = torch.stack([token_logprobs(logits, torch.full((2, 3), token)) for token in range(5)], dim=-1)
-    close(token_entropy(logits), -(logits.softmax(-1) * every).sum(-1), rtol=2e-6)
+    assert_close(token_entropy(logits), -(logits.softmax(-1) * every).sum(-1), rtol=2e-6)
 
 
 @pytest.mark.parametrize("value", [0.7, 0.1, -1e4, 0.0])
-def test_whitening_a_constant_gives_zeros_whatever_its_rounding(value):
+def test_whitening_a_constant_gives_zeros_up_to_its_rounding(value):
     x = torch.full((64, 32), value)
     assert whiten(x, torch.ones_like(x, dtype=torch.bool)).abs().max() < 1e-6
     noisy = x * (1 + 1e-7 * torch.randn(64, 32))

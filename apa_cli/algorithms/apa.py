@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
-from apa_cli.algorithms.base import TOKENS, ActorCritic, Whitening
+from apa_cli.algorithms.base import TOKEN_MASK, ActorCritic, Whitening
 from apa_cli.kl import k1
 from apa_cli.losses import apa_loss
 from apa_cli.tensor_ops import masked_mean
-from apa_cli.types import Batch, Loss, LossTerm, PolicyOutput, Positive, Rollout, State
+from apa_cli.types import Batch, Loss, LossTerm, PolicyOutput, Positive, Rollout, State, require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Normalizer(Enum):
-    """What stands for log Z(s) in the target: 0, as in the paper, or one constant per batch."""
+    """Value of log Z(s) in the target: 0, as in the paper, or one constant per batch."""
 
     none = "none"
     batch = "batch"
@@ -26,7 +26,11 @@ class Normalizer(Enum):
 
 @dataclass(frozen=True)
 class APA(ActorCritic):
-    """Pulls log π towards log π_init + Â/λ by squared error; λ is both temperature and pull to π_init."""
+    """Squared error between log π and log π_init + Â/λ; λ is the target's temperature and the pull to π_init."""
+
+    label = "APA"
+    color = "#1d5fa8"
+    lambda_meaning = "temperature and pull"
 
     lambda_: Annotated[float, Positive]
     normalizer: Normalizer
@@ -34,35 +38,40 @@ class APA(ActorCritic):
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
         batch, state = super().prepare(rollout, state)
         if self.whitening is not Whitening.minibatch:
-            batch = self.normalized(batch)
+            batch = self.add_log_z(batch)
         return batch, state
 
     def prepare_minibatch(self, batch: Batch) -> Batch:
         batch = super().prepare_minibatch(batch)
-        return self.normalized(batch) if self.whitening is Whitening.minibatch else batch
+        return self.add_log_z(batch) if self.whitening is Whitening.minibatch else batch
 
-    def normalized(self, batch: Batch) -> Batch:
-        """Adds the diagnostics of log Z, computed where Â was whitened, and the constant if it is asked for."""
-        exponent = batch.advantages / self.lambda_ - k1(batch.sampler_logprobs, batch.ref_logprobs)
+    def add_log_z(self, batch: Batch) -> Batch:
+        """Return the batch with the diagnostics of log Z and, if `normalizer` is batch, the constant for the target.
+
+        Both are computed over the tokens over which Â was whitened.
+        """
+        log_ratio = k1(batch.sampler_logprobs, require(batch.ref_logprobs, "ref_logprobs"))
+        exponent = batch.advantages / self.lambda_ - log_ratio
         diagnostics = log_z(exponent, batch.mask)
-        batch = batch.with_(metrics={**batch.metrics, **diagnostics})
+        batch = batch.replace(metrics={**batch.metrics, **diagnostics})
         if self.normalizer is Normalizer.none:
             return batch
         constant = exponent.new_full(exponent.shape, diagnostics["apa/log_z_lower"])
-        return batch.with_(log_normalizer=constant)
+        return batch.replace(log_normalizer=constant)
 
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
         constant = 0.0 if batch.log_normalizer is None else batch.log_normalizer
-        values = apa_loss(output.logprobs, batch.ref_logprobs, batch.advantages, self.lambda_, constant)
-        policy = LossTerm(name="policy", values=values, mask=TOKENS, weight=1.0)
+        reference = require(batch.ref_logprobs, "ref_logprobs")
+        values = apa_loss(output.logprobs, reference, batch.advantages, self.lambda_, constant)
+        policy = LossTerm(name="policy", values=values, mask=TOKEN_MASK, weight=1.0)
         return Loss([policy, *self.critic_terms(batch, output)])
 
 
 def log_z(exponent: Tensor, mask: Tensor) -> dict[str, float]:
-    """Is Z ≈ 1? The log of the batch-mean Z, its effective sample size, and its Jensen bound.
+    """Return the log of the batch-mean Z, which the paper takes as 0, its effective sample size and its Jensen bound.
 
     With e = Â/λ − k1 on the n true tokens (exponent and mask [N, T]): log_z = logsumexp_m(e) − log n;
-    ess = (Σ w)² / Σ w² for w = exp(e), between 1 and n (below 10 log_z means little); log_z_lower = mean_m(e),
+    ess = (Σ w)² / Σ w² for w = exp(e), between 1 and n (log_z is unreliable below 10); log_z_lower = mean_m(e),
     which is also the constant that minimises the squared error.
     """
     tokens = exponent[mask].double()

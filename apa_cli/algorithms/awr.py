@@ -5,14 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from apa_cli.algorithms.base import TOKENS, ActorCritic
+from apa_cli.algorithms.base import TOKEN_MASK, ActorCritic
 from apa_cli.losses import awr_loss
 from apa_cli.types import Batch, Loss, LossTerm, Needs, PolicyOutput, Positive
 
 
 @dataclass(frozen=True)
 class AWR(ActorCritic):
-    """Imitates sampled tokens with weight exp(Â/λ); λ is a step size, nothing pulls to π_init."""
+    """Imitation of sampled tokens with weight exp(Â/λ); λ is a step size, and nothing pulls to π_init."""
+
+    label = "AWR"
+    color = "#15803d"
+    lambda_meaning = "step size"
 
     lambda_: Annotated[float, Positive]
     weight_clip: Annotated[float | None, Positive]
@@ -22,5 +26,5 @@ class AWR(ActorCritic):
 
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
         values = awr_loss(output.logprobs, batch.advantages, self.lambda_, self.weight_clip)
-        policy = LossTerm(name="policy", values=values, mask=TOKENS, weight=1.0)
+        policy = LossTerm(name="policy", values=values, mask=TOKEN_MASK, weight=1.0)
         return Loss([policy, *self.critic_terms(batch, output)])

@@ -7,6 +7,7 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -23,15 +24,42 @@ from apa_cli.config.build import build
 from apa_cli.config.compose import LOCAL_MODEL, check_choices, choose_local_model, compose
 from apa_cli.config.continuation import compose_continuation, find_continued_run
 from apa_cli.config.explain import suggest_for_flag
-from apa_cli.config.from_run import RUN, always, compose_from_run
+from apa_cli.config.from_run import RUN, always, compose_from_run, find_recorded_run
 from apa_cli.config.hydra_api import CONFIG_NAME, VERSION_BASE, config_dir, expand_sweep
 from apa_cli.config.run_names import locate_run_directory
 from apa_cli.errors import ConfigError, UserError, first_line
 from apa_cli.runs.directory import RunDirectory
+from apa_cli.runs.records import RecordedRun
 from apa_cli.runs.resume import FORK, RESUME
 from apa_cli.settings import Config
 
-Task = Callable[[Config], None]
+
+@dataclass(frozen=True)
+class Job:
+    """One checked job of a command."""
+
+    cfg: DictConfig
+    """The composed configuration, for --cfg."""
+    config: Config
+    run: RecordedRun | None = None
+    """The recorded run that run= names, in the commands that look at one."""
+
+    @property
+    def directory(self) -> Path:
+        """The job's directory: Hydra's in a sweep, else outputs/NAME or that of the run that is resumed."""
+        if self.sweep is not None:
+            return Path(HydraConfig.get().runtime.output_dir)
+        return Path(locate_run_directory(self.config.run.name, self.config.run.resume))
+
+    @property
+    def sweep(self) -> str | None:
+        """The name of the sweep that the job belongs to, or None."""
+        if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+            return None
+        return Path(HydraConfig.get().sweep.dir).name
+
+
+Task = Callable[[Job], None]
 
 
 def run_command(
@@ -62,15 +90,15 @@ def run_command(
         else:
             overrides = [quote_folder(override) for override in args.overrides]
             jobs = expand_jobs(overrides) if args.multirun else [overrides]
-            checked = [check_job(job, args, takes, scores) for job in jobs]
+            checked_jobs = [check_job(overrides, args, takes, scores) for overrides in jobs]
             if is_for_hydra(args, takes):
                 run_hydra(task, args, jobs)
                 return
-            for cfg, config in checked:
+            for job in checked_jobs:
                 if args.cfg:
-                    print(OmegaConf.to_yaml(cfg, resolve=args.resolve), end="")
+                    print(OmegaConf.to_yaml(job.cfg, resolve=args.resolve), end="")
                 else:
-                    task(config)
+                    task(job)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.status)
@@ -115,7 +143,7 @@ def is_for_hydra(args: Namespace, takes: tuple[str, ...]) -> bool:
 
 def check_job(
     overrides: list[str], args: Namespace, takes: tuple[str, ...], scores: Callable[[DictConfig], bool] = always
-) -> tuple[DictConfig, Config]:
+) -> Job:
     """Compose and check the configuration of one job. ConfigError for anything wrong with it."""
     extra_dir = args.config_dir
     folder = next(
@@ -124,9 +152,9 @@ def check_job(
     if folder is not None:
         key = next(iter(takes), RESUME if not args.multirun else "name")
         raise ConfigError(f"{folder}: overrides have the form key=value; give {key}={folder}")
-    source = None
-    if RUN in takes and any(override.startswith(f"{RUN}=") for override in overrides):
-        cfg = compose_from_run(overrides, extra_dir, scores)
+    source, run = None, None
+    if RUN in takes and (run := find_recorded_run(overrides)) is not None:
+        cfg = compose_from_run(overrides, extra_dir, scores, run)
     elif takes or args.multirun or (source := find_continued_run(overrides)) is None:
         check_choices(overrides, extra_dir)
         cfg = compose(overrides, extra_dir)
@@ -136,9 +164,9 @@ def check_job(
     check_subject(config, takes)
     if args.multirun and config.run.fork is not None:
         raise ConfigError(f"{FORK}: one run is forked at a time, without -m")
-    if source is not None and source == get_run_directory(config).expanduser():
+    if source is not None and source == Job(cfg, config).directory.expanduser():
         RunDirectory(source).check_resume(config.raw)
-    return cfg, config
+    return Job(cfg, config, run)
 
 
 def check_subject(config: Config, takes: tuple[str, ...]) -> None:
@@ -182,11 +210,10 @@ def run_hydra(task: Task, args: Namespace, jobs: list[list[str]]) -> None:
             number = int(HydraConfig.get().job.num)
             print(f"job {number + 1} of {len(labels)}: {labels[number]}".rstrip(": "), flush=True)
         try:
-            task(build(cfg, args.config_dir))
+            task(Job(cfg, build(cfg, args.config_dir)))
         except UserError as error:  # Hydra would print all overrides of the job over the error's one line
             if os.getpid() != main_process:  # some launchers run the jobs of a sweep in processes of their own
-                directory = get_run_directory(build(cfg, args.config_dir))
-                raise UserError(f"{directory.name}: {error}") from None
+                raise UserError(f"{Path(HydraConfig.get().runtime.output_dir).name}: {error}") from None
             failures.append(error)
         state["inside_task"] = False
 
@@ -221,17 +248,3 @@ def expand_jobs(overrides: list[str]) -> list[list[str]]:
 def label_jobs(jobs: list[list[str]]) -> list[str]:
     """Return, for each job of a sweep, the overrides that distinguish it."""
     return [" ".join(override for override in job if any(override not in other for other in jobs)) for job in jobs]
-
-
-def get_run_directory(config: Config) -> Path:
-    """Return the directory of this job: Hydra's in a sweep, else outputs/NAME or that of the run that is resumed."""
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        return Path(HydraConfig.get().runtime.output_dir)
-    return Path(locate_run_directory(config.run.name, config.run.resume))
-
-
-def get_sweep_name() -> str | None:
-    """Return the name of the sweep that this job belongs to, or None."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    return Path(HydraConfig.get().sweep.dir).name

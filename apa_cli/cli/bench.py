@@ -1,17 +1,17 @@
-"""apa-bench: where the time and the memory of an iteration go, against what the machine could do."""
+"""apa-bench: the time and memory of an iteration's phases, against what the machine could do."""
 
 from __future__ import annotations
 
-from apa_cli.cli.app import command, run_directory
-from apa_cli.settings import Config
+from apa_cli.cli.app import Job, run_command
 
 
-def bench(config: Config) -> None:
-    """One benchmark in a directory of its own."""
+def bench(job: Job) -> None:
+    """Run the benchmark in the job's directory."""
     from apa_cli.bench.benchmark import start_bench
 
-    start_bench(config, run_directory(config))
+    start_bench(job.config, job.directory)
 
 
 def main() -> None:
-    command("apa-bench", bench)
+    """Run apa-bench."""
+    run_command("apa-bench", bench)

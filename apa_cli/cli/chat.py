@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from apa_cli.cli.app import command, run_directory
-from apa_cli.config.from_run import is_on
-from apa_cli.settings import Config
+from apa_cli.cli.app import Job, run_command
+from apa_cli.config.from_run import is_true
 
 
-def chat(config: Config) -> None:
-    """Writes nothing."""
-    from apa_cli.inference.chat import start_chat
+def chat(job: Job) -> None:
+    """Answer the lines of the input until it ends; write no file."""
+    from apa_cli.inference.chat import run_chat
 
-    start_chat(config, None if config.run.run else run_directory(config))
+    run_chat(job.config, job.run)
 
 
 def main() -> None:
-    command("apa-chat", chat, takes=("run", "model.path"), scores=lambda cfg: is_on(cfg.chat.score))
+    """Run apa-chat."""
+    run_command("apa-chat", chat, takes=("run", "model.path"), scores=lambda cfg: is_true(cfg.chat.score))

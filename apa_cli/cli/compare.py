@@ -1,14 +1,15 @@
-"""The command apa-compare: many runs as one table, one figure and one HTML page."""
+"""apa-compare: many runs as one table, one figure and one HTML page."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from apa_cli.errors import UserError
-from apa_cli.runs.records import Run, find_runs, is_run, read_run
+from apa_cli.runs.records import RecordedRun, find_runs, is_run
 
 DESCRIPTION = """\
 Compare training runs: how much reward each gained, and how much KL it paid for it.
@@ -27,13 +28,26 @@ examples:
   apa-compare outputs/first outputs/second        two runs; files go to the current folder
   apa-compare outputs/sweeps/lambda --out report  files go to report/
 
-lambda means something else in each algorithm (APA: temperature and pull; AWR: step size;
-PPO: price of KL), so compare algorithms at equal KL, not at equal lambda.
+lambda has a different meaning in each algorithm; the table names it.
+Compare algorithms at equal KL, not at equal lambda.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run apa-compare and return its exit status: 0, or 2 with one line on stderr."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets ? for λ and ±
+    options = build_parser().parse_args(arguments)
+    try:
+        _compare(options.directories, options.out)
+    except (UserError, OSError) as error:
+        print(f"apa-compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="apa-compare",
         description=DESCRIPTION,
@@ -45,51 +59,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         nargs="+",
         type=Path,
-        help="a run's directory (outputs/NAME), or a folder with runs somewhere in it",
+        help="a run's directory (outputs/NAME), or a folder with runs anywhere in it",
     )
     parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
         default=None,
-        help="where to write the files; made if missing (default: the first DIR if it is a folder of "
+        help="folder for the files, created if missing (default: the first DIR if it is a folder of "
         "several runs, else the current folder)",
     )
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode gets ? for λ and ±
-    options = parser.parse_args(arguments)
-    try:
-        _compare(options.directories, options.out)
-    except (UserError, OSError) as error:
-        print(f"apa-compare: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--version", action="version", version=f"apa-cli {metadata.version('apa-cli')}")
+    return parser
 
 
 def _compare(directories: Sequence[Path], out: Path | None) -> None:
     runs = read_runs(directories)
-    out = out or default_out(directories[0])
+    out = out or default_output_folder(directories[0])
 
-    from apa_cli.report.compare import compare  # imports matplotlib's world only now
+    from apa_cli.report.compare import compare_runs
 
-    for line in compare(runs, out):
+    for line in compare_runs(runs, out):
         print(line)
-    print("\n" + "\n".join(f"wrote {out / f'comparison.{kind}'}" for kind in ("csv", "png", "html")))
+    print("\n" + "\n".join(f"wrote {out / f'comparison.{suffix}'}" for suffix in ("csv", "png", "html")))
 
 
-def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs in `directories`, each once.
+def read_runs(directories: Sequence[Path]) -> list[RecordedRun]:
+    """Return the runs in `directories`, each once.
 
-    A run that is named itself must be readable (UserError); one that is found in a folder and is not
-    (a job of a sweep that failed at once) is left out, with a line on stderr.
+    Raises UserError if a run that is named itself cannot be read, or if no run can. One in a folder that cannot be
+    read (a sweep's job that failed at once) is left out, with a line on stderr.
     """
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, RecordedRun] = {}
     for directory in directories:
-        for found in find_runs(directory):
+        for path in find_runs(directory):
             try:
-                runs.setdefault(found.resolve(), read_run(found))
+                runs.setdefault(path.resolve(), RecordedRun.read(path))
             except UserError as error:
-                if found == directory:
+                if path == directory:
                     raise
                 print(f"apa-compare: left out: {error}", file=sys.stderr)
     if not runs:
@@ -97,8 +104,8 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     return list(runs.values())
 
 
-def default_out(first: Path) -> Path:
-    """Where the files go by default: `first` if it is a folder of several runs, else the current folder."""
+def default_output_folder(first: Path) -> Path:
+    """Return `first` if it is a folder of several runs, else the current folder."""
     return Path(".") if is_run(first) or len(find_runs(first)) < 2 else first
 
 

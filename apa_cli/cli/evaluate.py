@@ -1,17 +1,20 @@
-"""apa-eval: evaluates a policy on held-out prompts, beside its SFT model and best-of-n."""
+"""apa-eval: evaluation of a policy on held-out prompts, beside its SFT model and that model's best of n."""
 
 from __future__ import annotations
 
-from apa_cli.cli.app import command, run_directory
-from apa_cli.settings import Config
+from apa_cli.cli.app import Job, run_command
 
 
-def evaluate(config: Config) -> None:
-    """Writes eval.json to the directory of the run, or for model.path= to one of its own."""
-    from apa_cli.inference.eval_report import start_evaluation
+def evaluate(job: Job) -> None:
+    """Write eval.json to the directory of the run, or for `model.path` to a new one."""
+    from apa_cli.inference.eval_report import evaluate_model, evaluate_run
 
-    start_evaluation(config, None if config.run.run else run_directory(config))
+    if job.run is None:
+        evaluate_model(job.config, job.directory)
+    else:
+        evaluate_run(job.config, job.run)
 
 
 def main() -> None:
-    command("apa-eval", evaluate, takes=("run", "model.path"))
+    """Run apa-eval."""
+    run_command("apa-eval", evaluate, takes=("run", "model.path"))

@@ -1,17 +1,18 @@
-"""apa-export: writes a run's policy as a plain `transformers` folder with a model card."""
+"""apa-export: a run's policy as a plain `transformers` folder with a model card."""
 
 from __future__ import annotations
 
-from apa_cli.cli.app import command
-from apa_cli.settings import Config
+from apa_cli.cli.app import Job, run_command
 
 
-def export(config: Config) -> None:
-    """Nothing is kept of what does not give the policy's own log-probs when it is loaded again."""
-    from apa_cli.inference.export import start_export
+def export(job: Job) -> None:
+    """Write the folder, or nothing if the model loaded from it does not give the policy's log-probs."""
+    from apa_cli.inference.export import export_policy
 
-    start_export(config)
+    assert job.run is not None, "run_command refuses a command line without run="
+    export_policy(job.config, job.run)
 
 
 def main() -> None:
-    command("apa-export", export, takes=("run",), scores=lambda cfg: False)
+    """Run apa-export."""
+    run_command("apa-export", export, takes=("run",), scores=lambda cfg: False)

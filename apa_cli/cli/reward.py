@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from apa_cli.cli.app import command, run_directory
-from apa_cli.settings import Config
+from apa_cli.cli.app import Job, run_command
 
 
-def reward(config: Config) -> None:
-    """Writes the reward model to the run's directory, under model/."""
+def reward(job: Job) -> None:
+    """Write the reward model to model/ in the job's directory."""
     from apa_cli.training.launch import start_reward
 
-    start_reward(config, run_directory(config))
+    start_reward(job.config, job.directory)
 
 
 def main() -> None:
-    command("apa-reward", reward)
+    """Run apa-reward."""
+    run_command("apa-reward", reward)

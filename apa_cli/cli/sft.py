@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from apa_cli.cli.app import command, run_directory
-from apa_cli.settings import Config
+from apa_cli.cli.app import Job, run_command
 
 
-def sft(config: Config) -> None:
-    """Writes the fine-tuned model to the run's directory, under model/."""
+def sft(job: Job) -> None:
+    """Write the fine-tuned model to model/ in the job's directory."""
     from apa_cli.training.launch import start_sft
 
-    start_sft(config, run_directory(config))
+    start_sft(job.config, job.directory)
 
 
 def main() -> None:
-    command("apa-sft", sft)
+    """Run apa-sft."""
+    run_command("apa-sft", sft)

@@ -1,17 +1,17 @@
-"""apa-train: composes conf/, checks it, and hands it to the trainer."""
+"""apa-train: RL of a language model, online."""
 
 from __future__ import annotations
 
-from apa_cli.cli.app import command, run_directory, sweep_name
-from apa_cli.settings import Config
+from apa_cli.cli.app import Job, run_command
 
 
-def train(config: Config) -> None:
-    """One run: a fresh one in its own directory, or one that continues."""
-    from apa_cli.training.launch import start
+def train(job: Job) -> None:
+    """Run the job in its directory, or continue the run that it names."""
+    from apa_cli.training.launch import start_training
 
-    start(config, run_directory(config), sweep_name())
+    start_training(job.config, job.directory, job.sweep)
 
 
 def main() -> None:
-    command("apa-train", train)
+    """Run apa-train."""
+    run_command("apa-train", train)

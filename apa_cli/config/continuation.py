@@ -24,9 +24,9 @@ from apa_cli.config.hydra_api import list_config_dirs, list_groups, parse_overri
 from apa_cli.config.run_names import locate_run_directory
 from apa_cli.config.trust import check_plain
 from apa_cli.errors import ConfigError
-from apa_cli.runs.directory import RunDirectory
+from apa_cli.runs.files import read_config
 from apa_cli.runs.old_names import is_old
-from apa_cli.runs.records import nearest
+from apa_cli.runs.records import suggest_nearest
 from apa_cli.runs.resume import AUTO, FORK, RESUME
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS
 
@@ -51,7 +51,7 @@ def find_continued_run(overrides: list[str]) -> Path | None:
         if value is not None:
             path = Path(locate_run_directory("", str(value))).expanduser()
             if not (path / "config.yaml").is_file():
-                raise ConfigError(f"{key}: there is no run in {path}{nearest(path)}")
+                raise ConfigError(f"{key}: there is no run in {path}{suggest_nearest(path)}")
             return path
     return None
 
@@ -65,7 +65,7 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
     parsed = parse_single_values(overrides)
     groups = list_groups(extra_dir)
     defaults = to_dict(compose([], extra_dir))
-    recorded = RunDirectory(source).read_config()
+    recorded = read_config(source)
     if is_old(recorded):
         raise ConfigError(
             f"{RESUME}: {source} was recorded by an earlier version, whose keys had other names; it can be evaluated, "

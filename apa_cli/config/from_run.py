@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,31 @@ def is_true(value: Any) -> bool:
         return True
 
 
+def find_recorded_run(overrides: list[str]) -> RecordedRun | None:
+    """Return the run that an override run=… names, or None without one. ConfigError if there is no such run."""
+    names = [override.value() for override in parse_single_values(overrides) if override.key_or_group == RUN]
+    return RecordedRun.find(str(names[-1])) if names and names[-1] is not None else None
+
+
 def compose_from_run(
-    overrides: list[str], extra_dir: str | None = None, scores: Callable[[DictConfig], bool] = always
+    overrides: list[str],
+    extra_dir: str | None = None,
+    scores: Callable[[DictConfig], bool] = always,
+    run: RecordedRun | None = None,
 ) -> DictConfig:
     """Compose the settings of the run that an override run=… names, with the other overrides on top.
+
+    `run` is that run if it has been found already.
 
     Keys that the run does not have yet are those of conf/. `lambda` is not among them: the key of the algorithm that
     it set is. `scores` tells whether the command asks the run's reward. ConfigError if the run's config.yaml names code
     that neither conf/, `extra_dir` nor an override names.
     """
     parsed = parse_single_values(overrides)
-    name = next(str(override.value()) for override in parsed if override.key_or_group == RUN)
-    run = RecordedRun.find(name)
+    run = run or find_recorded_run(overrides)
+    assert run is not None, "an override run=… is needed"
     config_file = run.directory / "config.yaml"
-    recorded = run.config
+    recorded = copy.deepcopy(run.config)
     check_plain(recorded, config_file, (*SECTIONS, *TARGET_SECTIONS))
     recorded["model"]["trust_remote_code"] = False  # consent given to another run does not carry over
     defaults = to_dict(compose([], extra_dir))

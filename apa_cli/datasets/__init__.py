@@ -1,1 +1,1 @@
-"""Data sets: one file per source."""
+"""The data sets, one module per source."""

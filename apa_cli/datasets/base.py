@@ -5,15 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from enum import Enum
 
-from apa_cli.randomness import Stream, generator, permutation
+from apa_cli.randomness import Stream, make_generator, sample_permutation
 from apa_cli.types import Example
 
 
-class PromptForm(Enum):
-    """How a prompt becomes the text that the model reads.
+class PromptStyle(Enum):
+    """Rendering of a prompt as the text that the model reads.
 
-    auto: rows with `messages` by the tokenizer's chat template where it has one, else as plain text; hh: always as
-    plain text, dialogues in the form of HH; chat: always by the template, a plain prompt being one user message.
+    auto: rows with `messages` by the tokenizer's chat template if it has one, all others as plain text; hh: always
+    plain text, dialogues in HH's format; chat: always the template, a plain prompt as a single user message.
     """
 
     auto = "auto"
@@ -22,46 +22,48 @@ class PromptForm(Enum):
 
 
 class Dataset(ABC):
-    """A data set is a frozen dataclass of its settings. Among its fields is `stop_strings`, a list of the
-    texts that end a reply in this form of dialogue."""
+    """A data set: a frozen dataclass whose fields are its settings."""
+
+    stop_strings: list[str]
+    """Strings that end a reply in this data set's dialogues."""
 
     @abstractmethod
     def load(self, split: str) -> list[Example]:
-        """The rows of "train" or "test", the same at every call. UserError if unreadable.
+        """Return the rows of "train" or "test", the same at every call. UserError if they cannot be read.
 
-        Rows that cannot be used are left out and counted by returning `types.Examples`; any list will do. Prompts
-        that are in both splits are taken out of "train" by the caller.
+        Unusable rows are left out, and counted if the returned list is a `types.Examples`. The caller removes prompts
+        that are in both splits from "train".
         """
 
     @property
-    def prompt_form(self) -> PromptForm:
-        """What the user chose, where the data set has the key `format`."""
-        return PromptForm.auto
+    def prompt_style(self) -> PromptStyle:
+        """The user's choice, in data sets with the key `format`; else auto."""
+        return PromptStyle.auto
 
     def describe(self, prompts: list[str], responses: list[str]) -> dict[str, float]:
-        """Further numbers about replies to prompts of this data set, logged as eval/NAME; default: none."""
+        """Return further metrics of responses to prompts of this data set, logged as eval/NAME; default: none."""
         return {}
 
 
 def is_held_out(number: int, every: int) -> bool:
-    """Whether the `number`-th of a file's distinct prompts (counted from 1) is held out: one in each `every`.
+    """Return True if the `number`-th distinct prompt of a file, counted from 1, is held out: one in each `every`.
 
-    Which one is drawn by key, so that what comes in turns in a file does not end up on one side.
+    The position within each group of `every` prompts is random, so that a file with a periodic order is split evenly.
     """
-    stretch, place = divmod(number - 1, every)
-    return place == int(generator(0, Stream.held_out, stretch).integers(every))
+    group, index = divmod(number - 1, every)
+    return index == int(make_generator(0, Stream.held_out, group).integers(every))
 
 
-def positions(start: int, count: int, size: int, seed: int) -> list[int]:
-    """Rows number `start` … `start + count − 1` of an endless pass over a data set of `size` rows.
+def shuffle_rows(start: int, count: int, size: int, seed: int) -> list[int]:
+    """Return the row indices at positions start … start + count − 1 of endless shuffled epochs over `size` rows.
 
-    Each pass has an order of its own, keyed by (seed, pass), so any stretch can be had without the ones before.
+    The order of each epoch is keyed by (seed, epoch), so any range can be computed without the ones before it.
     """
-    rows = []
+    rows: list[int] = []
     while count > 0:
-        number, offset = divmod(start, size)
-        order = permutation(size, seed, Stream.data_order, number)
-        taken = order[offset : offset + count]
-        rows += taken.tolist()
-        start, count = start + len(taken), count - len(taken)
+        epoch, offset = divmod(start, size)
+        order = sample_permutation(size, seed, Stream.data_order, epoch)
+        chunk = order[offset : offset + count]
+        rows += chunk.tolist()
+        start, count = start + len(chunk), count - len(chunk)
     return rows

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
 from apa_cli.datasets.base import Dataset
-from apa_cli.datasets.source import Row, Source, share, text, usable
-from apa_cli.randomness import Stream, permutation
+from apa_cli.datasets.source import Candidate, Row, Source, get_text, select_split, take_examples
+from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.types import AtLeastOne, Example, Examples, NonNegative, Range
 
-FORMS = {"review": ("text", "label")}
+LAYOUTS = {"review": ("text", "label")}
 
 
 @dataclass(frozen=True)
 class IMDB(Dataset):
-    """The first `prompt_words` words of a review are the prompt, the rest is the chosen continuation.
+    """Film reviews: the first `prompt_words` words are the prompt, the rest is the chosen continuation.
 
-    The rows of the hub are sorted by label, so each split gets an order keyed by `data_seed`. Where there is no test
+    The rows on the hub are sorted by label, so each split gets an order keyed by `data_seed`. If there is no test
     split, one distinct review in each `held_out_every` is held out of the train split.
     """
 
@@ -32,16 +33,17 @@ class IMDB(Dataset):
 
     def load(self, split: str) -> Examples:
         source = Source(self.path)
-        _, found = source.rows(split if "test" in source else "train", FORMS)
+        reviews: Iterable[Row]
+        _, reviews = source.rows(split if "test" in source else "train", LAYOUTS)
         if "test" not in source:
-            found = share(found, lambda row: row["text"], self.held_out_every, held_out=split == "test")
-        rows = list(found)
-        order = permutation(len(rows), self.data_seed, Stream.data_order)
-        most = self.test_rows if split == "test" else self.train_rows
-        return usable((self._example(rows[place]) for place in order), most)
+            reviews = select_split(reviews, lambda row: row["text"], self.held_out_every, held_out=split == "test")
+        rows = list(reviews)
+        order = sample_permutation(len(rows), self.data_seed, Stream.data_order)
+        limit = self.test_rows if split == "test" else self.train_rows
+        return take_examples((self._parse_review(rows[index]) for index in order), limit)
 
-    def _example(self, row: Row) -> Example | str:
-        review = text(row, "text")
+    def _parse_review(self, row: Row) -> Candidate:
+        review = get_text(row, "text")
         beginning = re.match(rf"\s*\S+(?:\s+\S+){{{self.prompt_words - 1}}}(?=\s)", review)
         if beginning is None or not review[beginning.end() :].strip():
             return f"reviews of no more than {self.prompt_words} words"

@@ -1,4 +1,4 @@
-"""dataset=prompts: your own prompts, one per line of a text file."""
+"""dataset=prompts: the user's own prompts, one per line of a text file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from apa_cli.types import Example, Range
 
 @dataclass(frozen=True)
 class PromptFile(Dataset):
-    """One distinct line in each `held_out_every` is held out, the others are trained on; blank lines are skipped."""
+    """Prompts from a text file, one per line; blank lines and repetitions are skipped.
+
+    One distinct line in each `held_out_every` is held out, the others are for training.
+    """
 
     path: str
     held_out_every: Annotated[int, Range(2)]
@@ -30,7 +33,8 @@ class PromptFile(Dataset):
         texts = list(dict.fromkeys(line for line in lines if line.strip()))
         if len(texts) < self.held_out_every:
             raise UserError(
-                f"dataset.path: {file} has {len(texts)} prompts, too few to hold out every {self.held_out_every}th"
+                f"dataset.path: {file} has {len(texts)} distinct prompts, fewer than "
+                f"dataset.held_out_every={self.held_out_every}"
             )
         held_out = split == "test"
         return [

@@ -10,47 +10,50 @@ from itertools import combinations
 from typing import Annotated, Any
 
 from apa_cli.datasets.base import Dataset
-from apa_cli.datasets.source import Row, Source, share, text, usable
+from apa_cli.datasets.source import Candidate, Row, Source, get_text, select_split, take_examples
 from apa_cli.errors import UserError
-from apa_cli.randomness import Stream, permutation
+from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.types import AtLeastOne, Example, Examples, NonNegative, Range
 
-FORMS = {"paired": ("qid", "question", "response_j", "response_k"), "answers": ("qid", "question", "answers")}
+LAYOUTS = {"paired": ("qid", "question", "response_j", "response_k"), "answers": ("qid", "question", "answers")}
 
 
-def answer_score(upvotes: int, accepted: bool) -> int:
-    """The score of an answer (arXiv 2112.00861): −1 below zero, accepted or not; else in steps of doubled votes."""
+def score_votes(upvotes: int, accepted: bool) -> int:
+    """Return the score of an answer (2112.00861): −1 for negative votes, else round(log2(1 + votes)) + accepted."""
     return -1 if upvotes < 0 else round(math.log2(1 + upvotes)) + int(accepted)
 
 
-def score(answer: dict[str, Any]) -> int:
-    """An answer's `pm_score`, which is such a score already, or that of its `upvotes` and `selected` or `accepted`."""
+def score_answer(answer: dict[str, Any]) -> int:
+    """Return the answer's `pm_score`, or else the score of its `upvotes` and `selected` or `accepted`.
+
+    UserError if it has neither `pm_score` nor `upvotes`.
+    """
     if answer.get("pm_score") is not None:
         return answer["pm_score"]
     if answer.get("upvotes") is None:
         raise UserError(f"dataset.path: answers need pm_score or upvotes, one has only {', '.join(answer)}")
-    return answer_score(answer["upvotes"], bool(answer.get("selected") or answer.get("accepted")))
+    return score_votes(answer["upvotes"], bool(answer.get("selected") or answer.get("accepted")))
 
 
-def answer_pairs(answers: list[dict[str, Any]], most: int) -> list[tuple[str, str]]:
-    """At most `most` (better, worse) pairs of answers with different scores.
+def pair_answers(answers: list[dict[str, Any]], limit: int) -> list[tuple[str, str]]:
+    """Return at most `limit` (better, worse) pairs of answers with different scores.
 
-    Those that are furthest apart come first, equal ones in the order of the answers.
+    Pairs are sorted by descending difference of their scores, and in the order of the answers for equal differences.
     """
-    scored = [(score(answer), text(answer, "text")) for answer in answers]
-    pairs = [sorted(two, key=lambda item: -item[0]) for two in combinations(scored, 2) if two[0][0] != two[1][0]]
-    pairs.sort(key=lambda two: two[1][0] - two[0][0])
-    return [(better, worse) for (_, better), (_, worse) in pairs[:most]]
+    scored = [(score_answer(answer), get_text(answer, "text")) for answer in answers]
+    pairs = [sorted(pair, key=lambda item: -item[0]) for pair in combinations(scored, 2) if pair[0][0] != pair[1][0]]
+    pairs.sort(key=lambda pair: pair[1][0] - pair[0][0])
+    return [(better, worse) for (_, better), (_, worse) in pairs[:limit]]
 
 
 @dataclass(frozen=True)
 class StackExchange(Dataset):
-    """Pairs of answers, stored as such (lvwerra/stack-exchange-paired) or made of each question's answers
-    (HuggingFaceH4/stack-exchange-preferences). The prompt's form is StackLLaMA's.
+    """Pairs of answers, stored as pairs or made of each question's answers. The prompt's format is StackLLaMA's.
 
-    Of the train split, which is the only one read, one distinct question in each `held_out_every` is held out with all
-    its pairs. The first rows of each kind are taken as they are stored; then they are put into an order keyed by
-    `data_seed`, in which one pair of every question comes before a second of any.
+    Pairs: lvwerra/stack-exchange-paired; answers: HuggingFaceH4/stack-exchange-preferences. Only the train split is
+    read; of it, one distinct question in each `held_out_every` is held out with all its pairs. The first rows of each
+    split are selected in stored order, then shuffled by `data_seed` such that one pair of every question comes before
+    a second pair of any.
     """
 
     path: str
@@ -64,20 +67,21 @@ class StackExchange(Dataset):
 
     def load(self, split: str) -> Examples:
         held_out = split == "test"
-        most = self.test_rows if held_out else self.train_rows
-        form, rows = Source(self.path, self.folder, streamed=most is not None).rows("train", FORMS)
-        rows = share(rows, lambda row: row["qid"], self.held_out_every, held_out)
-        found = usable((item for row in rows for item in self._candidates(row, form)), most)
-        return Examples(spread(found, self.data_seed), found.dropped)
+        limit = self.test_rows if held_out else self.train_rows
+        layout, all_rows = Source(self.path, self.folder, streamed=limit is not None).rows("train", LAYOUTS)
+        rows = select_split(all_rows, lambda row: row["qid"], self.held_out_every, held_out)
+        candidates = (candidate for row in rows for candidate in self._iterate_candidates(row, layout))
+        examples = take_examples(candidates, limit)
+        return Examples(shuffle_round_robin(examples, self.data_seed), examples.drop_counts)
 
-    def _candidates(self, row: Row, form: str) -> Iterator[Example | str]:
-        if form == "paired":
-            pairs = [(text(row, "response_j"), text(row, "response_k"))]
+    def _iterate_candidates(self, row: Row, layout: str) -> Iterator[Candidate]:
+        if layout == "paired":
+            pairs = [(get_text(row, "response_j"), get_text(row, "response_k"))]
         else:
-            pairs = answer_pairs(row["answers"] or [], self.max_pairs)
+            pairs = pair_answers(row["answers"] or [], self.max_pairs)
             if not pairs:
                 yield "questions without two answers of different scores"
-        question = text(row, "question")
+        question = get_text(row, "question")
         for better, worse in pairs:
             if not (question.strip() and better.strip() and worse.strip()):
                 yield "pairs with an empty question or answer"
@@ -88,12 +92,12 @@ class StackExchange(Dataset):
                 yield Example(prompt, f" {better}", f" {worse}", {"qid": row["qid"]})
 
 
-def spread(examples: list[Example], seed: int) -> list[Example]:
-    """In an order keyed by the seed, but first one example of every prompt, then a second, …"""
-    seen: Counter[str] = Counter()
+def shuffle_round_robin(examples: list[Example], seed: int) -> list[Example]:
+    """Return the examples in an order keyed by the seed: first one of every prompt, then a second of every prompt, …"""
+    counts: Counter[str] = Counter()
     numbered = []
-    for place in permutation(len(examples), seed, Stream.data_order):
-        example = examples[place]
-        numbered.append((seen[example.prompt], example))
-        seen[example.prompt] += 1
+    for index in sample_permutation(len(examples), seed, Stream.data_order):
+        example = examples[index]
+        numbered.append((counts[example.prompt], example))
+        counts[example.prompt] += 1
     return [example for _, example in sorted(numbered, key=lambda item: item[0])]

@@ -1,4 +1,4 @@
-"""dataset=story_openings: first words of children's stories in the style of TinyStories, made here."""
+"""dataset=story_openings: first words of children's stories in the style of TinyStories, generated here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 from apa_cli.datasets.base import Dataset
 from apa_cli.errors import UserError
-from apa_cli.randomness import Stream, permutation
+from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.types import AtLeastOne, Example, NonNegative
 
 NAMES = ["Lily", "Tom", "Anna", "Ben", "Mia", "Sam", "Sara", "Tim", "Lucy", "Max", "Jack", "Emma"]
@@ -42,7 +42,7 @@ PLACES = [
 
 @dataclass(frozen=True)
 class StoryOpenings(Dataset):
-    """Openings to be continued: a name, a place and one of ten beginnings; prompts only."""
+    """Story openings to be continued, each from a name, a place and one of ten templates; prompts only."""
 
     train_prompts: Annotated[int, AtLeastOne]
     test_prompts: Annotated[int, AtLeastOne]
@@ -50,12 +50,12 @@ class StoryOpenings(Dataset):
     stop_strings: list[str]
 
     def load(self, split: str) -> list[Example]:
-        texts = [o.format(name=n, place=p) for o, n, p in product(OPENINGS, NAMES, PLACES)]
+        texts = [opening.format(name=name, place=place) for opening, name, place in product(OPENINGS, NAMES, PLACES)]
         if self.train_prompts + self.test_prompts > len(texts):
             raise UserError(
-                f"dataset: there are {len(texts)} story openings, train_prompts={self.train_prompts} and "
-                f"test_prompts={self.test_prompts} ask for more"
+                f"dataset.train_prompts: {self.train_prompts} and dataset.test_prompts={self.test_prompts} exceed the "
+                f"{len(texts)} story openings; lower one of them"
             )
-        order = permutation(len(texts), self.data_seed, Stream.data_order).tolist()
-        chosen = order[: self.test_prompts] if split == "test" else order[self.test_prompts :][: self.train_prompts]
-        return [Example(texts[i], None, None, {}) for i in chosen]
+        order = sample_permutation(len(texts), self.data_seed, Stream.data_order).tolist()
+        indices = order[: self.test_prompts] if split == "test" else order[self.test_prompts :][: self.train_prompts]
+        return [Example(texts[i], None, None, {}) for i in indices]

@@ -6,24 +6,24 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from apa_cli.datasets.base import Dataset
-from apa_cli.datasets.dialogue import spaced
-from apa_cli.datasets.source import Row, Source, text, usable
+from apa_cli.datasets.dialogue import add_leading_space
+from apa_cli.datasets.source import Candidate, Row, Source, get_text, take_examples
 from apa_cli.types import AtLeastOne, Example, Examples
 
-FORMS = {
+LAYOUTS = {
     "completion": ("prompt", "completion"),
     "label": ("prompt", "label"),
     "summary": ("subreddit", "title", "post", "summary"),
 }
+"""layout → its columns; the layout's name is the column that holds the summary."""
 
 
 @dataclass(frozen=True)
 class TLDR(Dataset):
-    """A post to be summed up, ending in "TL;DR:", and its summary; nothing rejected. Rows keep their order.
+    """Posts that end in "TL;DR:", and their summaries; no rejected responses. Rows keep their order.
 
-    Prompts that are stored (trl-lib/tldr, CarperAI/openai_summarize_tldr) are taken as they are, and get a last
-    paragraph "TL;DR:" where they have none. From posts with title and subreddit they are made in the form of
-    trl-lib/tldr.
+    Stored prompts (trl-lib/tldr, CarperAI/openai_summarize_tldr) are unchanged, apart from a last paragraph "TL;DR:"
+    if they have none. Posts with title and subreddit get the format of trl-lib/tldr.
     """
 
     path: str
@@ -32,21 +32,21 @@ class TLDR(Dataset):
     stop_strings: list[str]
 
     def load(self, split: str) -> Examples:
-        form, rows = Source(self.path).rows(split, FORMS)
-        most = self.test_rows if split == "test" else self.train_rows
-        return usable((example(row, form) for row in rows), most)
+        layout, rows = Source(self.path).rows(split, LAYOUTS)
+        limit = self.test_rows if split == "test" else self.train_rows
+        return take_examples((parse_post(row, layout) for row in rows), limit)
 
 
-def example(row: Row, form: str) -> Example | str:
-    """A row as an example, or why it is none."""
-    post, summary = text(row, "post" if form == "summary" else "prompt"), text(row, form)
+def parse_post(row: Row, layout: str) -> Candidate:
+    """Return a row as an example, or the reason why it is unusable."""
+    post, summary = get_text(row, "post" if layout == "summary" else "prompt"), get_text(row, layout)
     if not post.strip():
         return "empty posts"
     if not summary.strip():
         return "posts with an empty summary"
-    if form == "summary":
-        subreddit = text(row, "subreddit")
-        prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {text(row, 'title')}\n\nPOST: {post}\n\nTL;DR:"
-        return Example(prompt, spaced(summary), None, {"subreddit": subreddit})
+    if layout == "summary":
+        subreddit = get_text(row, "subreddit")
+        prompt = f"SUBREDDIT: r/{subreddit}\n\nTITLE: {get_text(row, 'title')}\n\nPOST: {post}\n\nTL;DR:"
+        return Example(prompt, add_leading_space(summary), None, {"subreddit": subreddit})
     prompt = post if post.endswith("TL;DR:") else f"{post}\n\nTL;DR:"
-    return Example(prompt, spaced(summary), None, {})
+    return Example(prompt, add_leading_space(summary), None, {})

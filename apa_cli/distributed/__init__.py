@@ -1,1 +1,1 @@
-"""Several processes: the world of a run, and how it is started."""
+"""Processes of a run: world and collectives, GPU selection, start and end."""

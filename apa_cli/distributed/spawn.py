@@ -1,7 +1,7 @@
-"""Several processes: which of them this one is, what they tell one another, how they are started and how they end.
+"""Start, process group and end of the processes of a run.
 
-`torch.distributed` does the work. Everything that is gathered is small and goes over gloo on the CPU; gradients and
-weights take the default group (NCCL between GPUs). With one process nothing of this is loaded or called.
+A run's processes are started here (`spawn_processes`) or by torchrun, accelerate or SLURM (`run_under_launcher`). With
+one process, neither is called.
 """
 
 from __future__ import annotations
@@ -23,215 +23,242 @@ from typing import Any, TextIO
 
 import torch
 
-from apa_cli.distributed.world import ContactLost, Silent, World, use_gpu
+from apa_cli.distributed.device import should_use_gpu
+from apa_cli.distributed.world import RankLost, RankTimeout, World
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.runs.stopping import Stopped
+from apa_cli.runs.stopping import RunStopped
 from apa_cli.settings import LaunchSettings
 
-PAUSE = 3.0
-"""Seconds that other processes wait before they say what ended them: the main one, or the one with the cause, is to
-be heard first."""
-GRACE = 1.0
-"""Seconds that the others have to end after one process failed; then they are killed."""
-START = 600.0
-"""Seconds that processes have to start."""
-POLL = 0.2
-"""Seconds between two looks at the processes that were started."""
+REPORT_DELAY = 3.0
+"""Seconds that a rank waits before it prints an error that rank 0, or the rank with the cause, is to print first."""
+TERMINATION_GRACE = 1.0
+"""Seconds between SIGTERM and SIGKILL for the other processes after one has failed."""
+START_TIMEOUT = 600.0
+"""Seconds within which all spawned processes must have connected."""
+POLL_INTERVAL = 0.2
+"""Seconds between two checks of the spawned processes."""
 
 
-def given() -> dict[str, str] | None:
-    """The place in a world that torchrun, accelerate or SLURM has started, as torch's environment variables name it."""
-    found = os.environ
-    if int(found.get("WORLD_SIZE", "1")) > 1 and "RANK" in found:
-        return {name: found[name] for name in ("RANK", "WORLD_SIZE")} | {"LOCAL_RANK": found.get("LOCAL_RANK", "0")}
-    if int(found.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in found:
-        host = found.get("MASTER_ADDR") or first_host(found["SLURM_STEP_NODELIST"])
-        os.environ["MASTER_ADDR"] = host
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(found["SLURM_JOB_ID"]) % 20000))
-        return {
-            "RANK": found["SLURM_PROCID"],
-            "WORLD_SIZE": found["SLURM_NTASKS"],
-            "LOCAL_RANK": found["SLURM_LOCALID"],
-        }
+@dataclass(frozen=True)
+class RankInfo:
+    """Rank, world size and local rank of this process as a launcher assigned them."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+
+def detect_launcher() -> RankInfo | None:
+    """Return the rank that torchrun, accelerate or SLURM assigned to this process; None if none of them started it.
+
+    Under SLURM, MASTER_ADDR and MASTER_PORT are set too, as `torch.distributed` reads them.
+    """
+    env = os.environ
+    if int(env.get("WORLD_SIZE", "1")) > 1 and "RANK" in env:
+        return RankInfo(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["MASTER_ADDR"] = env.get("MASTER_ADDR") or resolve_first_host(env["SLURM_STEP_NODELIST"])
+        # The job's number gives all of its processes the same port, and two jobs on a node different ones.
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        return RankInfo(int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"]))
     return None
 
 
-def first_host(hosts: str) -> str:
-    """The first of a SLURM list of hosts such as gpu[03-04,07]. UserError where SLURM cannot say."""
+def resolve_first_host(nodelist: str) -> str:
+    """Return the first host of a SLURM node list such as gpu[03-04,07]. Raise UserError if scontrol fails."""
     try:
-        done = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+        result = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError("launch: scontrol does not tell the hosts of this SLURM job; set MASTER_ADDR") from error
-    return done.stdout.split()[0]
+        raise UserError("launch: scontrol cannot list the hosts of this SLURM job; set MASTER_ADDR") from error
+    return result.stdout.split()[0]
 
 
-def wanted(settings: LaunchSettings) -> int:
-    """How many processes this one has to start: `launch.processes`, or one for each GPU that it sees."""
+def count_processes(settings: LaunchSettings) -> int:
+    """Return the number of processes to run on this machine: `launch.processes`, or one per visible GPU.
+
+    Raise ConfigError if there are fewer GPUs than processes.
+    """
     if settings.processes is not None:
-        if use_gpu(settings) and settings.processes > torch.cuda.device_count():
+        if should_use_gpu(settings) and settings.processes > torch.cuda.device_count():
             raise ConfigError(
                 f"launch.processes: {settings.processes} is more than the {torch.cuda.device_count()} GPUs here"
             )
         return settings.processes
-    return torch.cuda.device_count() if use_gpu(settings) else 1
+    return torch.cuda.device_count() if should_use_gpu(settings) else 1
 
 
-def take_part(settings: LaunchSettings, work: Callable[..., None], *arguments: Any) -> None:
-    """Runs `work(world, *arguments)` in the world that another program has started. SystemExit where it fails."""
-    place = given()
-    assert place is not None
-    rank, size = int(place["RANK"]), int(place["WORLD_SIZE"])
-    with ending(rank) as end:
-        if settings.processes not in (None, size):
-            raise ConfigError(f"launch.processes: {settings.processes} were asked for, {size} were started")
-        world = join(settings, rank, size, int(place["LOCAL_RANK"]), None)
-        worked(world, work, *arguments)
-    if end.status:
-        sys.exit(end.status)
+# --- joining the process group ------------------------------------------------------------------------------
 
 
-def join(settings: LaunchSettings, rank: int, size: int, local_rank: int, port: int | None) -> World:
-    """Meets the other processes: at `port` of this machine, or where the environment says."""
+def run_under_launcher(settings: LaunchSettings, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(world, *arguments)` as the rank that a launcher assigned. Raise SystemExit if it fails."""
+    info = detect_launcher()
+    assert info is not None
+    with report_errors(info.rank) as exit_status:
+        if settings.processes not in (None, info.size):
+            raise ConfigError(
+                f"launch.processes: {settings.processes}, but {info.size} processes were started; leave it null"
+            )
+        world = join_world(settings, info.rank, info.size, info.local_rank, None)
+        run_then_barrier(world, work, *arguments)
+    if exit_status.code:
+        sys.exit(exit_status.code)
+
+
+def join_world(settings: LaunchSettings, rank: int, size: int, local_rank: int, port: int | None) -> World:
+    """Connect to the other processes and return the world.
+
+    `port` is that of the store on this machine (`spawn_processes`); None: the environment names the store.
+    """
     import torch.distributed as dist
 
-    backend = "cpu:gloo,cuda:nccl" if use_gpu(settings) else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if should_use_gpu(settings) else "gloo"
     timeout = timedelta(seconds=settings.timeout)
-    if not dist.is_initialized():  # the jobs of a sweep share one world
+    if not dist.is_initialized():  # the jobs of a sweep share one process group
         if port is None:
             options: dict[str, Any] = {"init_method": "env://"}
         else:
-            store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timedelta(seconds=START))
+            store = dist.TCPStore("127.0.0.1", port, size, is_master=False, timeout=timedelta(seconds=START_TIMEOUT))
+            # Importing torch may take longer than launch.timeout, so START_TIMEOUT applies until all are connected.
             store.set(f"started {rank}", "")
-            store.wait([f"started {number}" for number in range(size)])  # importing takes its time
+            store.wait([f"started {number}" for number in range(size)])
             options = {"store": store}
-        if use_gpu(settings):
+        if should_use_gpu(settings):
             torch.cuda.set_device(local_rank)
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **options)
-        atexit.register(leave)
+        atexit.register(leave_world)
     return World(rank, size, local_rank, dist.new_group(backend="gloo", timeout=timeout), settings.timeout)
 
 
-def leave() -> None:
+def leave_world() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# --- starting them ------------------------------------------------------------------------------------------
+def run_then_barrier(world: World, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(world, *arguments)`, then wait until all ranks have finished or stopped."""
+    try:
+        work(world, *arguments)
+    except RunStopped:
+        world.barrier()
+        raise
+    world.barrier()
 
 
-def started(settings: LaunchSettings, count: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Runs `work(world, *arguments)` in `count` new processes on this machine and waits for them.
+# --- spawning -----------------------------------------------------------------------------------------------
 
-    SIGTERM and SIGINT are handed on, so that the processes can save and end by themselves; a second one ends them.
-    The first process that fails ends all; SystemExit with its status. `work` and its arguments are pickled.
+
+def spawn_processes(settings: LaunchSettings, count: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(world, *arguments)` in `count` new processes on this machine and wait for them.
+
+    SIGTERM and SIGINT are forwarded, so that the processes save and end by themselves; a second signal kills them. The
+    first process that fails ends all, and SystemExit with its status is raised. `work` and its arguments are pickled.
     """
     import torch.distributed as dist
     import torch.multiprocessing as multiprocessing
 
     store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
     context = multiprocessing.start_processes(
-        begun, (settings, count, store.port, work, arguments), nprocs=count, join=False, start_method="spawn"
+        run_child, (settings, count, store.port, work, arguments), nprocs=count, join=False, start_method="spawn"
     )
-    with handing_on(context.processes):
+    with forward_signals(context.processes):
         try:
-            while not context.join(timeout=POLL, grace_period=GRACE):
+            while not context.join(timeout=POLL_INTERVAL, grace_period=TERMINATION_GRACE):
                 pass
         except multiprocessing.ProcessExitedException as error:
             if error.exit_code < 0:
                 print(
-                    f"process {error.error_index} was killed by {error.signal_name}; the run ends",
+                    f"rank {error.error_index} was killed by {error.signal_name}; the run ends",
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
             raise SystemExit(error.exit_code if error.exit_code > 0 else 128 - error.exit_code) from None
 
 
 @contextmanager
-def handing_on(processes: list[Any]) -> Iterator[None]:
-    """SIGTERM and SIGINT go to the processes; the second of them kills."""
+def forward_signals(processes: list[Any]) -> Iterator[None]:
+    """Forward SIGTERM and SIGINT to the processes; from the second signal on, kill them."""
     received = 0
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         nonlocal received
         received += 1
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid, number if received == 1 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def begun(
+def run_child(
     rank: int, settings: LaunchSettings, count: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
-    """One started process. It leaves the terminal's group: the keys pressed there are handed on by its parent."""
+    """Run `work` in one spawned process and exit.
+
+    The process leaves the terminal's process group, so that Ctrl-C reaches it once, forwarded by its parent.
+    """
     os.setpgid(0, 0)
-    if settings.threads is None and not use_gpu(settings):
+    if settings.threads is None and not should_use_gpu(settings):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // count))
-    with ending(rank) as end:
-        world = join(settings, rank, count, rank, port)
-        worked(world, work, *arguments)
-    sys.exit(end.status)
+    with report_errors(rank) as exit_status:
+        world = join_world(settings, rank, count, rank, port)
+        run_then_barrier(world, work, *arguments)
+    sys.exit(exit_status.code)
 
 
-def worked(world: World, work: Callable[..., None], *arguments: Any) -> None:
-    """`work(world, *arguments)`; none leaves before all have finished, or have stopped."""
-    try:
-        work(world, *arguments)
-    except Stopped:
-        world.meet(world.timeout)
-        raise
-    world.meet(world.timeout)
+# --- output and errors --------------------------------------------------------------------------------------
 
 
 @dataclass
-class End:
-    status: int = 0
+class ExitStatus:
+    """Exit status of this process; 0 unless an error ended its work."""
+
+    code: int = 0
 
 
 @contextmanager
-def ending(rank: int) -> Iterator[End]:
-    """Says on the screen what ends this process, unless another has said it; `status` is its exit status then."""
-    end, screen = End(), os.fdopen(os.dup(2), "w")
+def report_errors(rank: int) -> Iterator[ExitStatus]:
+    """Print the error that ends the block and set the exit status; an error that all ranks share is printed by rank 0.
+
+    The terminal is the stderr of before `redirect_output`.
+    """
+    exit_status, terminal = ExitStatus(), os.fdopen(os.dup(2), "w")
     try:
-        yield end
-    except Silent as error:
-        show(screen if rank == 0 else sys.stderr, f"apa-train: {error}")
-        end.status = error.status
-    except ContactLost as error:
-        print(f"process {rank}: {error}", file=sys.stderr, flush=True)
-        time.sleep(PAUSE)
-        end.status = error.status
-    except Stopped as error:
-        show(screen if rank == 0 else sys.stderr, f"apa-train: {error}")
-        end.status = error.status
+        yield exit_status
+    except (RankTimeout, RunStopped) as error:
+        print_to_terminal(terminal if rank == 0 else sys.stderr, f"apa-train: {error}")
+        exit_status.code = error.status
+    except RankLost as error:
+        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
+        time.sleep(REPORT_DELAY)
+        exit_status.code = error.status
     except UserError as error:
         if rank > 0:
-            time.sleep(PAUSE)  # what all know the main process says
-        show(screen, f"apa-train: {error}")
-        end.status = error.status
+            time.sleep(REPORT_DELAY)
+        print_to_terminal(terminal, f"apa-train: {error}")
+        exit_status.code = error.status
     except KeyboardInterrupt as error:
-        end.status = getattr(error, "status", 128 + signal.SIGINT)
+        exit_status.code = getattr(error, "status", 128 + signal.SIGINT)
     except Exception:
-        show(screen, f"process {rank}:\n{traceback.format_exc()}")
-        end.status = 1
+        print_to_terminal(terminal, f"rank {rank}:\n{traceback.format_exc()}")
+        exit_status.code = 1
 
 
-def show(screen: TextIO, text: str) -> None:
-    """On the screen and, where stderr goes to this process's own log, there too."""
-    print(text, file=screen, flush=True)
-    if os.fstat(screen.fileno()).st_ino != os.fstat(2).st_ino:
+def print_to_terminal(terminal: TextIO, text: str) -> None:
+    """Print to the terminal and, if stderr is redirected to this rank's log, to the log too."""
+    print(text, file=terminal, flush=True)
+    if os.fstat(terminal.fileno()).st_ino != os.fstat(2).st_ino:
         print(text, file=sys.stderr, flush=True)
 
 
-def keep_log(world: World, folder: Path) -> None:
-    """What processes other than the main one print goes to `folder`/rank_N.log from here on."""
+def redirect_output(world: World, folder: Path) -> None:
+    """Redirect stdout and stderr of ranks other than 0 to `folder`/rank_N.log."""
     if world.is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)

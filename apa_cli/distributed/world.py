@@ -1,185 +1,167 @@
-"""This process among all of a run, and what the processes exchange."""
+"""One process among all processes of a run: its rank, the world size and the collectives.
+
+Collectives exchange small Python objects over gloo on the CPU; gradients and weights use the default process group
+(NCCL between GPUs). With one process, `torch.distributed` is neither imported nor called.
+"""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from filelock import FileLock, Timeout
-
 from apa_cli.errors import UserError, first_line
-from apa_cli.settings import Device, LaunchSettings
 
 T = TypeVar("T")
 WEEK = 7 * 86400.0
 """Seconds."""
 
 
-class ContactLost(UserError):
-    """Another process is gone. Where it has said why, this need not be shown."""
+class RankLost(UserError):
+    """Another rank is gone. The rank with the cause prints it, so this error adds nothing."""
 
 
-class Silent(ContactLost):
-    """Another process does not answer, and nobody else says so."""
+class RankTimeout(RankLost):
+    """Another rank did not reach a barrier in time; no rank prints a cause."""
 
 
-class FailedElsewhere(Exception):
-    """What another process could not do, so that what all do together cannot be done."""
+class OtherRankFailed(Exception):
+    """Another rank failed before a collective step that needs all ranks."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of a run; every process calls the same methods in the same order."""
+    """This process among all processes of a run; every rank calls the same methods in the same order."""
 
     rank: int
-    """From 0; process 0, the main one, alone writes, logs and draws."""
+    """0 to size − 1. Rank 0, the main process, alone writes files, logs and plots."""
     size: int
+    """Number of processes."""
     local_rank: int
-    """The rank on this machine, which is the number of its GPU."""
+    """Rank among the processes of this machine, which is the index of the process's GPU."""
     group: Any
-    """The gloo group of all processes; None with one process."""
+    """The gloo process group of all ranks; None with one process."""
     timeout: float
-    """Seconds after which a process that does not answer ends the run."""
+    """Seconds after which a rank that does not respond ends the run."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, count: int) -> list[int]:
-        """Which of `count` things are this process's: as many for each, the last thing repeated to fill up.
+    def shard_indices(self, count: int) -> list[int]:
+        """Return this rank's contiguous shard of the indices 0 to count − 1.
 
-        Results of all shares one after the other, cut to `count`, are in order.
+        Shards have equal length; the last index is repeated to fill them. The shards of all ranks, concatenated by rank
+        and cut to `count`, are the indices in order.
         """
-        each = -(-count // self.size)
-        return [min(i, count - 1) for i in range(self.rank * each, (self.rank + 1) * each)]
+        shard_size = -(-count // self.size)
+        start = self.rank * shard_size
+        return [min(i, count - 1) for i in range(start, start + shard_size)]
 
-    def gather(self, value: T) -> list[T]:
-        """The value of each process, by rank, on every process. ContactLost where one is gone or silent."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank, on every rank. Raise RankLost if a rank is gone or unresponsive."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
 
-        self.meet(self.timeout)
+        self.barrier()
         values: list[Any] = [None] * self.size
-        with told():
+        with translate_errors():
             dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def together(self, work: Callable[[], T]) -> T:
-        """`work()` of this process. UserError on every process where it fails on one."""
+    def run_on_all_ranks(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank and return this rank's result. Raise UserError on every rank if it fails on one."""
         if self.size == 1:
             return work()
-        value, error = None, None
+        value: Any = None
+        failure: UserError | None = None
         try:
             value = work()
-        except FailedElsewhere as told_before:
-            raise UserError(str(told_before)) from told_before
-        except UserError as found:
-            error = found
-        for rank, text in enumerate(self.gather(None if error is None else str(error))):
-            if text is not None:
-                raise UserError(f"process {rank}: {text}") from error
+        except OtherRankFailed as error:
+            raise UserError(str(error)) from error
+        except UserError as error:
+            failure = error
+        for rank, message in enumerate(self.all_gather(None if failure is None else str(failure))):
+            if message is not None:
+                raise UserError(f"rank {rank}: {message}") from failure
         return value
 
-    def ready(self) -> None:
-        """Before a step amid `together` that all processes take alike: FailedElsewhere where one has failed."""
-        for rank, text in enumerate(self.gather(None)):
-            if text is not None:
-                raise FailedElsewhere(f"process {rank}: {text}")
+    def check_all_ranks(self) -> None:
+        """Raise OtherRankFailed if another rank has failed.
 
-    def meet(self, timeout: float) -> None:
-        """Waits for all processes, at most `timeout` seconds. Silent naming those that did not come in time."""
+        To be called inside `run_on_all_ranks`, before a step in which all ranks must take part. Its all-gather pairs
+        with the one in which a failed rank reports its error.
+        """
+        for rank, message in enumerate(self.all_gather(None)):
+            if message is not None:
+                raise OtherRankFailed(f"rank {rank}: {message}")
+
+    def barrier(self, timeout: float | None = None) -> None:
+        """Wait for all ranks, at most `timeout` seconds (None: `self.timeout`).
+
+        Raise RankTimeout naming the ranks that did not arrive in time, RankLost if the connection to a rank broke.
+        """
         if self.size == 1:
             return
         import torch.distributed as dist
 
+        seconds = self.timeout if timeout is None else timeout
         try:
-            dist.monitored_barrier(self.group, timedelta(seconds=timeout), wait_all_ranks=True)
+            dist.monitored_barrier(self.group, timedelta(seconds=seconds), wait_all_ranks=True)
         except RuntimeError as error:
-            if silent := re.search(r"Ranks? ([\d, ]+) failed to pass", str(error)):
-                raise Silent(
-                    f"process {silent[1]} did not answer within {timeout:g} s (launch.timeout); the run ends"
+            if missing := re.search(r"Ranks? ([\d, ]+) failed to pass", str(error)):
+                raise RankTimeout(
+                    f"launch.timeout: rank {missing[1]} did not respond within {seconds:g} s; the run ends"
                 ) from error
-            raise ContactLost(f"lost contact with another process ({first_line(error)})") from error
+            raise RankLost(f"lost contact with another rank ({first_line(error)})") from error
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The block runs in process 0 before it runs in the others, however long that takes."""
+    def main_process_first(self) -> Iterator[None]:
+        """Run the block on rank 0 before it runs on the others, which wait up to a week."""
         if not self.is_main:
-            self.meet(WEEK)
+            self.barrier(WEEK)
         yield
         if self.is_main:
-            self.meet(WEEK)
+            self.barrier(WEEK)
 
-    def any(self, flag: bool) -> bool:
-        """Whether it is true on any process."""
-        return any(self.gather(flag))
+    def any_rank(self, flag: bool) -> bool:
+        """Return True on every rank if the flag is true on at least one."""
+        return any(self.all_gather(flag))
 
-    def from_main(self, make: Callable[[], T]) -> T:
-        """What process 0 makes, told to all. Where that fails its error is raised there, ContactLost elsewhere."""
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
+        """Return on every rank what `make` returns on rank 0, where alone it runs.
+
+        If it fails, rank 0 raises its error and the others raise RankLost.
+        """
         if self.size == 1:
             return make()
-        made: tuple[Any, BaseException | None] = (None, None)
+        value: Any = None
+        failure: BaseException | None = None
         if self.is_main:
             try:
-                made = (make(), None)
+                value = make()
             except Exception as error:
-                made = (None, error)
-        value, failed = self.gather((made[0], made[1] is not None))[0]
-        if made[1] is not None:
-            raise made[1]
-        if failed:
-            raise ContactLost("process 0 could not go on")
-        return value
+                failure = error
+        main_value, has_failed = self.all_gather((value, failure is not None))[0]
+        if failure is not None:
+            raise failure
+        if has_failed:
+            raise RankLost("rank 0 failed")
+        return main_value
 
 
-ALONE = World(0, 1, 0, None, 0.0)
-"""The only process of a run."""
+SINGLE_PROCESS = World(0, 1, 0, None, 0.0)
+"""The world of a run in one process."""
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """An exchange with other processes; what goes wrong in it is ContactLost."""
+def translate_errors() -> Iterator[None]:
+    """Raise RankLost for a RuntimeError of a collective in the block."""
     try:
         yield
     except RuntimeError as error:
-        raise ContactLost(f"lost contact with another process ({first_line(error)})") from error
-
-
-# --- which processes there are ------------------------------------------------------------------------------
-
-
-def use_gpu(settings: LaunchSettings) -> bool:
-    """Whether to compute on GPUs. UserError where they were asked for and there are none."""
-    if settings.device is Device.cuda and not torch.cuda.is_available():
-        raise UserError("launch.device: cuda was asked for, and PyTorch sees no GPU")
-    return settings.device is not Device.cpu and torch.cuda.is_available()
-
-
-def gpu(settings: LaunchSettings, world: World) -> int:
-    """The number of this process's GPU: its local rank, or for a run in one process the first that no other such run
-    on this machine has; 0 where all are taken."""
-    if world.size > 1 or settings.processes != 1:
-        return world.local_rank
-    if HELD:
-        return next(iter(HELD))
-    for number in range(torch.cuda.device_count()):
-        lock = FileLock(Path(tempfile.gettempdir()) / f"apa-cli-gpu-{number}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            continue
-        HELD[number] = lock
-        return number
-    return 0
-
-
-HELD: dict[int, FileLock] = {}
-"""The GPUs that this process keeps to its end: the jobs that it runs of a sweep share them."""
+        raise RankLost(f"lost contact with another rank ({first_line(error)})") from error

@@ -1,1 +1,1 @@
-"""The machine: memory, matrix products, roofline."""
+"""Hardware: matrix products, memory, measured rates and the roofline."""

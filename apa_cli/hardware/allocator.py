@@ -1,4 +1,4 @@
-"""How the C library's allocator treats large blocks, on Linux with glibc; elsewhere nothing is changed."""
+"""Settings of glibc's memory allocator for large blocks; without glibc nothing is changed."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import os
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
-"""Names and numbers of /usr/include/malloc.h."""
-LARGEST = 2**31 - 1
-"""The largest number that mallopt takes, here of bytes."""
+"""Parameters of mallopt, from /usr/include/malloc.h."""
+MAX_INT = 2**31 - 1
+"""Largest value that mallopt takes; for M_TRIM_THRESHOLD bytes."""
 
 
 def keep_freed_blocks() -> bool:
-    """Freed blocks stay with the process. True where this could be said, and MALLOC_* variables say nothing else.
+    """Keep freed blocks in the process for reuse. Return True if glibc accepted the setting.
 
-    By default a tensor of more than 32 MiB is a mapping of its own, which the kernel clears page by page each time
-    that one is made: a fifth of a training run on a CPU.
+    Nothing is changed if MALLOC_* or GLIBC_TUNABLES environment variables are set. By default glibc maps each tensor of
+    more than 32 MiB anew, and the kernel clears its pages each time: a fifth of the time of a training run on a CPU.
     """
-    library = glibc()
+    library = load_glibc()
     if library is None or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
-    return bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, LARGEST))
+    return bool(library.mallopt(M_MMAP_MAX, 0)) and bool(library.mallopt(M_TRIM_THRESHOLD, MAX_INT))
 
 
-def give_back_freed_blocks() -> None:
-    """Freed blocks go back to the system, so that what the process holds is what it uses."""
-    library = glibc()
+def release_freed_blocks() -> None:
+    """Return freed blocks to the system, so that the process holds only memory in use."""
+    library = load_glibc()
     if library is not None:
         library.malloc_trim(0)
 
 
-def glibc() -> ctypes.CDLL | None:
+def load_glibc() -> ctypes.CDLL | None:
     library = ctypes.CDLL(None) if os.name == "posix" else None
     return library if hasattr(library, "gnu_get_libc_version") else None

@@ -1,6 +1,7 @@
-"""Which library multiplies float32 matrices on a CPU: PyTorch's choice (MKL where it has it), or oneDNN.
+"""Library for float32 matrix products on a CPU: PyTorch's choice (MKL if PyTorch was built with it) or oneDNN.
 
-MKL keeps AVX-512 to Intel's processors, oneDNN does not: on AMD's it multiplies up to twice as fast, as exactly.
+MKL uses AVX-512 on Intel processors only. oneDNN uses it on AMD processors too, where it is up to twice as fast at the
+same accuracy.
 """
 
 from __future__ import annotations
@@ -14,25 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from apa_cli.errors import UserError
-from apa_cli.settings import Matmul
+from apa_cli.settings import MatmulLibrary
 
-WORTH = 2**21
-"""Multiplications from which on oneDNN is faster."""
-NARROW = 64
-STEP = 32
-"""oneDNN makes code for each shape, up to a millisecond of it, and keeps it; `worth` says which shapes it is given."""
-PROCESSOR = Path("/proc/cpuinfo")
+MIN_MULTIPLICATIONS = 2**21
+"""Multiplications in a product from which oneDNN is faster, measured."""
+MAX_UNROUNDED_POSITIONS = 64
+"""Positions up to which a product keeps its shape. oneDNN compiles a kernel for each shape, which takes up to a
+millisecond, and caches it; above this size few shapes are used, see `round_up_size`."""
+SIZE_STEP = 32
+"""Positions; sizes above `MAX_UNROUNDED_POSITIONS` are multiples of it."""
+CPU_INFO = Path("/proc/cpuinfo")
 
 _library: torch.library.Library | None = None
-"""What puts oneDNN's products in the place of PyTorch's, as long as it is kept."""
+"""Registration of oneDNN's products in place of PyTorch's, in force while the object lives."""
 
 
-def use(matmul: Matmul) -> None:
-    """From here on all of this process's float32 products on a CPU are this library's, backward passes included."""
+def select_matmul(matmul: MatmulLibrary) -> None:
+    """Select the library for all further float32 products of this process on a CPU, backward passes included.
+
+    Raise UserError if PyTorch lacks oneDNN and it is selected.
+    """
     global _library
-    if matmul is Matmul.onednn and not has_onednn():
-        raise UserError("launch.matmul=onednn: this PyTorch was built without oneDNN")
-    if not (matmul is Matmul.onednn or (matmul is Matmul.auto and faster_by_onednn())):
+    if matmul is MatmulLibrary.onednn and not has_onednn():
+        raise UserError("launch.matmul: onednn is set, but this PyTorch was built without oneDNN; use auto or torch")
+    if not (matmul is MatmulLibrary.onednn or (matmul is MatmulLibrary.auto and is_onednn_faster())):
         _library = None
     elif _library is None:
         _library = torch.library.Library("aten", "IMPL")
@@ -42,70 +48,72 @@ def use(matmul: Matmul) -> None:
             _library.impl("addmm", addmm, "CPU")
 
 
-def used() -> Matmul:
-    """Which it is: what `Matmul.auto` became."""
-    return Matmul.torch if _library is None else Matmul.onednn
+def get_active_matmul() -> MatmulLibrary:
+    """Return the library in use, torch or onednn, also if auto was selected."""
+    return MatmulLibrary.torch if _library is None else MatmulLibrary.onednn
 
 
 def has_onednn() -> bool:
-    """Whether this PyTorch can be asked for oneDNN's product."""
+    """Return True if this PyTorch was built with oneDNN."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def faster_by_onednn() -> bool:
-    """Whether this is a processor whose AVX-512 MKL leaves unused."""
+def is_onednn_faster() -> bool:
+    """Return True if the processor has AVX-512 that MKL does not use: an AMD processor."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
-    known = PROCESSOR.read_text() if PROCESSOR.exists() else platform.processor()
-    return "AuthenticAMD" in known and has_onednn()
+    vendor = CPU_INFO.read_text() if CPU_INFO.exists() else platform.processor()
+    return "AuthenticAMD" in vendor and has_onednn()
 
 
 def mm(first: Tensor, second: Tensor) -> Tensor:
-    """aten::mm"""
-    if worth(first, second):
+    """Multiply two matrices; replaces aten::mm."""
+    if is_worth_onednn(first, second):
         return torch.ops.mkldnn._linear_pointwise(first, second.t(), None, "none", [], "")
     return torch.mm(first, second, out=first.new_empty(0))
 
 
 def addmm(bias: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """aten::addmm"""
+    """Multiply two matrices and add a bias; replaces aten::addmm."""
     plain = beta == alpha == 1 and bias.shape == second.shape[1:] and bias.dtype is torch.float32
-    if plain and worth(first, second):
+    if plain and is_worth_onednn(first, second):
         return torch.ops.mkldnn._linear_pointwise(first, second.t(), bias, "none", [], "")
     return torch.addmm(bias, first, second, beta=beta, alpha=alpha, out=first.new_empty(0))
 
 
-def product_with(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-    """x, bias ↦ x · weightᵀ + bias by oneDNN, for x [..., in] and a weight [out, in] that stays as it is.
+def prepack_linear(weight: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """Return the function (x, bias) ↦ x · weightᵀ + bias by oneDNN, for x [..., in] and a constant weight [out, in].
 
-    The weight is kept in the order in which oneDNN reads it. None where oneDNN does not multiply this precision.
+    The function holds a copy of the weight in oneDNN's memory layout. Return None if oneDNN is not used for the
+    weight's device and dtype.
     """
-    if weight.device.type != "cpu" or not used_for(weight.dtype):
+    if weight.device.type != "cpu" or not is_onednn_used(weight.dtype):
         return None
-    ordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), NARROW)
+    packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), MAX_UNROUNDED_POSITIONS)
 
-    def product(x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         count = len(rows)
-        if count > NARROW and (more := next_shape(count) - count):
-            rows = nn.functional.pad(rows, (0, 0, 0, more))
-        result = torch.ops.mkldnn._linear_pointwise(rows, ordered, bias, "none", [], "")
+        if count > MAX_UNROUNDED_POSITIONS and (padding := round_up_size(count) - count):
+            rows = nn.functional.pad(rows, (0, 0, 0, padding))
+        result = torch.ops.mkldnn._linear_pointwise(rows, packed_weight, bias, "none", [], "")
         return result[:count].view(*x.shape[:-1], len(weight))
 
-    return product
+    return multiply
 
 
-def used_for(dtype: torch.dtype) -> bool:
-    """Whether products of this precision are oneDNN's: PyTorch asks it itself in bfloat16."""
+def is_onednn_used(dtype: torch.dtype) -> bool:
+    """Return True if oneDNN computes linear layers in this dtype; PyTorch itself uses it for bfloat16."""
     if dtype is torch.bfloat16:
         return has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype is torch.float32 and _library is not None
 
 
-def worth(first: Tensor, second: Tensor) -> bool:
-    """Whether oneDNN is to multiply the two: large matrices, of one of a few shapes.
+def is_worth_onednn(first: Tensor, second: Tensor) -> bool:
+    """Return True if oneDNN is to multiply the two: large float32 matrices whose number of positions is a rounded one.
 
-    Weights keep their shape. Positions vary: they are rows, or in the gradient of a weight what is summed over.
+    Only the number of positions varies between products. Positions are the rows of `first`, or the summed dimension in
+    the gradient of a weight, for which `first` is a transposed view.
     """
     if first.dim() != 2 or second.dim() != 2 or first.shape[1] != second.shape[0]:
         return False
@@ -113,17 +121,17 @@ def worth(first: Tensor, second: Tensor) -> bool:
     positions = inner if first.stride(0) == 1 else rows
     return (
         first.dtype is second.dtype is torch.float32
-        and rows * inner * columns >= WORTH
-        and (positions <= NARROW or positions == next_shape(positions))
+        and rows * inner * columns >= MIN_MULTIPLICATIONS
+        and (positions <= MAX_UNROUNDED_POSITIONS or positions == round_up_size(positions))
     )
 
 
-def rounded(positions: int) -> int:
-    """How many positions a pass is to have so that its products are fast: these, or a few more."""
-    return positions if _library is None or positions <= NARROW else next_shape(positions)
+def round_positions(positions: int) -> int:
+    """Return the number of positions to which a pass should be padded so that oneDNN computes its products."""
+    return positions if _library is None or positions <= MAX_UNROUNDED_POSITIONS else round_up_size(positions)
 
 
-def next_shape(count: int) -> int:
-    """The next multiple of `STEP`, and of a power of two that leaves 16 of them between a number and its double."""
-    step = max(STEP, 2 ** max(count.bit_length() - 5, 0))
+def round_up_size(count: int) -> int:
+    """Round up to a multiple of `SIZE_STEP`, coarser for large counts: 16 sizes between a power of two and the next."""
+    step = max(SIZE_STEP, 2 ** max(count.bit_length() - 5, 0))
     return -(-count // step) * step

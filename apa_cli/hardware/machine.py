@@ -1,4 +1,4 @@
-"""What the machine can do, measured: the rate of matrix products, of copies; memory free and used."""
+"""Measurements of the machine: rates of matrix products and of copies, free memory and peak memory."""
 
 from __future__ import annotations
 
@@ -10,59 +10,59 @@ from pathlib import Path
 
 import torch
 
-from apa_cli.hardware.allocator import give_back_freed_blocks
+from apa_cli.hardware.allocator import release_freed_blocks
 
 MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
-"""Rows and columns of the matrices that are multiplied."""
+"""Rows and columns of the matrices multiplied by `measure_matrix_rate`, by device type."""
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
-"""Bytes that are copied at once: more than a cache holds."""
-MEASURED_SECONDS = 0.2
-"""For how long each of the two is repeated."""
-KERNEL_STATUS = Path("/proc/self/status")
-PEAK_RESET = Path("/proc/self/clear_refs")
+"""Bytes copied at once by `measure_copy_rate`, by device type: more than the caches hold."""
+MEASUREMENT_SECONDS = 0.2
+"""Seconds for which a measurement is repeated."""
+PROCESS_STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of several runs of `work`, after one that is not counted."""
+def time_fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of several runs of `work`, after a warm-up run."""
 
-    def seconds() -> float:
-        wait(device)
-        begun = time.perf_counter()
+    def time_once() -> float:
+        synchronize(device)
+        start = time.perf_counter()
         work()
-        wait(device)
-        return time.perf_counter() - begun
+        synchronize(device)
+        return time.perf_counter() - start
 
-    seconds()
+    time_once()
     times: list[float] = []
-    while sum(times) < MEASURED_SECONDS:
-        times.append(seconds())
+    while sum(times) < MEASUREMENT_SECONDS:
+        times.append(time_once())
     return min(times)
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of two square matrices."""
+def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of a product of two square matrices."""
     size = MATRIX_SIZE[device.type]
     first, second = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / fastest(lambda: torch.mm(first, second), device)
+    return 2 * size**3 / time_fastest(lambda: torch.mm(first, second), device)
 
 
 @torch.no_grad()
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second of a copy, those read and those written counted."""
+def measure_copy_rate(device: torch.device) -> float:
+    """Return the memory traffic of a copy in bytes per second, bytes read and bytes written both counted."""
     source = torch.ones(COPY_BYTES[device.type], device=device, dtype=torch.uint8)
     target = torch.zeros_like(source)
-    return 2 * source.numel() / fastest(lambda: target.copy_(source), device)
+    return 2 * source.numel() / time_fastest(lambda: target.copy_(source), device)
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on the device, or for this process in the machine's memory."""
+def read_free_memory(device: torch.device) -> float:
+    """Return the free memory in bytes: of the GPU, or of the machine for a CPU device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -72,24 +72,24 @@ def free_memory(device: torch.device) -> float:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def reset_peak(device: torch.device) -> None:
-    """From here on `peak_bytes` measures anew. Where a system cannot do that for a process it goes on as before."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Restart the peak that `read_peak_memory` returns. On a CPU this needs Linux; elsewhere it does nothing."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    give_back_freed_blocks()
+    release_freed_blocks()
     try:
-        PEAK_RESET.write_text("5")
+        CLEAR_REFS.write_text("5")
     except OSError:
         return
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most that was allocated on the device, or held by this process, since `reset_peak`."""
+def read_peak_memory(device: torch.device) -> int:
+    """Return the peak memory in bytes since `reset_peak_memory`: allocated on the GPU, or resident for a CPU device."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        lines = dict(line.split(":", 1) for line in KERNEL_STATUS.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in PROCESS_STATUS.read_text().splitlines())
         return int(lines["VmHWM"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

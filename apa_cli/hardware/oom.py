@@ -1,4 +1,4 @@
-"""What a run does where memory runs out: the same work in smaller batches, on which no result depends."""
+"""Out-of-memory retry with half the batch; results do not depend on it."""
 
 from __future__ import annotations
 
@@ -14,46 +14,45 @@ from apa_cli.errors import UserError
 T = TypeVar("T")
 
 
-class OutOfMemoryElsewhere(torch.OutOfMemoryError):
-    """Another process has run out of memory, and this one does the work again with it."""
+class OtherRankOutOfMemory(torch.OutOfMemoryError):
+    """Another rank ran out of memory, so this rank repeats the work together with it."""
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether it is PyTorch's word that a device, or main memory, is full."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if the error is PyTorch's for a full device or full main memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 @dataclass
-class Halving:
-    """A batch size that is halved where memory runs out; the work is then done again from its beginning."""
+class BatchSizeHalver:
+    """Batch size that is halved when memory runs out; the work is then repeated from its beginning."""
 
     key: str
-    """The key that holds the size."""
+    """Configuration key of the size, for messages."""
     size: int
-    smallest: int
-    """Where halving ends."""
-    say: Callable[[str], None]
+    """Sequences per batch."""
+    min_size: int
+    """Size that is not halved further."""
+    log: Callable[[str], None]
 
     def run(self, work: Callable[[int], T]) -> T:
-        """`work(size)`. UserError where memory runs out at the smallest size too."""
+        """Return `work(size)`. Raise UserError if memory runs out at the smallest size too."""
         while True:
             try:
                 return work(self.size)
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
-                if self.size <= self.smallest and not isinstance(error, OutOfMemoryElsewhere):
-                    raise self.exhausted() from error
-            gc.collect()  # what the attempt held may be held by its traceback
+                if self.size <= self.min_size and not isinstance(error, OtherRankOutOfMemory):
+                    raise self.make_error() from error
+            gc.collect()  # the traceback's frames, which form reference cycles, hold the attempt's tensors
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if self.size > self.smallest:
-                self.size = max(self.smallest, self.size // 2)
-                self.say(f"out of memory: {self.key} is {self.size} from here on, which changes no result")
+            if self.size > self.min_size:
+                self.size = max(self.min_size, self.size // 2)
+                self.log(f"{self.key}: out of memory; {self.size} from here on, which changes no result")
 
-    def exhausted(self) -> UserError:
-        return UserError(
-            f"{self.key}: out of memory with {self.size}; give a smaller one, and resume= where it stopped"
-        )
+    def make_error(self) -> UserError:
+        return UserError(f"{self.key}: out of memory with {self.size}; set a smaller value and continue with resume=")

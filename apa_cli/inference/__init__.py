@@ -1,1 +1,1 @@
-"""What is done with a trained policy: evaluation, chat, export."""
+"""Use of a trained policy: evaluation, chat, export."""

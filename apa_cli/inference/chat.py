@@ -1,114 +1,114 @@
-"""apa-chat: a dialogue with a policy, its prompts made as those that it was trained on."""
+"""apa-chat: a dialogue with a policy, with prompts in the form that the policy was trained on."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from apa_cli.datasets.dialogue import dialogue_text
+from apa_cli.datasets.dialogue import format_dialogue
 from apa_cli.errors import ConfigError
-from apa_cli.inference.trained import PromptKind, an_evaluated_prompt, load_trained
-from apa_cli.models.forward import compute_precision
-from apa_cli.models.loading import end_tokens, load_tokenizer
+from apa_cli.inference.trained_policy import PromptKind, load_trained_policy, read_first_prompt
+from apa_cli.models.forward import autocast_to
+from apa_cli.models.loading import find_end_token_ids, load_tokenizer
 from apa_cli.models.prompting import Messages, PromptFormat
 from apa_cli.randomness import Stream
-from apa_cli.rewards.base import CheckedScore
-from apa_cli.rollout.collect import collect
-from apa_cli.runs.console import printable
-from apa_cli.runs.records import located_run
+from apa_cli.rewards.base import CheckedScoreFunction
+from apa_cli.rollout.collect import collect_rollout
+from apa_cli.runs.formatting import strip_control_characters
+from apa_cli.runs.records import RecordedRun
 from apa_cli.settings import Config
-from apa_cli.training.build import check_lengths, launch, load_reward, placement
+from apa_cli.training.build import load_reward, make_placement, set_up_device
+from apa_cli.training.models import check_model_limits
 from apa_cli.types import Example
 
-COMMANDS = "/reset begins anew, /quit ends"
+CHAT_COMMANDS = "/reset starts a new dialogue, /quit ends"
 
 
 @dataclass
 class Conversation:
-    """What has been said, and what answers."""
+    """The messages so far, and the policy that answers."""
 
     config: Config
     policy: PreTrainedModel
-    format: PromptFormat
-    ends: frozenset[int]
-    dialogue: bool
-    """Whether what was said stays in the prompt; else every line is a prompt of its own."""
-    templated: bool
-    """Whether the tokenizer's chat template may render the dialogue, as `PromptFormat` decides."""
-    score: CheckedScore | None = None
+    prompt_format: PromptFormat
+    end_tokens: frozenset[int]
+    is_dialogue: bool
+    """True: earlier turns stay in the prompt. False: every line is a prompt of its own."""
+    uses_template: bool
+    """True: the tokenizer's chat template may render the dialogue, as `PromptFormat` decides."""
+    score: CheckedScoreFunction | None = None
     messages: Messages = field(default_factory=list)
     turn: int = 0
-    """Counts all replies, and keys their random numbers."""
+    """Replies so far, those before a reset included; the key of their random numbers."""
 
     def reply(self, text: str) -> tuple[str, float | None]:
-        """The reply to what the user says next, and its score."""
+        """Sample the reply to the user's next message; return it with its score, None without a reward."""
         self.messages.append({"role": "user", "content": text})
-        prompt, _ = self.format.prompt(self.example(), self.turn, 0, self.config.sampling.max_prompt_tokens)
-        with compute_precision(self.policy.device, self.config.model.dtype):
-            rollout = collect(
-                {"policy": self.policy}, self.format.tokenizer, [prompt], self.config.sampling, self.ends,
-                self.config.run.seed, Stream.rollout, iteration=0,
+        example, longest = self.build_example(), self.config.sampling.max_prompt_tokens
+        prompt, _ = self.prompt_format.encode_prompt(example, self.turn, 0, longest)
+        with autocast_to(self.policy.device, self.config.model.dtype):
+            rollout = collect_rollout(
+                {"policy": self.policy}, self.prompt_format.tokenizer, [prompt], self.config.sampling,
+                self.end_tokens, self.config.run.seed, Stream.rollout, iteration=0,
             )  # fmt: skip
         self.turn += 1
-        said = rollout.responses[0]
-        self.messages.append({"role": "assistant", "content": said.strip()})
+        response = rollout.responses[0].strip()
+        self.messages.append({"role": "assistant", "content": response})
         score = None if self.score is None else self.score(rollout.prompts, rollout.responses, rollout.columns)
-        return said.strip(), None if score is None else score.values[0]
+        return response, None if score is None else score.values[0]
 
-    def example(self) -> Example:
-        """What has been said as a row of a data set."""
-        if not self.dialogue:
+    def build_example(self) -> Example:
+        """Return the messages so far as a row of a data set."""
+        if not self.is_dialogue:
             return Example(self.messages[-1]["content"], None, None, {})
-        return Example(dialogue_text(self.messages), None, None, {}, self.messages if self.templated else None)
+        return Example(format_dialogue(self.messages), None, None, {}, self.messages if self.uses_template else None)
 
 
-def start_chat(config: Config, made: Path | None) -> None:
-    """Talks until the input ends; `made` is a directory that was made for a run and is not needed."""
-    if made is not None and made.is_dir() and not any(made.iterdir()):
-        made.rmdir()
-    if config.chat.score and config.reward.lacks_model:
+def run_chat(config: Config, run: RecordedRun | None) -> None:
+    """Chat with the policy of `run`, or with the model of `model.path`, until the input ends. Writes no file."""
+    if config.chat.score and config.reward.needs_trained_model:
         raise ConfigError("chat.score: the reward has no model; give reward.path=…")
-    device = launch(config.launch)
-    policy, tokenizer = load_trained(config, device), load_tokenizer(config.model, config.model.path)
-    check_lengths(config, policy, tokenizer)
-    form = PromptFormat(tokenizer, config.dataset.prompt_form)
-    dialogue, templated = prompts_of(config)
-    score = load_reward(config, placement(config, device)) if config.chat.score else None
-    conversation = Conversation(config, policy, form, end_tokens(policy, tokenizer), dialogue, templated, score)
-    print(f"{config.run.run or config.model.path}: {COMMANDS}; {kept_words(dialogue)}", file=sys.stderr)
-    asks = "> " if sys.stdin.isatty() else ""
-    converse(conversation, lambda: input(asks), lambda line: print(printable(line), flush=True))
+    device = set_up_device(config.launch)
+    policy = load_trained_policy(config, run, device)
+    tokenizer = load_tokenizer(config.model, config.model.resolved_path)
+    check_model_limits(config, policy, tokenizer)
+    prompt_format = PromptFormat(tokenizer, config.dataset.prompt_style)
+    is_dialogue, uses_template = choose_prompt_form(config, run)
+    score = load_reward(config, make_placement(config, device)) if config.chat.score else None
+    conversation = Conversation(
+        config, policy, prompt_format, find_end_token_ids(policy, tokenizer), is_dialogue, uses_template, score
+    )
+    mode = "earlier turns stay in the prompt" if is_dialogue else "every line is a prompt of its own"
+    print(f"{config.run.run or config.model.path}: {CHAT_COMMANDS}; {mode}", file=sys.stderr)
+    input_prompt = "> " if sys.stdin.isatty() else ""
+    converse(conversation, lambda: input(input_prompt), lambda line: print(strip_control_characters(line), flush=True))
 
 
-def prompts_of(config: Config) -> tuple[bool, bool]:
-    """Whether prompts are dialogues, and whether a chat template may render them: as the run's were."""
-    kind = PromptKind.chat
-    if config.run.run is not None:
-        _, kind = an_evaluated_prompt(located_run(config.run.run)[0])
-    dialogue = kind is not PromptKind.text if config.chat.dialogue is None else config.chat.dialogue
-    return dialogue, kind is PromptKind.chat
+def choose_prompt_form(config: Config, run: RecordedRun | None) -> tuple[bool, bool]:
+    """Return `is_dialogue` and `uses_template` of a conversation: those of the run's prompts, or as `chat.dialogue`.
 
-
-def kept_words(dialogue: bool) -> str:
-    return "what is said is kept" if dialogue else "every line is a prompt of its own"
+    Without a run prompts are dialogues that a chat template may render.
+    """
+    kind = PromptKind.chat if run is None else read_first_prompt(run)[1]
+    is_dialogue = kind is not PromptKind.text if config.chat.dialogue is None else config.chat.dialogue
+    return is_dialogue, kind is PromptKind.chat
 
 
 @torch.no_grad()
 def converse(conversation: Conversation, read: Callable[[], str], write: Callable[[str], None]) -> None:
-    """Answers one line after the other; ends at the end of the input, /quit, or Ctrl-C."""
+    """Answer one line after the other, until the input ends, /quit, or Ctrl-C."""
     try:
         while (line := read().strip()) != "/quit":
             if line == "/reset":
                 conversation.messages.clear()
             elif line.startswith("/"):
-                write(COMMANDS)
+                write(CHAT_COMMANDS)
             elif line:
-                said, score = conversation.reply(line)
-                write(said if score is None else f"{said}\n[score {score:.3f}]")
+                response, score = conversation.reply(line)
+                write(response if score is None else f"{response}\n[score {score:.3f}]")
     except (EOFError, KeyboardInterrupt):
         write("")

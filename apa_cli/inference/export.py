@@ -13,74 +13,77 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.errors import UserError
-from apa_cli.inference.model_card import model_card
-from apa_cli.inference.trained import last_iteration, load_trained, model_folder, name_of
-from apa_cli.models.loading import TORCH_DTYPES, load_tokenizer, loaded
-from apa_cli.models.lora import layers, merged_tensors
+from apa_cli.inference.model_card import format_model_card
+from apa_cli.inference.trained_policy import get_output_path, load_trained_policy
+from apa_cli.models.loading import TORCH_DTYPES, load_pretrained, load_tokenizer
+from apa_cli.models.lora import find_lora_layers, merge_adapter_tensors
+from apa_cli.models.structure import move_to_device
 from apa_cli.runs.console import Console
-from apa_cli.runs.records import located_run
+from apa_cli.runs.records import RecordedRun
 from apa_cli.settings import Config
 from apa_cli.tensor_ops import token_logprobs
-from apa_cli.training.build import launch
+from apa_cli.training.build import set_up_device
 
 CHECKED_REPLIES = 8
-"""Replies whose log-probs are compared, the last of samples.jsonl."""
+"""Number of replies, the last of samples.jsonl, whose log-probs are compared."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""The largest difference of a token's log-prob that is let pass, by the coarser of the two models' precisions: a
-bfloat16 has 8 bits, so a logit around 16 is right to about 0.06, and every layer rounds."""
+"""Largest accepted difference of a token's log-prob, in nats, by the coarser of the two models' precisions. A bfloat16
+has 8 significant bits, so a logit around 16 is exact to about 0.06, and every layer rounds."""
 
 
-def start_export(config: Config) -> None:
-    """Writes the folder, or nothing at all where the check fails."""
-    directory, checkpoint = located_run(config.run.run)
-    target = Path(config.export.folder or directory / name_of("export", checkpoint)).expanduser()
+def export_policy(config: Config, run: RecordedRun) -> None:
+    """Write the policy of `run` to `export.folder`, or by default to the run's directory.
+
+    The folder is written beside its place and loaded again. Raises UserError, and leaves nothing, if its log-probs
+    then differ from the policy's; raises UserError if the folder exists and is not empty.
+    """
+    target = Path(config.export.folder or get_output_path(run, "export")).expanduser()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"export.folder: {target} is not empty; give another export.folder=")
-    device = launch(config.launch)
+    device = set_up_device(config.launch)
     with Console(None, 0, live=False) as console:
-        tokenizer = load_tokenizer(config.model, config.model.path)
-        policy = stored_policy(config, device)
-        samples = (directory / "samples.jsonl").read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in samples if line][-CHECKED_REPLIES:]
-        expected = text_logprobs(policy, tokenizer, rows)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        tokenizer = load_tokenizer(config.model, config.model.resolved_path)
+        policy = load_stored_policy(config, run, device)
+        rows = run.samples[-CHECKED_REPLIES:]
+        expected = compute_text_logprobs(policy, tokenizer, rows)
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
         try:
             dtype = TORCH_DTYPES[config.export.dtype] if config.export.dtype else policy.dtype
-            write(policy, tokenizer, beside, dtype)
-            again = stored_model(beside, config).to(device)
-            difference = largest_difference(expected, text_logprobs(again, tokenizer, rows))
-            check(difference, max(TOLERANCE[policy.dtype], TOLERANCE[dtype]))
-            card = model_card(directory, checkpoint, last_iteration(config), dtype)
-            (beside / "README.md").write_text(card, encoding="utf-8")
+            save_plain_folder(policy, tokenizer, unfinished, dtype)
+            reloaded = move_to_device(load_stored_model(unfinished, config), device)
+            difference = compute_max_difference(expected, compute_text_logprobs(reloaded, tokenizer, rows))
+            check_difference(difference, max(TOLERANCE[policy.dtype], TOLERANCE[dtype]))
+            (unfinished / "README.md").write_text(format_model_card(run, dtype), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
-            beside.rename(target)
+            unfinished.rename(target)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
-        count = sum(len(row) for row in expected)
-        stored = str(dtype).removeprefix("torch.")
+            shutil.rmtree(unfinished, ignore_errors=True)
+        tokens = sum(len(row) for row in expected)
+        precision = str(dtype).removeprefix("torch.")
         console.say(
-            f"wrote {target}: the policy after iteration {last_iteration(config)}, in {stored}; "
-            f"loaded again, its log-probs of {count} held-out tokens differ by at most {difference:.2g} nats"
+            f"wrote {target}: the policy after iteration {run.iteration}, in {precision}; "
+            f"reloaded, its log-probs of {tokens} held-out tokens differ by at most {difference:.2g} nats"
         )
 
 
-def stored_policy(config: Config, device: torch.device) -> PreTrainedModel:
-    """The policy as its run has stored it: a finished run's model/, in its own precision, or a checkpoint's."""
-    directory, checkpoint = located_run(config.run.run)
-    if checkpoint is not None:
-        return load_trained(config, device)
-    return stored_model(model_folder(directory), config).to(device)
+def load_stored_policy(config: Config, run: RecordedRun, device: torch.device) -> PreTrainedModel:
+    """Load the policy as its run has stored it: a checkpoint's, or model/ in its own precision."""
+    if run.checkpoint is not None:
+        return load_trained_policy(config, run, device)
+    return move_to_device(load_stored_model(run.model_folder, config), device)
 
 
-def stored_model(folder: Path, config: Config) -> PreTrainedModel:
-    """A model in the precision in which it is stored."""
+def load_stored_model(folder: Path, config: Config) -> PreTrainedModel:
+    """Load a model in the precision in which it is stored."""
     options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": config.model.trust_remote_code}
-    return loaded(AutoModelForCausalLM.from_pretrained, str(folder), "export", **options)
+    return load_pretrained(AutoModelForCausalLM.from_pretrained, str(folder), "export", **options)
 
 
-def write(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype) -> None:
-    """The plain folder; a LoRA adapter is merged before anything is rounded to `dtype`."""
-    tensors = merged_tensors(policy) if layers(policy) else policy.state_dict()
+def save_plain_folder(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write model and tokenizer to `folder`; a LoRA adapter is merged before anything is rounded to `dtype`."""
+    tensors = merge_adapter_tensors(policy) if find_lora_layers(policy) else policy.state_dict()
     tensors = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
     policy.save_pretrained(folder, state_dict=tensors)
     config = json.loads((folder / "config.json").read_text())
@@ -89,27 +92,28 @@ def write(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
     tokenizer.save_pretrained(folder)
 
 
-def largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:
-    return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+def compute_max_difference(expected: list[Tensor], actual: list[Tensor]) -> float:
+    """Return the largest absolute difference between tensors that pair up."""
+    return max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True))
 
 
-def check(difference: float, allowed: float) -> None:
-    """UserError for a model that is not the policy."""
-    if not difference <= allowed:
+def check_difference(difference: float, tolerance: float) -> None:
+    """Raise UserError unless the difference, in nats, is within the tolerance; NaN is not."""
+    if not difference <= tolerance:
         raise UserError(
-            f"export: loaded again the model's log-probs differ from the policy's by up to {difference:.3g} nats, more "
-            f"than {allowed:g}; nothing is kept"
+            f"export: the log-probs of the reloaded model differ from the policy's by up to {difference:.3g} nats, "
+            f"more than {tolerance:g}; nothing was written"
         )
 
 
 @torch.no_grad()
-def text_logprobs(
+def compute_text_logprobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
 ) -> list[Tensor]:
-    """log p of every token but the first of each prompt with its reply, float32."""
+    """Return per row of samples.jsonl the log-probs of prompt and response, the first token left out; float32."""
     model.eval()
-    found = []
+    logprobs = []
     for row in rows:
         ids = tokenizer(row["prompt"] + row["response"], return_tensors="pt")["input_ids"].to(model.device)
-        found.append(token_logprobs(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])[0].cpu())
-    return found
+        logprobs.append(token_logprobs(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])[0].cpu())
+    return logprobs

@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it was trained from, how, and what came out."""
+"""README.md of an exported model: its base model, how it was trained, and the results."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from apa_cli.datasets.dialogue import parse_dialogue
-from apa_cli.inference.trained import PromptKind, an_evaluated_prompt, name_of
-from apa_cli.report.groups import flatten, lambda_text, value_text
-from apa_cli.runs.records import Run, read_run, recorded_config
+from apa_cli.inference.trained_policy import PromptKind, get_output_path, read_first_prompt
+from apa_cli.report.formatting import format_lambda, format_value
+from apa_cli.report.groups import flatten
+from apa_cli.runs.records import RecordedRun
 
-RESULTS = {
+TRAINING_EVALUATION = {
     "eval/reward_mean": "score",
     "eval/kl_exact": "exact KL to the SFT model, nats per reply",
     "eval/win_rate_sft": "win rate against the SFT model",
@@ -24,69 +25,117 @@ RESULTS = {
     "eval/length": "length, tokens",
     "eval/eos_rate": "share ended by EOS",
 }
-"""What is shown of an evaluation; scores of further rewards come after it."""
+"""Metrics shown of the run's own evaluation, with their labels; scores by further rewards come after them."""
 
-EVALUATED = (
+EVAL_REPORT = (
     ("eval/reward_mean", "eval/reward_ci", "score"),
     ("eval/reward_mean_sft", "eval/reward_ci_sft", "score of the SFT model"),
     ("eval/gain", "eval/gain_ci", "gain, prompt by prompt"),
     ("eval/win_rate_sft", "eval/win_rate_sft_ci", "win rate against the SFT model"),
     ("eval/kl_exact", "eval/kl_exact_ci", "exact KL to the SFT model, nats per reply"),
 )
-"""What is shown of apa-eval's report: key, that of its interval, words."""
+"""Metrics shown of apa-eval's report: key, key of the interval, label."""
 
-SHAPED_BY = (
-    "rollout_batch_size", "minibatch_size", "samples_per_prompt", "update_epochs", "optimizer.lr", "optimizer.critic_lr", "lora.rank",
-    "sampling.max_prompt_tokens", "sampling.max_new_tokens", "sampling.temperature", "sampling.stop_strings",
-    "model.dtype",
+SHOWN_SETTINGS = (
+    "rollout_batch_size", "minibatch_size", "samples_per_prompt", "update_epochs", "optimizer.lr",
+    "optimizer.critic_lr", "lora.rank", "sampling.max_prompt_tokens", "sampling.max_new_tokens",
+    "sampling.temperature", "sampling.stop_strings", "model.dtype",
 )  # fmt: skip
-"""Settings beside the algorithm's own that are shown."""
+"""Settings shown after the algorithm's own."""
 
 
-def model_card(directory: Path, checkpoint: Path | None, iteration: int, dtype: torch.dtype) -> str:
-    """The card of the policy of a run, or of a checkpoint of it, after `iteration`, stored in `dtype`."""
-    run, config = read_run(directory), recorded_config(directory)
-    environment = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
-    samples = next(line["samples"] for line in run.metrics if line["iteration"] == iteration)
-    lambda_ = "" if run.lambda_ is None else f", λ = {lambda_text(run.algorithm, run.lambda_)}"
-    settings = {key: value for key, value in flatten(config["algo"]).items() if key != "_target_"}
-    flat = flatten(config)
-    settings |= {key: flat[key] for key in SHAPED_BY if key in flat}
-    stored = str(dtype).removeprefix("torch.")
+def format_model_card(run: RecordedRun, dtype: torch.dtype) -> str:
+    """Return the card, in Markdown, of the policy of a run or of its checkpoint, stored in `dtype`."""
+    config, iteration = run.config, run.iteration
+    samples = next(row["samples"] for row in run.metrics if row["iteration"] == iteration)
+    lambda_ = "" if run.lambda_ is None else f", λ = {format_lambda(run.lambda_, run.lambda_meaning)}"
     parts = [
-        front_matter(config["model"]["path"], run.algorithm),
+        format_front_matter(config["model"]["path"], run.label),
         f"# {run.name}",
-        f"A language model fine-tuned by online RLHF with {run.algorithm}{lambda_}, by `apa-cli`.",
-        table(
+        f"A language model fine-tuned by online RLHF with {run.label}{lambda_}, by `apa-cli`.",
+        format_markdown_table(
             ("", ""),
             [
-                ("trained from", named(config["model"]["path"])),
-                ("prompts", described(config["dataset"])),
-                ("reward", described(config["reward"])),
+                ("trained from", format_path(config["model"]["path"])),
+                ("prompts", format_source(config["dataset"])),
+                ("reward", format_source(config["reward"])),
                 ("iterations", f"{iteration} of {config['iterations']}"),
                 ("responses sampled", samples),
                 ("seed", run.seed),
-                ("precision of the weights", stored),
+                ("precision of the weights", str(dtype).removeprefix("torch.")),
             ],
         ),
         "## Held-out result",
-        held_out_result(run, iteration),
-        last_evaluation(directory / name_of("eval", checkpoint, ".json"), iteration),
+        format_training_evaluation(run),
+        format_eval_report(run),
         "## Use",
-        "Sampling as the run did, from one of its held-out prompts:",
-        use(config["sampling"], *an_evaluated_prompt(directory)),
+        "Sampling with the run's settings, from one of its held-out prompts:",
+        format_example(config["sampling"], *read_first_prompt(run)),
         "## Settings",
-        table(("key", "value"), [(f"`{key}`", code(value)) for key, value in settings.items()]),
+        format_settings(config),
         "## Made with",
-        f"    {shlex.join(environment['command'])}",
-        ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
-        + f", Python {environment['python']}",
+        f"    {shlex.join(run.environment['command'])}",
+        format_versions(run.environment),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def use(sampling: Mapping[str, Any], prompt: str, kind: PromptKind) -> str:
-    """Python that loads the folder and answers a prompt, in a fenced block."""
+# --- sections -----------------------------------------------------------------------------------------------
+
+
+def format_front_matter(base: str, algorithm: str) -> str:
+    """Return the metadata for model hubs; a base model in a local folder is left out."""
+    lines = [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: {json.dumps(['rlhf', algorithm.lower(), 'apa-cli'], ensure_ascii=False)}",
+    ]
+    if not Path(base).expanduser().is_dir():
+        lines.append(f"base_model: {base}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def format_training_evaluation(run: RecordedRun) -> str:
+    """Return the run's last evaluation up to its policy's iteration, beside the SFT model's."""
+    evaluations = [row for row in run.evaluations if row["iteration"] <= run.iteration]
+    if not evaluations:
+        return "There was no evaluation."
+    before, after = run.sft or {}, evaluations[-1]
+    further = {key: f"score ({key.rpartition('/')[2]})" for key in after if key.startswith("eval/reward_mean/")}
+    rows = [
+        (label, format_number(before.get(key)), format_number(after.get(key)))
+        for key, label in {**TRAINING_EVALUATION, **further}.items()
+        if key in after
+    ]
+    prompts = sum(row["iteration"] == after["iteration"] for row in run.samples)
+    interval = after.get("eval/reward_ci")
+    ending = "." if interval is None else f"; the score's 95 % interval is ± {interval:.3g}."
+    intro = f"After iteration {after['iteration']}, on {prompts} held-out prompts{ending}"
+    return f"{intro}\n\n{format_markdown_table(('', 'SFT model', 'this model'), rows)}"
+
+
+def format_eval_report(run: RecordedRun) -> str:
+    """Return the main metrics of apa-eval's report with their intervals; "" without a report on this iteration."""
+    file = get_output_path(run, "eval", ".json")
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if report.get("iteration") != run.iteration:
+        return ""
+    metrics = report["metrics"]
+    rows = [(label, format_interval(metrics, key, half)) for key, half, label in EVAL_REPORT if key in metrics]
+    for key in metrics:
+        if key.startswith("eval/gain/"):
+            label = f"gain in {key.rpartition('/')[2]}"
+            rows.append((label, format_interval(metrics, key, key.replace("gain", "gain_ci", 1))))
+        elif key.startswith("eval/best_of_") and key.endswith("/reward_mean"):
+            n = key.split("/")[1].removeprefix("best_of_")
+            label = f"score of the SFT model's best of {n} replies"
+            rows.append((label, format_interval(metrics, key, key.replace("reward_mean", "reward_ci"))))
+    intro = f"`apa-eval` on {report['prompts']} held-out prompts, with 95 % intervals:"
+    return f"{intro}\n\n{format_markdown_table(('', ''), rows)}"
+
+
+def format_example(sampling: Mapping[str, Any], prompt: str, kind: PromptKind) -> str:
+    """Return a Python program, in a fenced block, that loads the folder and answers a prompt."""
     if kind is PromptKind.chat:
         inputs = [
             f"messages = {parse_dialogue(prompt.removesuffix(' '))!r}",
@@ -114,84 +163,54 @@ def use(sampling: Mapping[str, Any], prompt: str, kind: PromptKind) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def front_matter(base: str, algorithm: str) -> str:
-    """What model hubs read; the base model only where it is a hub's."""
-    lines = [
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        f"tags: [rlhf, {algorithm.lower()}, apa-cli]",
-    ]
-    if not Path(base).expanduser().is_dir():
-        lines.append(f"base_model: {base}")
-    return "\n".join(["---", *lines, "---"])
+def format_settings(config: Mapping[str, Any]) -> str:
+    """Return a table of the algorithm's settings and of `SHOWN_SETTINGS`."""
+    settings = {key: value for key, value in flatten(config["algo"]).items() if key != "_target_"}
+    flat = flatten(config)
+    settings |= {key: flat[key] for key in SHOWN_SETTINGS if key in flat}
+    return format_markdown_table(
+        ("key", "value"), [(f"`{key}`", format_setting(value)) for key, value in settings.items()]
+    )
 
 
-def named(path: str) -> str:
-    """A hub id, or a path from where the run was started, as it is; of any other path the last part."""
-    place = Path(path).expanduser()
-    return f"`{place.name}` (local)" if place.is_absolute() else f"`{path}`"
+def format_versions(environment: Mapping[str, Any]) -> str:
+    """Return the versions of the packages and of Python, as environment.json records them."""
+    packages = [f"{name} {version}" for name, version in environment["packages"].items() if version]
+    return ", ".join([*packages, f"Python {environment['python']}"])
 
 
-def described(section: Mapping[str, Any]) -> str:
-    """A data set or reward in a few words: its class, and its keys that say where it comes from."""
-    kind = str(section.get("_target_", "?")).rpartition(".")[2]
-    places = [named(str(section[key])) for key in ("path", "target") if section.get(key)]
-    return " ".join([kind, *places])
+# --- cells --------------------------------------------------------------------------------------------------
 
 
-def held_out_result(run: Run, iteration: int) -> str:
-    """The run's last evaluation up to then, beside the SFT model's."""
-    evaluations = [line for line in run.evaluations if line["iteration"] <= iteration]
-    if not evaluations:
-        return "There was no evaluation."
-    before, after = run.sft or {}, evaluations[-1]
-    further = {key: f"score ({key.rpartition('/')[2]})" for key in after if key.startswith("eval/reward_mean/")}
-    rows = [
-        (words, number(before.get(key)), number(after.get(key)))
-        for key, words in {**RESULTS, **further}.items()
-        if key in after
-    ]
-    with (run.directory / "samples.jsonl").open(encoding="utf-8") as lines:
-        prompts = sum(json.loads(line)["iteration"] == after["iteration"] for line in lines)
-    when = f"After iteration {after['iteration']}, on {prompts} held-out prompts"
-    interval = after.get("eval/reward_ci")
-    ends = "." if interval is None else f"; the score's 95 % interval is ± {interval:.3g}."
-    return f"{when}{ends}\n\n" + table(("", "SFT model", "this model"), rows)
-
-
-def last_evaluation(file: Path, iteration: int) -> str:
-    """The main figures that apa-eval found of the policy after `iteration`, if it was run, with their intervals."""
-    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if report.get("iteration") != iteration:
-        return ""
-    found = report["metrics"]
-    rows = [(words, with_interval(found, key, half)) for key, half, words in EVALUATED if key in found]
-    for key in found:
-        if key.startswith("eval/gain/"):
-            rows.append(
-                (f"gain in {key.rpartition('/')[2]}", with_interval(found, key, key.replace("gain", "gain_ci", 1)))
-            )
-        elif key.startswith("eval/best_of_") and key.endswith("/reward_mean"):
-            n = key.split("/")[1].removeprefix("best_of_")
-            half = key.replace("reward_mean", "reward_ci")
-            rows.append((f"score of the SFT model's best of {n} replies", with_interval(found, key, half)))
-    return f"`apa-eval` on {report['prompts']} held-out prompts, with 95 % intervals:\n\n" + table(("", ""), rows)
-
-
-def with_interval(found: Mapping[str, float], key: str, half: str) -> str:
-    return f"{number(found[key])} ± {found[half]:.2g}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown."""
+def format_markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def number(value: float | None) -> str:
+def format_path(path: str) -> str:
+    """Return a hub id or a relative path unchanged, and of an absolute path the last part."""
+    absolute = Path(path).expanduser()
+    return f"`{absolute.name}` (local)" if absolute.is_absolute() else f"`{path}`"
+
+
+def format_source(section: Mapping[str, Any]) -> str:
+    """Return a data set's or a reward's class, and where it comes from."""
+    kind = str(section.get("_target_", "?")).rpartition(".")[2]
+    sources = [format_path(str(section[key])) for key in ("path", "target") if section.get(key)]
+    return " ".join([kind, *sources])
+
+
+def format_interval(metrics: Mapping[str, float], key: str, half: str) -> str:
+    """Return a metric with half the width of its interval, which is the metric `half`."""
+    return f"{format_number(metrics[key])} ± {metrics[half]:.2g}"
+
+
+def format_number(value: float | None) -> str:
+    """Return a number with four significant digits; "" for None."""
     return "" if value is None else f"{value:.4g}"
 
 
-def code(value: Any) -> str:
-    """A setting as a user would write it."""
-    return f"`{json.dumps(list(value))}`" if isinstance(value, tuple) else value_text(value)
+def format_setting(value: Any) -> str:
+    """Return a setting as a user would write it; a list in a code span."""
+    return f"`{json.dumps(list(value))}`" if isinstance(value, tuple) else format_value(value)

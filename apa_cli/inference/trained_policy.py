@@ -1,8 +1,7 @@
-"""The policy of a run, of one of its checkpoints, or of `model.path`, as apa-eval, apa-export and apa-chat load it."""
+"""The policy that apa-eval, apa-export and apa-chat look at: a run's, one of its checkpoints', or `model.path`'s."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -11,67 +10,52 @@ import torch
 from transformers import PreTrainedModel
 
 from apa_cli.datasets.dialogue import ASSISTANT
-from apa_cli.errors import UserError
 from apa_cli.models.loading import load_policy
-from apa_cli.models.prompting import chat_text
+from apa_cli.models.prompting import format_chat
+from apa_cli.models.structure import move_to_device
 from apa_cli.runs import checkpoint as checkpoints
-from apa_cli.runs.records import located_run
+from apa_cli.runs.records import RecordedRun
 from apa_cli.settings import Config, Quantization
-from apa_cli.training.build import check_training, training_model
+from apa_cli.training.models import build_training_model, check_training_options
 
 
-def load_trained(config: Config, device: torch.device) -> PreTrainedModel:
-    """The policy that `run=` names, or without it the model of `model.path`; in the precision of training.
+def load_trained_policy(config: Config, run: RecordedRun | None, device: torch.device) -> PreTrainedModel:
+    """Load the policy of `run`, or without a run the model of `model.path`, in the precision of training.
 
-    A run's is its model/; a checkpoint's is put together as apa-train does it, a LoRA adapter in place.
+    A run's policy is its model/; a checkpoint's is put together as apa-train does it, a LoRA adapter not merged.
+    Raises UserError if the run has not finished and no checkpoint of it is named.
     """
-    lora = config.lora.rank > 0
-    if config.run.run is None:
-        return load_policy(config.model, config.model.path).to(device)
-    directory, checkpoint = located_run(config.run.run)
-    if checkpoint is None:
+    has_adapter = config.lora.rank > 0
+    if run is None:
+        return move_to_device(load_policy(config.model, config.model.resolved_path), device)
+    if run.checkpoint is None:
         settings = replace(config.model, quantization=Quantization.none)
-        return load_policy(settings, str(model_folder(directory)), frozen_base=lora).to(device)
-    check_training(config)
-    model, _ = training_model(config, load_policy(config.model, config.model.path, frozen_base=lora))
-    tensors, _ = checkpoints.load(checkpoint)
+        return move_to_device(load_policy(settings, str(run.model_folder), frozen_base=has_adapter), device)
+    check_training_options(config)
+    base = load_policy(config.model, config.model.resolved_path, frozen_base=has_adapter)
+    model, _ = build_training_model(config, base)
+    tensors, _ = checkpoints.load_checkpoint(run.checkpoint)
     checkpoints.load_module(model.policy, tensors["policy"], trained_only=True)
-    return model.policy.to(device)
-
-
-def model_folder(directory: Path) -> Path:
-    """The trained model that a run leaves when it ends. UserError where it has not ended."""
-    folder = directory / "model"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"run: {directory} has no model/, for it has not ended; a checkpoint of it can be named")
-    return folder
-
-
-def last_iteration(config: Config) -> int:
-    """The iteration after which the policy was as it is: the run's last, or the checkpoint's."""
-    directory, checkpoint = located_run(config.run.run)
-    if checkpoint is not None:
-        return json.loads((checkpoint / "state.json").read_text())["iteration"]
-    return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["iteration"]
+    return move_to_device(model.policy, device)
 
 
 class PromptKind(Enum):
-    """What a run's prompts are: plain text, a dialogue in HH's form, or one in the tokenizer's chat template."""
+    """Kinds of prompts: plain text, a dialogue in HH's form, or a dialogue in the tokenizer's chat template."""
 
     text = "text"
     dialogue = "dialogue"
     chat = "chat"
 
 
-def an_evaluated_prompt(directory: Path) -> tuple[str, PromptKind]:
-    """The text of the run's first held-out prompt as its reward saw it, and what kind it is, see `PromptFormat`."""
-    with (directory / "samples.jsonl").open(encoding="utf-8") as rows:
-        prompt = json.loads(next(rows))["prompt"]
-    if prompt.endswith(chat_text([])):
+def read_first_prompt(run: RecordedRun) -> tuple[str, PromptKind]:
+    """Return the run's first held-out prompt, as its reward reads it, and the prompt's kind, see `PromptFormat`."""
+    prompt = run.samples[0]["prompt"]
+    if prompt.endswith(format_chat([])):
         return prompt, PromptKind.chat
     return prompt, PromptKind.dialogue if prompt.endswith(ASSISTANT) else PromptKind.text
 
 
-def name_of(base: str, checkpoint: Path | None, ending: str = "") -> str:
-    """The name of what is made of a run, or of a checkpoint of it: export, or export_iteration_000020."""
-    return f"{base}{ending}" if checkpoint is None else f"{base}_{checkpoint.name}{ending}"
+def get_output_path(run: RecordedRun, base: str, suffix: str = "") -> Path:
+    """Return the path in the run's directory for `base`, such as export, or export_iteration_000020 of a checkpoint."""
+    name = base if run.checkpoint is None else f"{base}_{run.checkpoint.name}"
+    return run.directory / f"{name}{suffix}"

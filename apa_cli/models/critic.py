@@ -1,23 +1,25 @@
-"""The critic: a backbone of its own, or the policy's trunk, and a scalar head."""
+"""Critics: a scalar head on a backbone, which is the critic's own or the policy's trunk."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, ItemsView, ValuesView
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apa_cli.models.lora import add_adapter
+from apa_cli.models.structure import get_trunk
 from apa_cli.settings import CriticKind, CriticSettings, HeadKind, LoraSettings
 
 
-def value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
-    """Hidden state [..., h] → value [..., 1], 0 at the start.
+def build_value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
+    """Return a head that maps hidden states [..., h] to values [..., 1], all of which are 0 at the start.
 
-    linear: one layer, zero. mlp: h → 2h → 1 with ReLU as published; its last layer starts at zero too.
+    linear: one layer, initialised to zero. mlp: h → 2h → 1 with ReLU, as in APA's published code; its last layer is
+    initialised to zero.
     """
     last = nn.Linear(hidden_size if kind is HeadKind.linear else 2 * hidden_size, 1)
     nn.init.zeros_(last.weight)
@@ -28,30 +30,51 @@ def value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
 
 
 class Critic(nn.Module):
-    """V(s) at the positions before response tokens, computed in float32 after the backbone.
+    """V(s) at the positions before response tokens; the head is computed in float32.
 
-    Without a backbone of its own it reads the policy's trunk: as the policy has it, or under `adapter`.
+    A critic without a backbone reads the policy's trunk: under the critic's own LoRA adapter `adapter`, or, without
+    one, the hidden states of the policy itself.
     """
 
-    def __init__(self, backbone: nn.Module | None, head: nn.Module, adapter: str | None = None):
+    backbone: PreTrainedModel | None
+    head: nn.Module
+
+    def __init__(self, backbone: PreTrainedModel | None, head: nn.Module, adapter: str | None = None):
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.adapter = adapter
 
     @property
-    def on_trunk(self) -> bool:
-        """Whether it reads the hidden states that the policy's own forward pass computes."""
+    def is_on_trunk(self) -> bool:
+        """True if the critic reads the hidden states that the policy's own forward pass computes."""
         return self.backbone is None and self.adapter is None
 
-    def forward(self, inputs: dict[str, Any], read: Callable[[Tensor], Tensor], trunk: Tensor | None = None) -> Tensor:
-        """Values [n] of those n positions that `read` picks out of hidden states [B, S, h].
+    def forward(
+        self, inputs: dict[str, Any], select: Callable[[Tensor], Tensor], trunk_states: Tensor | None = None
+    ) -> Tensor:
+        """Return the values [n] at the n positions that `select` takes from hidden states [B, S, h].
 
-        The states are those of its backbone for the inputs, or where it has none `trunk`.
+        The hidden states are the backbone's for `inputs`, or `trunk_states` if the critic has no backbone.
         """
-        hidden = trunk if self.backbone is None else self.backbone(**inputs, use_cache=False).last_hidden_state
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(read(hidden).float()).squeeze(-1)
+        if self.backbone is not None:
+            trunk_states = self.backbone(**inputs, use_cache=False).last_hidden_state
+        assert trunk_states is not None, "a critic without a backbone needs the trunk's hidden states"
+        with torch.autocast(trunk_states.device.type, enabled=False):
+            return self.head(select(trunk_states).float()).squeeze(-1)
+
+
+class CriticDict(nn.ModuleDict):
+    """Critics by name: a ModuleDict whose values have the type Critic."""
+
+    def __getitem__(self, name: str) -> Critic:
+        return cast(Critic, super().__getitem__(name))
+
+    def items(self) -> ItemsView[str, Critic]:
+        return cast("ItemsView[str, Critic]", super().items())
+
+    def values(self) -> ValuesView[Critic]:
+        return cast("ValuesView[Critic]", super().values())
 
 
 def build_critic(
@@ -60,23 +83,24 @@ def build_critic(
     lora: LoraSettings,
     name: str,
     seed: int,
-    start: PreTrainedModel | None,
+    source: PreTrainedModel | None,
 ) -> Critic:
-    """A critic as `critic.kind` says: on a copy of `start`'s trunk (default: the policy's), or on the policy's own.
+    """Build a critic of `settings.kind`: on a copy of `source`'s trunk (None: the policy's) or on the policy's own.
 
-    With LoRA the copy keeps its dtype and only adapters on it are trained; the policy may not have its own adapter
-    yet where its trunk is copied. An adapter on the policy's base is added to the policy.
+    With LoRA the copy keeps its dtype and only adapters on it are trained; the policy must not have its own adapter
+    yet if its trunk is copied. A critic of kind `adapter` adds its adapter to the policy. The head depends on `seed`
+    alone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = value_head(settings.head, policy.config.hidden_size)
+        head = build_value_head(settings.head, policy.config.hidden_size)
     if settings.kind is CriticKind.head:
         return Critic(None, head)
     if settings.kind is CriticKind.adapter:
         adapter = f"critic_{name}"
         add_adapter(policy, lora, adapter, seed)
         return Critic(None, head, adapter)
-    backbone = copy.deepcopy((start or policy).base_model)
+    backbone = copy.deepcopy(get_trunk(source or policy))
     if lora.rank:
         add_adapter(backbone, lora, "critic", seed)
     else:

@@ -1,9 +1,9 @@
-"""What a pass through a model costs, read off the model itself: two positions go through it, and are watched."""
+"""Cost of a pass through a model, measured by hooks during a pass of two positions; see `hardware.roofline`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,123 +11,122 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from apa_cli.hardware.roofline import Cost
+from apa_cli.hardware.roofline import ModelCost
 from apa_cli.models.critic import Critic
 from apa_cli.models.forward import TrainingModel
-from apa_cli.models.lora import WithoutAdapter, adapter, underlying
+from apa_cli.models.lora import AdapterDisabledModel, unwrap_model, use_adapter
+from apa_cli.models.structure import get_trunk
 
-Call = Callable[[dict[str, Tensor]], Any]
-
-
-def policy_cost(model: PreTrainedModel | WithoutAdapter) -> Cost:
-    """A causal language model, its output head included."""
-    whole = underlying(model)
-    return watched(whole, lambda inputs: model(**inputs, use_cache=False, logits_to_keep=1))
+ModelCall = Callable[[dict[str, Tensor]], Any]
+"""A pass through a model with the given inputs."""
+LinearLayer = nn.Linear | Conv1D
 
 
-def classifier_cost(model: PreTrainedModel) -> Cost:
-    """A sequence classifier, its score at every position included."""
-    return watched(model, lambda inputs: model(**inputs))
+def measure_policy_cost(model: PreTrainedModel | AdapterDisabledModel) -> ModelCost:
+    """Return the cost of a causal language model, its output head included."""
+    return measure_cost(unwrap_model(model), lambda inputs: model(**inputs, use_cache=False, logits_to_keep=1))
 
 
-def values_cost(model: TrainingModel, name: str) -> Cost:
-    """A critic's values alone: its own trunk, or the policy's, and its head."""
+def measure_classifier_cost(model: PreTrainedModel) -> ModelCost:
+    """Return the cost of a sequence classifier, its score at every position included."""
+    return measure_cost(model, lambda inputs: model(**inputs))
+
+
+def measure_critic_cost(model: TrainingModel, name: str) -> ModelCost:
+    """Return the cost of one critic's values by themselves: its backbone or the policy's trunk, and its head."""
     critic = model.critics[name]
-    if critic.backbone is not None:
-        trunk = watched(critic.backbone, lambda inputs: critic.backbone(**inputs, use_cache=False))
-    else:
-        shared = model.policy.base_model
-        with ExitStack() as active:
-            if critic.adapter is not None:
-                active.enter_context(adapter(model.policy, critic.adapter))
-            trunk = watched(shared, lambda inputs: shared(**inputs, use_cache=False))
-    return trunk + value_head_cost(critic)
+    trunk = get_trunk(model.policy) if critic.backbone is None else critic.backbone
+    with nullcontext() if critic.adapter is None else use_adapter(model.policy, critic.adapter):
+        trunk_cost = measure_cost(trunk, lambda inputs: trunk(**inputs, use_cache=False))
+    return trunk_cost + compute_value_head_cost(critic)
 
 
-def value_head_cost(critic: Critic) -> Cost:
-    weights = sum(weights_of(layer) for layer in critic.head.modules() if isinstance(layer, nn.Linear))
-    return Cost(0, 0, 0, 0, 2 * weights, 4 * weights, weights, 0)
+def compute_value_head_cost(critic: Critic) -> ModelCost:
+    """Return the cost of a critic's head at each response token: 2 FLOPs per weight forward, 4 backward."""
+    weights = sum(count_weights(layer) for layer in critic.head.modules() if isinstance(layer, nn.Linear))
+    return ModelCost(0, 0, 0, 0, 2 * weights, 4 * weights, weights, 0)
 
 
-def training_cost(model: TrainingModel) -> Cost:
-    """One pass of the update: the policy's and each critic's; a head on the policy's trunk adds no trunk."""
-    cost = policy_cost(model.policy)
+def measure_training_cost(model: TrainingModel) -> ModelCost:
+    """Return the cost of the update's pass: policy and critics; a head on the policy's trunk shares its pass."""
+    cost = measure_policy_cost(model.policy)
     for name, critic in model.critics.items():
-        cost = cost + (value_head_cost(critic) if critic.on_trunk else values_cost(model, name))
+        cost = cost + (compute_value_head_cost(critic) if critic.is_on_trunk else measure_critic_cost(model, name))
     return cost
 
 
-def weights_of(layer: nn.Linear | Conv1D) -> int:
-    """Rows times columns, however a quantized layer packs them."""
+def count_weights(layer: LinearLayer) -> int:
+    """Return rows times columns of a layer's weight; those of a quantized layer, which packs them, too."""
     return layer.in_features * layer.out_features if isinstance(layer, nn.Linear) else layer.weight.numel()
 
 
-def watched(model: nn.Module, call: Call) -> Cost:
-    """The cost of `call(inputs)`, a pass through `model`, by the linear layers and blocks that it uses.
+def measure_cost(model: PreTrainedModel, call: ModelCall) -> ModelCost:
+    """Return the cost of `call(inputs)`, a pass through `model`, from the linear layers and blocks that it uses.
 
-    Experts that a model keeps in one tensor are no linear layers, and are not counted.
+    Mixture-of-experts weights kept in one tensor are no linear layers, and are not counted.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     config = model.config.get_text_config()
     inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.int64, device=model.device)}
-    used: list[tuple[nn.Module, bool]] = []  # linear layer, whether its input needs a gradient
-    blocks: list[bool] = []  # of each block whether its output needs one
+    linear_calls: list[tuple[LinearLayer, bool]] = []  # each with True if the layer's input needs a gradient
+    differentiated_blocks = 0
 
-    def note_linear(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
-        used.append((layer, given[0].requires_grad))
+    def record_linear(layer: LinearLayer, inputs: tuple[Tensor, ...]) -> None:
+        linear_calls.append((layer, inputs[0].requires_grad))
 
-    def note_block(block: nn.Module, given: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-        blocks.append((output[0] if isinstance(output, tuple) else output).requires_grad)
+    def record_block(block: nn.Module, inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        nonlocal differentiated_blocks
+        differentiated_blocks += (output[0] if isinstance(output, tuple) else output).requires_grad
 
-    with hooked(model, config.num_hidden_layers, note_linear, note_block), torch.enable_grad():
+    with hook_layers(model, config.num_hidden_layers, record_linear, record_block), torch.enable_grad():
         call(inputs)
     forward = backward = head_forward = head_backward = 0
-    for layer, input_gradient in used:
-        size = weights_of(layer)
-        gradients = 2 * size * (int(layer.weight.requires_grad) + int(input_gradient))
+    for layer, input_needs_gradient in linear_calls:
+        size = count_weights(layer)
+        gradients = 2 * size * (int(layer.weight.requires_grad) + int(input_needs_gradient))
         if layer is head:
             head_forward, head_backward = 2 * size, gradients
         else:
             forward, backward = forward + 2 * size, backward + gradients
-    heads, _, size = attention_heads(config)
+    heads, _, size = get_attention_shape(config)
     width = heads * size
-    return Cost(
+    return ModelCost(
         linear=forward,
         linear_backward=backward,
         attention=4 * config.num_hidden_layers * width,
-        attention_backward=8 * sum(blocks) * width,
+        attention_backward=8 * differentiated_blocks * width,
         head=head_forward,
         head_backward=head_backward,
-        weights=sum(weights_of(layer) for layer in {id(layer): layer for layer, _ in used}.values()),
-        cached=cached_numbers(config),
+        weights=sum(count_weights(layer) for layer in {id(layer): layer for layer, _ in linear_calls}.values()),
+        kv_cache_numbers=count_kv_cache_numbers(config),
     )
 
 
-def attention_heads(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Heads of a layer, those that the key-value cache holds, and the size of one; 0 where a model has none."""
+def get_attention_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Return a layer's number of attention heads, of key-value heads, and the head size; 0 without attention."""
     heads = getattr(config, "num_attention_heads", None) or 0
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     return heads, getattr(config, "num_key_value_heads", None) or heads, size
 
 
-def cached_numbers(config: PretrainedConfig) -> int:
-    """Numbers that the key-value cache holds per position."""
-    _, heads, size = attention_heads(config)
+def count_kv_cache_numbers(config: PretrainedConfig) -> int:
+    """Return how many numbers the KV cache holds per position."""
+    _, heads, size = get_attention_shape(config)
     return 2 * config.num_hidden_layers * heads * size
 
 
 @contextmanager
-def hooked(
-    model: nn.Module, count: int, note_linear: Callable[..., None], note_block: Callable[..., None]
+def hook_layers(
+    model: nn.Module, block_count: int, before_linear: Callable[..., None], after_block: Callable[..., None]
 ) -> Iterator[None]:
-    """Calls `note_linear` before every linear layer, and `note_block` after each of the model's `count` blocks."""
+    """Within the block, call `before_linear` before each linear layer and `after_block` after each model block."""
     handles = [
-        layer.register_forward_pre_hook(note_linear)
+        layer.register_forward_pre_hook(before_linear)
         for layer in model.modules()
         if isinstance(layer, nn.Linear | Conv1D)
     ]
-    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    handles += [block.register_forward_hook(note_block) for block in (stacks[0] if stacks else ())]
+    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == block_count]
+    handles += [block.register_forward_hook(after_block) for block in (stacks[0] if stacks else ())]
     try:
         yield
     finally:

@@ -1,12 +1,12 @@
-"""Forward passes over prompts and responses: log-probs, values, whole distributions, at the response's positions.
+"""Forward passes over prompts and responses: log-probs, values and logits at the response positions.
 
-The outputs for response token t come from the position before it: for the first, the last prompt token.
+The outputs for response token t come from the position before it; for the first token, the last prompt token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,36 +15,41 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apa_cli.models.critic import Critic
-from apa_cli.models.lm_head import chosen_logprobs, in_place_of, linear_head
-from apa_cli.models.lora import WithoutAdapter, active_adapter, adapter, layers
-from apa_cli.models.sequence_packing import WORTH, packed_inputs, packs
+from apa_cli.models.critic import Critic, CriticDict
+from apa_cli.models.lm_head import compute_head_logprobs, find_linear_head, override_forward
+from apa_cli.models.lora import AdapterDisabledModel, find_lora_layers, get_active_adapter, use_adapter
+from apa_cli.models.sequence_packing import MIN_PADDING_PER_SEQUENCE, can_pack, pack_inputs
+from apa_cli.models.structure import get_trunk
 from apa_cli.settings import DType
-from apa_cli.tensor_ops import tempered, token_logprobs
-from apa_cli.types import Batch, PolicyOutput, Tokens
+from apa_cli.tensor_ops import apply_temperature, token_logprobs
+from apa_cli.types import Batch, PolicyOutput, Sequences
 
 
 @contextmanager
-def compute_precision(device: torch.device, dtype: DType) -> Iterator[None]:
-    """Autocast to bfloat16 where that is asked for; weights stay as they are."""
+def autocast_to(device: torch.device, dtype: DType) -> Iterator[None]:
+    """Autocast to bfloat16 within the block if `dtype` says so; weights keep their precision."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype is DType.bfloat16):
         yield
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Prompts and responses as one input, without columns that are padding in every row."""
+class PaddedInputs:
+    """Prompts and responses joined to one model input, without columns that are padding in every row."""
 
     input_ids: Tensor
+    """[B, S] int64, S = P' + T' − 1, P' ≤ P"""
     attention_mask: Tensor
+    """[B, S] int64"""
     position_ids: Tensor
+    """[B, S] int64"""
     response_ids: Tensor
-    """[B, T'], T' ≤ T"""
+    """[B, T'] int64, T' ≤ T"""
     mask: Tensor
-    """[B, T'], the n response tokens that count"""
+    """[B, T'] bool, true on the n response tokens that count"""
 
     @property
     def inputs(self) -> dict[str, Any]:
+        """The model's keyword arguments."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -53,75 +58,76 @@ class Sequences:
 
     @property
     def logits_to_keep(self) -> int:
-        """The last columns of the outputs, which predict the response; for a model's argument of this name."""
+        """Number of last positions, which predict the response; the value of a model's argument of this name."""
         return self.response_ids.shape[1]
 
-    def read(self, outputs: Tensor) -> Tensor:
-        """Those of a model's outputs [B, S, …] that predict the tokens of the mask, [n, …] in its order."""
+    def select_response_outputs(self, outputs: Tensor) -> Tensor:
+        """Return those of a model's outputs [B, S, …] that predict the mask's tokens, [n, …] in the mask's order."""
         return outputs[:, -self.logits_to_keep :][self.mask]
 
     @cached_property
-    def packed(self) -> Packed | None:
-        """The same without padding; None where there is too little of it, or a row without a prompt."""
-        prompts = self.attention_mask.shape[1] - self.logits_to_keep + 1
-        before = self.attention_mask[:, :prompts].sum(1)
+    def packed_inputs(self) -> PackedInputs | None:
+        """The same sequences without padding; None if there is too little of it, or if a row has no prompt."""
+        prompt_columns = self.attention_mask.shape[1] - self.logits_to_keep + 1
+        prompt_lengths = self.attention_mask[:, :prompt_columns].sum(1)
         columns = torch.arange(self.logits_to_keep, device=self.mask.device)
-        lengths = before + (self.mask * columns).amax(1)
-        true = self.position_ids < lengths.unsqueeze(1)
-        true[:, :prompts] &= self.attention_mask[:, :prompts].bool()
-        if int((~true).sum()) < WORTH * len(true) or int(before.min()) == 0:
+        lengths = prompt_lengths + (self.mask * columns).amax(1)
+        is_token = self.position_ids < lengths.unsqueeze(1)
+        is_token[:, :prompt_columns] &= self.attention_mask[:, :prompt_columns].bool()
+        if int((~is_token).sum()) < MIN_PADDING_PER_SEQUENCE * len(is_token) or int(prompt_lengths.min()) == 0:
             return None
-        first = lengths.cumsum(0) - lengths
-        return Packed(
-            packed_inputs(self.input_ids[true], self.position_ids[true], lengths.tolist()),
-            ((first + before - 1).unsqueeze(1) + columns)[self.mask],
+        starts = lengths.cumsum(0) - lengths
+        return PackedInputs(
+            pack_inputs(self.input_ids[is_token], self.position_ids[is_token], lengths.tolist()),
+            ((starts + prompt_lengths - 1).unsqueeze(1) + columns)[self.mask],
         )
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Prompts and responses one behind the other, see `packing`."""
+class PackedInputs:
+    """Prompts and responses packed one behind the other into one row; see `sequence_packing`."""
 
     inputs: dict[str, Any]
-    places: Tensor
-    """[n], where the outputs predict the tokens of the mask"""
+    """The model's keyword arguments."""
+    positions: Tensor
+    """[n] int64, the positions whose outputs predict the mask's tokens"""
 
     logits_to_keep = 0
-    """All of them."""
+    """All positions; the value of a model's argument of this name."""
 
-    def read(self, outputs: Tensor) -> Tensor:
-        """Those of a model's outputs [1, S, …] that predict the tokens of the mask, [n, …] in its order."""
-        return outputs[0, self.places]
-
-
-def taken(model: nn.Module | WithoutAdapter, rows: Sequences) -> Sequences | Packed:
-    """The rows in the form that costs the model least."""
-    return rows.packed or rows if packs(model) else rows
+    def select_response_outputs(self, outputs: Tensor) -> Tensor:
+        """Return those of a model's outputs [1, S, …] that predict the mask's tokens, [n, …] in the mask's order."""
+        return outputs[0, self.positions]
 
 
-def examine(models: Iterable[PreTrainedModel | WithoutAdapter]) -> None:
-    """Finds out by passes of their own what is to be known of models; sharded ones could not make them."""
+def pack_if_faster(model: PreTrainedModel | AdapterDisabledModel, padded: PaddedInputs) -> PaddedInputs | PackedInputs:
+    """Return the inputs in packed form if the model takes that and enough padding is saved, else as they are."""
+    return padded.packed_inputs or padded if can_pack(model) else padded
+
+
+def probe_models(models: Iterable[PreTrainedModel | AdapterDisabledModel]) -> None:
+    """Run the probes of `find_linear_head` and `can_pack` before models are sharded, after which they could not run."""
     for model in models:
-        linear_head(model)
-        packs(model)
+        find_linear_head(model)
+        can_pack(model)
 
 
-def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """values [n] at the places of the mask [B, T'], 0 elsewhere."""
+def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """Return [B, T'] with values [n] at the true places of mask [B, T'], in their order, and 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
-def sequences(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor) -> Sequences:
-    """prompt_ids [B, P] padded on the left, response_ids [B, T] padded on the right, with their masks.
+def build_padded_inputs(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor) -> PaddedInputs:
+    """Join prompts [B, P], padded on the left, and responses [B, T], padded on the right, with their masks.
 
-    The last response token is never an input: nothing is predicted from it.
+    The last response token is left out of the input, since nothing is predicted from it.
     """
-    first = int(prompt_mask.any(0).long().argmax())
+    start = int(prompt_mask.any(0).long().argmax())
     length = max(int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 1, 1)
-    prompt_ids, prompt_mask = prompt_ids[:, first:], prompt_mask[:, first:]
+    prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
     response_ids = response_ids[:, :length]
     attention = torch.cat([prompt_mask, torch.ones_like(response_ids[:, 1:], dtype=torch.bool)], dim=1)
-    return Sequences(
+    return PaddedInputs(
         input_ids=torch.cat([prompt_ids, response_ids[:, :-1]], dim=1),
         attention_mask=attention.long(),
         position_ids=(attention.long().cumsum(1) - 1).clamp(min=0),
@@ -130,63 +136,70 @@ def sequences(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mas
     )
 
 
-def widened(x: Tensor, mask: Tensor) -> Tensor:
-    """x [B, T'] as float32 [B, T], 0 outside the mask."""
+def pad_to_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """Return x [B, T'] as float32 [B, T], 0 outside the mask [B, T]."""
     x = nn.functional.pad(x.float(), (0, mask.shape[1] - x.shape[1]))
     return x.masked_fill(~mask, 0.0)
 
 
-def response_logits(model: PreTrainedModel | WithoutAdapter, rows: Sequences, temperature: float) -> Tensor:
-    """[B, T', V] float32: the logits of the distribution that samples."""
-    length = rows.response_ids.shape[1]
-    output = model(**rows.inputs, use_cache=False, logits_to_keep=length)
-    return tempered(output.logits, temperature)
+def compute_response_logits(
+    model: PreTrainedModel | AdapterDisabledModel, padded: PaddedInputs, temperature: float
+) -> Tensor:
+    """Return the logits of the sampling distribution at each response position, [B, T', V] float32."""
+    output = model(**padded.inputs, use_cache=False, logits_to_keep=padded.logits_to_keep)
+    return apply_temperature(output.logits, temperature)
 
 
-def response_logprobs(model: PreTrainedModel | WithoutAdapter, batch: Batch | Tokens, temperature: float) -> Tensor:
-    """log π of each response token, [B, T] float32, 0 outside the mask."""
-    rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-    return scored(model, rows, batch.mask, temperature)[0]
+def compute_response_logprobs(
+    model: PreTrainedModel | AdapterDisabledModel, batch: Batch | Sequences, temperature: float
+) -> Tensor:
+    """Return log π of each response token, [B, T] float32, 0 outside the mask."""
+    padded = build_padded_inputs(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
+    return compute_logprobs_with_output(model, padded, batch.mask, temperature)[0]
 
 
-def scored(
-    model: PreTrainedModel | WithoutAdapter, rows: Sequences, mask: Tensor, temperature: float, **options: Any
-) -> tuple[Tensor, Any, Sequences | Packed]:
-    """log π of each response token, [B, T] float32, 0 outside the mask [B, T]; what the model returned, and for what.
+def compute_logprobs_with_output(
+    model: PreTrainedModel | AdapterDisabledModel,
+    padded: PaddedInputs,
+    mask: Tensor,
+    temperature: float,
+    **options: Any,
+) -> tuple[Tensor, Any, PaddedInputs | PackedInputs]:
+    """Return log π of each response token, [B, T] float32, 0 outside the mask [B, T]; the output; and its inputs.
 
-    The tokens outside the mask never reach the output head where it is one that `linear_head` knows.
+    Only positions of the mask reach the output head, if `find_linear_head` finds it. `options` go to the model.
     """
-    head = linear_head(model)
-    given = rows if head is None else taken(model, rows)
-    options = {**given.inputs, "use_cache": False, "logits_to_keep": given.logits_to_keep, **options}
+    head = find_linear_head(model)
+    inputs = padded if head is None else pack_if_faster(model, padded)
+    options = {**inputs.inputs, "use_cache": False, "logits_to_keep": inputs.logits_to_keep, **options}
     if head is None:
         output = model(**options)
-        logits = tempered(output.logits, temperature)
-        return widened(token_logprobs(logits, rows.response_ids), mask), output, given
+        logits = apply_temperature(output.logits, temperature)
+        return pad_to_mask(token_logprobs(logits, padded.response_ids), mask), output, inputs
+    weight, bias = head.weight, head.bias
 
-    def logprobs(states: Tensor) -> Tensor:
-        token_ids = rows.response_ids[rows.mask]
-        chosen = chosen_logprobs(given.read(states), head.weight, head.bias, token_ids, temperature)
-        return spread(chosen, rows.mask)
+    def compute_logprobs(states: Tensor) -> Tensor:
+        states, token_ids = inputs.select_response_outputs(states), padded.response_ids[padded.mask]
+        return scatter_to_mask(compute_head_logprobs(states, weight, bias, token_ids, temperature), padded.mask)
 
-    with in_place_of(head, logprobs):
+    with override_forward(head, compute_logprobs):
         output = model(**options)
-    return widened(output.logits, mask), output, given
+    return pad_to_mask(output.logits, mask), output, inputs
 
 
-def response_states(
-    model: PreTrainedModel | WithoutAdapter, rows: Sequences
+def compute_head_inputs(
+    model: PreTrainedModel | AdapterDisabledModel, padded: PaddedInputs
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What the output head reads before each true token, [n, h] in the order of the mask, and the head itself.
+    """Return the output head's input before each token of the mask, [n, h] in the mask's order, and the head itself.
 
-    The head gives the logits [m, V] of m of these rows. Where `linear_head` does not know it, the rows are the logits.
+    The head maps m of these rows to logits [m, V]. If `find_linear_head` does not find it, the rows are the logits.
     """
-    head = linear_head(model)
-    given = rows if head is None else taken(model, rows)
-    options = {**given.inputs, "use_cache": False, "logits_to_keep": given.logits_to_keep}
+    head = find_linear_head(model)
+    inputs = padded if head is None else pack_if_faster(model, padded)
+    options = {**inputs.inputs, "use_cache": False, "logits_to_keep": inputs.logits_to_keep}
     if head is None:
-        return given.read(model(**options).logits), lambda logits: logits
-    with in_place_of(head, given.read):
+        return inputs.select_response_outputs(model(**options).logits), lambda logits: logits
+    with override_forward(head, inputs.select_response_outputs):
         states = model(**options).logits
     return states, head
 
@@ -194,72 +207,83 @@ def response_states(
 class TrainingModel(nn.Module):
     """Policy and critics as one module, so that one wrapper distributes them and one call computes both."""
 
+    policy: PreTrainedModel
+    critics: CriticDict
+
     def __init__(self, policy: PreTrainedModel, critics: dict[str, Critic], temperature: float):
         super().__init__()
         self.policy = policy
-        self.critics = nn.ModuleDict(critics)
+        self.critics = CriticDict(critics)
         self.temperature = temperature
 
     def forward(
-        self, batch: Batch | Tokens, with_policy: bool = True, critics: Collection[str] | None = None
+        self, batch: Batch | Sequences, with_policy: bool = True, critics: Collection[str] | None = None
     ) -> PolicyOutput:
-        """Log-probs [B, T] and the values [B, T] of the critics named (None: of all) of the batch's responses.
+        """Return the log-probs [B, T] and the values [B, T] of the critics named (None: of all) for the responses.
 
-        Without the policy the log-probs are 0, and its pass is saved where no critic reads its trunk.
+        Without the policy the log-probs are 0, and its pass is only made if a critic reads its trunk.
         """
-        named = [name for name in self.critics if critics is None or name in critics]
-        rows = sequences(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-        on_trunk = any(self.critics[name].on_trunk for name in named)
-        logprobs, given, trunk = torch.zeros(batch.mask.shape, device=batch.mask.device), rows, None
-        if with_policy or on_trunk:
-            with recomputing(self.policy):
-                logprobs, output, given = scored(
-                    self.policy, rows, batch.mask, self.temperature, output_hidden_states=on_trunk
+        names = [name for name in self.critics if critics is None or name in critics]
+        padded = build_padded_inputs(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
+        needs_trunk = any(self.critics[name].is_on_trunk for name in names)
+        logprobs, trunk_states = torch.zeros(batch.mask.shape, device=batch.mask.device), None
+        inputs: PaddedInputs | PackedInputs = padded
+        if with_policy or needs_trunk:
+            with checkpoint_activations(self.policy):
+                logprobs, output, inputs = compute_logprobs_with_output(
+                    self.policy, padded, batch.mask, self.temperature, output_hidden_states=needs_trunk
                 )
-            trunk = output.hidden_states[-1] if on_trunk else None
-        return PolicyOutput(
-            logprobs=logprobs,
-            values={name: self.critic_values(name, rows, batch.mask, given, trunk) for name in named},
-        )
+            trunk_states = output.hidden_states[-1] if needs_trunk else None
+        values = {name: self.compute_critic_values(name, padded, batch.mask, inputs, trunk_states) for name in names}
+        return PolicyOutput(logprobs=logprobs, values=values)
 
-    def critic_values(
-        self, name: str, rows: Sequences, mask: Tensor, given: Sequences | Packed, trunk: Tensor | None
+    def compute_critic_values(
+        self,
+        name: str,
+        padded: PaddedInputs,
+        mask: Tensor,
+        inputs: PaddedInputs | PackedInputs,
+        trunk_states: Tensor | None,
     ) -> Tensor:
-        """One critic's values [B, T]; `trunk` is what the policy's own pass computed from `given`, if it did."""
+        """Return one critic's values [B, T], 0 outside the mask [B, T].
+
+        `trunk_states` are the hidden states of the policy's own pass over `inputs`, for a critic on its trunk.
+        """
         critic = self.critics[name]
         if critic.adapter is not None:
-            given = taken(self.policy, rows)
-            with adapter(self.policy, critic.adapter), recomputing(self.policy):
-                trunk = self.policy.base_model(**given.inputs, use_cache=False).last_hidden_state
+            inputs = pack_if_faster(self.policy, padded)
+            with use_adapter(self.policy, critic.adapter), checkpoint_activations(self.policy):
+                trunk_states = get_trunk(self.policy)(**inputs.inputs, use_cache=False).last_hidden_state
         elif critic.backbone is not None:
-            given = taken(critic.backbone, rows)
-        with recomputing(critic):
-            return widened(spread(critic(given.inputs, given.read, trunk), rows.mask), mask)
+            inputs = pack_if_faster(critic.backbone, padded)
+        with checkpoint_activations(critic):
+            values = critic(inputs.inputs, inputs.select_response_outputs, trunk_states)
+            return pad_to_mask(scatter_to_mask(values, padded.mask), mask)
 
-    def backbones(self) -> list[PreTrainedModel]:
-        """The trunks of those critics that have one of their own."""
+    def critic_backbones(self) -> list[PreTrainedModel]:
+        """Return the backbones of the critics that have one."""
         return [critic.backbone for critic in self.critics.values() if critic.backbone is not None]
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """What the optimizer's first group trains: neither critics nor their adapters on the policy's base."""
-        own = [critic.adapter for critic in self.critics.values() if critic.adapter is not None]
+        """Return the policy's trained parameters, without those of critics' adapters on its base."""
+        adapters = [critic.adapter for critic in self.critics.values() if critic.adapter is not None]
         return [
             parameter
             for name, parameter in self.policy.named_parameters()
-            if parameter.requires_grad and not any(f".{adapter}." in name for adapter in own)
+            if parameter.requires_grad and not any(f".{adapter}." in name for adapter in adapters)
         ]
 
     def critic_parameters(self) -> list[nn.Parameter]:
-        """What the second group trains."""
+        """Return all trained parameters that are not the policy's."""
         policy = {id(parameter) for parameter in self.policy_parameters()}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in policy]
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Lets the model recompute activations in the backward pass, where `recomputing` asks for it.
+def enable_activation_checkpointing(model: PreTrainedModel) -> None:
+    """Prepare the model to recompute activations in the backward pass of blocks under `checkpoint_activations`.
 
     The pass is repeated under the adapter that was active the first time. Some blocks apply dropout themselves,
-    whatever mode their layers are in; it is set to 0.
+    whatever mode their layers are in, so their dropout rates are set to 0.
     """
     for block in model.modules():
         if hasattr(block, "gradient_checkpointing"):
@@ -267,26 +291,27 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
                 if "dropout" in name and isinstance(value, float):
                     setattr(block, name, 0.0)
 
-    def contexts() -> tuple[Any, Any]:
-        return nullcontext(), adapter(model, active_adapter(model)) if layers(model) else nullcontext()
+    def make_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        has_adapter = bool(find_lora_layers(model))
+        return nullcontext(), use_adapter(model, get_active_adapter(model)) if has_adapter else nullcontext()
 
-    # transformers renamed it on the way to version 6
+    # transformers is renaming this method on the way to version 6
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False, "context_fn": contexts})
+    enable({"use_reentrant": False, "context_fn": make_contexts})
 
 
 @contextmanager
-def recomputing(model: nn.Module) -> Iterator[None]:
-    """Gradient checkpointing is on in the block, for the models that `checkpoint_activations` was called on.
+def checkpoint_activations(model: nn.Module) -> Iterator[None]:
+    """Within the block, checkpoint the activations of models that `enable_activation_checkpointing` has prepared.
 
-    `transformers` does it only in blocks in training mode; their layers stay in evaluation mode, without dropout.
+    `transformers` does so only in blocks in training mode; their layers stay in evaluation mode, without dropout.
     """
-    marked = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    marked = marked if torch.is_grad_enabled() else []
-    for module in marked:
-        module.training = True
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    blocks = blocks if torch.is_grad_enabled() else []
+    for block in blocks:
+        block.training = True
     try:
         yield
     finally:
-        for module in marked:
-            module.training = False
+        for block in blocks:
+            block.training = False

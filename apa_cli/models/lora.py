@@ -1,7 +1,7 @@
-"""Low-rank adapters (2106.09685) through `peft`: adding, switching, merging and saving them.
+"""Low-rank adapters (LoRA, 2106.09685) through `peft`: adding, switching, merging and saving them.
 
-The model keeps its own class; its linear layers are wrapped in place. Several adapters share one base: the
-policy's, and one per critic of kind `adapter`. With none active the model is what it was before.
+The model keeps its class; its linear layers are wrapped in place. Several adapters share one base: the policy's, and
+one for each critic of kind `adapter`. With no adapter active the model computes what its base computes.
 """
 
 from __future__ import annotations
@@ -13,71 +13,75 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import cached_file
 
-from apa_cli.errors import UserError
-from apa_cli.network import hub_answers
+from apa_cli.errors import UserError, first_line
+from apa_cli.network import is_hub_reachable
 from apa_cli.settings import LoraSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
-POLICY = "policy"
+POLICY_ADAPTER = "policy"
 """Name of the policy's adapter."""
 
 
-def lora_config(settings: LoraSettings) -> LoraConfig:
+def build_lora_config(model: PreTrainedModel, settings: LoraSettings) -> LoraConfig:
+    """Return peft's configuration for this model. Raise UserError if peft has no default layers for its type."""
     from peft import LoraConfig
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULT_TARGETS
 
-    targets: Any = settings.target_modules
-    if targets == ["all-linear"]:
-        targets = "all-linear"
-    return LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets)
+    targets = settings.target_modules
+    if targets is None:
+        model_type = model.config.model_type
+        if model_type not in DEFAULT_TARGETS:
+            raise UserError(
+                f"lora.target_modules: peft has no default for {model_type} models; name the layers, or [all-linear]"
+            )
+        targets = list(DEFAULT_TARGETS[model_type])
+    elif targets == ["all-linear"]:
+        targets = sorted(find_linear_names(model))
+    alpha = cast(int, settings.alpha)  # peft declares an int, and only divides it
+    return LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets)
 
 
-def add_adapter(model: nn.Module, settings: LoraSettings, name: str, seed: int) -> None:
-    """Adds a trainable float32 adapter that changes nothing yet (its second factor is zero) and freezes the rest.
+def add_adapter(model: PreTrainedModel, settings: LoraSettings, name: str, seed: int) -> None:
+    """Add a trainable float32 adapter that changes nothing yet (its second factor is zero), and freeze the base.
 
-    Adapters that are there already stay trainable, and the one that was active stays so.
+    Earlier adapters stay trainable, and the active one stays active. Raise UserError if no layer matches
+    `lora.target_modules`.
     """
     from peft import inject_adapter_in_model
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
 
-    config = lora_config(settings)
-    if config.target_modules is None:
-        kind = model.config.model_type
-        if kind not in KNOWN:
-            raise UserError(
-                f"lora.target_modules: peft has no default for {kind} models; name the layers, or [all-linear]"
-            )
-        config.target_modules = set(KNOWN[kind])
-    if config.target_modules == "all-linear":
-        config.target_modules = linear_names(model)
+    config = build_lora_config(model, settings)
     trained = {id(p) for n, p in model.named_parameters() if ".lora_" in n and p.requires_grad}
-    active = active_adapter(model)
+    active = get_active_adapter(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         try:
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
-            raise UserError(f"lora.target_modules: {str(error).splitlines()[0]}") from error
+            raise UserError(f"lora.target_modules: {first_line(error)}") from error
     model.eval()
     if active is not None:
-        activate(model, active)
+        activate_adapter(model, active)
     for parameter_name, parameter in model.named_parameters():
-        own = f".{name}." in parameter_name and ".lora_" in parameter_name
-        if own and parameter.dtype is not torch.float32:
+        is_new = f".{name}." in parameter_name and ".lora_" in parameter_name
+        if is_new and parameter.dtype is not torch.float32:
             parameter.data = parameter.data.float()
-        parameter.requires_grad_(own or id(parameter) in trained)
+        parameter.requires_grad_(is_new or id(parameter) in trained)
 
 
-def linear_names(model: nn.Module) -> set[str]:
-    """Last names of the linear layers, without the output head."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+def find_linear_names(model: PreTrainedModel) -> set[str]:
+    """Return the last part of the name of each linear layer, the output head left out."""
+    head = model.get_output_embeddings()
     return {
         name.removesuffix(".base_layer").rsplit(".", 1)[-1]
         for name, module in model.named_modules()
@@ -85,8 +89,8 @@ def linear_names(model: nn.Module) -> set[str]:
     }
 
 
-def layers(model: nn.Module) -> list[Any]:
-    """The wrapped layers."""
+def find_lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Return the layers that hold adapters; peft is only imported if there are any."""
     if not any(".lora_" in name for name, _ in model.named_parameters()):
         return []
     from peft.tuners.lora import LoraLayer
@@ -94,16 +98,16 @@ def layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
-def active_adapter(model: nn.Module) -> str | None:
-    """The name of the adapter in use, or None."""
-    wrapped = layers(model)
-    return None if not wrapped or wrapped[0].disable_adapters else wrapped[0].active_adapters[0]
+def get_active_adapter(model: nn.Module) -> str | None:
+    """Return the name of the active adapter, or None."""
+    layers = find_lora_layers(model)
+    return None if not layers or layers[0].disable_adapters else layers[0].active_adapters[0]
 
 
-def activate(model: nn.Module, name: str | None) -> None:
-    """Puts one adapter to use, or none. Unlike peft's own switches it leaves alone which weights are trained."""
+def activate_adapter(model: nn.Module, name: str | None) -> None:
+    """Make one adapter the active one, or none. Unlike peft's own switches, keep which parameters are trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for layer in layers(model):
+    for layer in find_lora_layers(model):
         layer.enable_adapters(name is not None)
         if name is not None:
             layer.set_adapter(name)
@@ -114,24 +118,24 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 
 @contextmanager
-def adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """`name` is the active adapter in the block (None: the base alone), then the one that was active before."""
-    before = active_adapter(model)
-    activate(model, name)
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Make `name` the active adapter within the block (None: the base alone), then restore the former one."""
+    previous = get_active_adapter(model)
+    activate_adapter(model, name)
     try:
         yield
     finally:
-        activate(model, before)
+        activate_adapter(model, previous)
 
 
-class WithoutAdapter:
-    """A model as it is without its adapters, to be called like one: the reference of a LoRA run, at no memory."""
+class AdapterDisabledModel:
+    """A view of a model with its adapters disabled, called like the model: a LoRA run's reference, without a copy."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
 
     def __call__(self, **inputs: Any) -> Any:
-        with adapter(self.model, None):
+        with use_adapter(self.model, None):
             return self.model(**inputs)
 
     @property
@@ -139,20 +143,20 @@ class WithoutAdapter:
         return self.model.device
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PretrainedConfig:
         return self.model.config
 
 
-def underlying(model: nn.Module | WithoutAdapter) -> nn.Module:
-    """The model itself, whatever of it is to be computed."""
-    return model.model if isinstance(model, WithoutAdapter) else model
+def unwrap_model(model: PreTrainedModel | AdapterDisabledModel) -> PreTrainedModel:
+    """Return the model behind an AdapterDisabledModel; any other as it is."""
+    return model.model if isinstance(model, AdapterDisabledModel) else model
 
 
 @torch.no_grad()
-def merged_tensors(model: nn.Module, name: str = POLICY) -> dict[str, Tensor]:
-    """The model's tensors under the names they have without adapters, adapter `name` added to them.
+def merge_adapter_tensors(model: PreTrainedModel, name: str = POLICY_ADAPTER) -> dict[str, Tensor]:
+    """Return the tensors of the model with adapter `name` merged, under the names they have without adapters.
 
-    Quantized weights are given as the numbers that they stand for.
+    Quantized weights are dequantized.
     """
     from peft.utils.integrations import dequantize_module_weight
 
@@ -161,10 +165,10 @@ def merged_tensors(model: nn.Module, name: str = POLICY) -> dict[str, Tensor]:
         for module_name, module in model.named_modules()
         if hasattr(module, "lora_A") and name in module.lora_A
     }
-    own = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
+    names = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
     merged = {}
     for key, value in model.state_dict().items():
-        if ".lora_" in key or key not in own:  # what quantization keeps beside its weights is no tensor of the model
+        if ".lora_" in key or key not in names:  # quantization stores further tensors beside its weights
             continue
         module_name, _, last = key.rpartition(".")
         if last == "weight" and not value.is_floating_point():
@@ -176,15 +180,15 @@ def merged_tensors(model: nn.Module, name: str = POLICY) -> dict[str, Tensor]:
     return merged
 
 
-def save_adapter(model: nn.Module, folder: Path, base: str, name: str = POLICY) -> None:
-    """Writes one adapter as the folder that `peft.PeftModel.from_pretrained` loads onto `base`.
+def save_adapter(model: PreTrainedModel, folder: Path, base: str, name: str = POLICY_ADAPTER) -> None:
+    """Save one adapter as a folder that `peft.PeftModel.from_pretrained` loads onto the model `base`.
 
-    What else is trained, the head of a reward model, goes with it as peft's `modules_to_save`.
+    Other trained parameters, such as a reward model's head, are saved with it as peft's `modules_to_save`.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.peft_config[name])
+    config = copy.deepcopy(cast("dict[str, LoraConfig]", model.peft_config)[name])
     heads = {n: p for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n}
     tensors = {
         f"base_model.model.{key.replace(f'.{name}.', '.')}": value.contiguous()
@@ -195,23 +199,24 @@ def save_adapter(model: nn.Module, folder: Path, base: str, name: str = POLICY) 
     config.base_model_name_or_path, config.inference_mode = base, True
     config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
     config.modules_to_save = sorted({key.rpartition(".")[0] for key in heads}) or None
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a folder, or a hub repository, holds an adapter instead of a model."""
+    """Return True if a folder or hub repository holds an adapter instead of a model."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    return hub_holds_adapter(path)
+    return is_hub_adapter(path)
 
 
 @cache
-def hub_holds_adapter(path: str) -> bool:
-    """The same for a hub id, asked once. What cannot be reached is no adapter; loading it will say what is wrong."""
-    from transformers.utils import cached_file
+def is_hub_adapter(path: str) -> bool:
+    """Return True if a hub repository holds an adapter instead of a model; requested once per process.
 
-    hub_answers()
+    Return False if the hub cannot be reached, since loading then reports the reason.
+    """
+    is_hub_reachable()
     try:
         return (
             cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False) is None
@@ -221,13 +226,16 @@ def hub_holds_adapter(path: str) -> bool:
         return False
 
 
-def adapter_base(path: str) -> str:
-    """The folder or hub id of the model that an adapter belongs to."""
-    from transformers.utils import cached_file
-
-    folder = Path(path).expanduser()
-    file = folder / "adapter_config.json" if folder.is_dir() else Path(cached_file(path, "adapter_config.json"))
-    base = json.loads(file.read_text()).get("base_model_name_or_path")
+def read_adapter_base(path: str) -> str:
+    """Return the folder or hub id of an adapter's base model. Raise UserError if its configuration names none."""
+    base = read_adapter_config(path).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path}: adapter_config.json names no base_model_name_or_path")
     return base
+
+
+def read_adapter_config(path: str) -> dict[str, Any]:
+    """Return the parsed adapter_config.json of an adapter's folder or hub repository."""
+    folder = Path(path).expanduser()
+    file = folder / "adapter_config.json" if folder.is_dir() else cached_file(path, "adapter_config.json")
+    return json.loads(Path(cast(str, file)).read_text(encoding="utf-8"))

@@ -1,105 +1,117 @@
-"""Prompts as a model takes them: as plain text, or in its tokenizer's chat template; and targets for SFT."""
+"""Encoding of data set rows: prompts as plain text or in the tokenizer's chat template, and targets for SFT."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from apa_cli.datasets.base import PromptForm
-from apa_cli.datasets.dialogue import dialogue_text, parse_dialogue
+from apa_cli.datasets.base import PromptStyle
+from apa_cli.datasets.dialogue import format_dialogue, parse_dialogue
 from apa_cli.errors import ConfigError, UserError
 from apa_cli.types import Example, Prompt
 
 Messages = list[dict[str, str]]
+"""The turns of a chat, {"role", "content"} each."""
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """Turns a data set's rows into tokens.
+    """Encoder of a data set's rows for one tokenizer.
 
-    In plain form a prompt's text is what the policy and the reward see. In chat form the policy sees the template,
-    and the reward the dialogue as plain text in HH's form, `…\\n\\nAssistant: `, with the space that the reply
-    itself has in plain form.
+    Policy and reward read the text of a plain prompt. The policy reads a chat through the chat template; the reward
+    reads it as plain text in HH's format, which ends in `\\n\\nAssistant: ` with the space that begins a plain reply.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    form: PromptForm
+    style: PromptStyle
 
-    def __post_init__(self):
-        if self.form is PromptForm.chat and not self.tokenizer.chat_template:
+    def __post_init__(self) -> None:
+        if self.style is PromptStyle.chat and not self.tokenizer.chat_template:
             raise ConfigError("dataset.format: chat needs a tokenizer with a chat template; give hh, or auto")
 
     def is_chat(self, example: Example) -> bool:
-        """Whether the template renders this row: always, never, or (auto) where row and tokenizer both can."""
-        if self.form is PromptForm.auto:
+        """Return True if the row goes through the template; with style auto, if it has messages and there is one."""
+        if self.style is PromptStyle.auto:
             return example.messages is not None and bool(self.tokenizer.chat_template)
-        return self.form is PromptForm.chat
+        return self.style is PromptStyle.chat
 
-    def prompt(self, example: Example, place: int, sample: int, longest: int) -> tuple[Prompt, bool]:
-        """A row's prompt in at most `longest` tokens, and whether it was cut.
+    def encode_prompt(self, example: Example, place: int, sample: int, max_tokens: int) -> tuple[Prompt, bool]:
+        """Return a row's prompt in at most `max_tokens` tokens, and True if it was truncated.
 
-        A plain prompt loses tokens on the left, a chat its earliest turns and then the beginning of the last one.
-        The text of a cut prompt is the text of what is left: the reward sees what the policy saw.
+        A plain prompt loses tokens on the left; a chat loses its earliest turns, then the start of its last turn. The
+        text of a truncated prompt is that of its remaining tokens, so that the reward reads what the policy reads.
         """
         if self.is_chat(example):
-            messages = self.shortened(turns(example), longest)
-            cut = messages != turns(example)
-            return Prompt(chat_text(messages), self.rendered(messages), place, sample, example.columns), cut
+            messages = self.truncate_messages(build_messages(example), max_tokens)
+            is_truncated = messages != build_messages(example)
+            ids = self.render_messages(messages)
+            return Prompt(format_chat(messages), ids, place, sample, example.columns), is_truncated
         ids = self.tokenizer(example.prompt)["input_ids"]
-        if len(ids) <= longest:
+        if len(ids) <= max_tokens:
             return Prompt(example.prompt, ids, place, sample, example.columns), False
-        ids = ids[-longest:]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Prompt(text, ids, place, sample, example.columns), True
+        ids = ids[-max_tokens:]
+        return Prompt(self.decode_text(ids), ids, place, sample, example.columns), True
 
-    def target(self, example: Example, longest: int) -> tuple[list[int], list[bool]]:
-        """Tokens of prompt + chosen reply + EOS and which of them are the reply's, EOS included.
+    def encode_target(self, example: Example, max_tokens: int) -> tuple[list[int], list[bool]]:
+        """Return the tokens of prompt + chosen reply + EOS, and for each True if it is the reply's or EOS.
 
-        What is too long loses prompt tokens on the left; a reply that is too long by itself is cut and has no EOS.
+        Beyond `max_tokens`, prompt tokens are cut off on the left; a reply that is too long by itself is cut off on the
+        right, with its EOS.
         """
         reply = example.chosen
+        assert reply is not None, "a target needs a chosen reply"
         if self.is_chat(example):
-            prompt_ids = self.rendered(turns(example))
+            prompt_ids = self.render_messages(build_messages(example))
             reply_ids = self.tokenizer(reply.strip(), add_special_tokens=False)["input_ids"]
         else:
             prompt_ids = self.tokenizer(example.prompt)["input_ids"]
-            both = self.tokenizer(example.prompt + reply)["input_ids"]
-            joined = both[: len(prompt_ids)] == prompt_ids
-            reply_ids = (
-                both[len(prompt_ids) :] if joined else self.tokenizer(reply, add_special_tokens=False)["input_ids"]
-            )
-        reply_ids = [*reply_ids, self.tokenizer.eos_token_id][: longest - 1]
-        prompt_ids = prompt_ids[-(longest - len(reply_ids)) :]
+            joined_ids = self.tokenizer(example.prompt + reply)["input_ids"]
+            if joined_ids[: len(prompt_ids)] == prompt_ids:
+                reply_ids = joined_ids[len(prompt_ids) :]
+            else:
+                reply_ids = self.tokenizer(reply, add_special_tokens=False)["input_ids"]
+        reply_ids = [*reply_ids, self.tokenizer.eos_token_id][: max_tokens - 1]
+        prompt_ids = prompt_ids[-(max_tokens - len(reply_ids)) :]
         return prompt_ids + reply_ids, [False] * len(prompt_ids) + [True] * len(reply_ids)
 
-    def rendered(self, messages: Messages) -> list[int]:
-        """The template's tokens, up to where the reply begins."""
+    def render_messages(self, messages: Messages) -> list[int]:
+        """Return the chat template's tokens, up to the start of the reply. Raise UserError if the template fails."""
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            why = " ".join(str(error).split())
-            raise UserError(f"dataset: the tokenizer's chat template refuses {str(messages)[:200]}: {why}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"dataset: the tokenizer's chat template refuses {str(messages)[:200]}: {reason}"
+            ) from error
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def shortened(self, messages: Messages, longest: int) -> Messages:
-        """Messages whose rendering fits: without the earliest turns (a system message stays), the last one cut."""
+    def truncate_messages(self, messages: Messages, max_tokens: int) -> Messages:
+        """Drop the earliest turns but no system message, then the start of the last turn, until the chat fits.
+
+        Raise ConfigError if the template alone does not fit.
+        """
         system, rest = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
-        while len(rest) > 1 and len(self.rendered(system + rest)) > longest:
+        while len(rest) > 1 and len(self.render_messages(system + rest)) > max_tokens:
             rest = rest[2:] if len(rest) > 2 else rest[1:]
-        while (excess := len(self.rendered(system + rest)) - longest) > 0:
+        while (excess := len(self.render_messages(system + rest)) - max_tokens) > 0:
             ids = self.tokenizer(rest[-1]["content"], add_special_tokens=False)["input_ids"][excess:]
             if not ids:
-                raise ConfigError(f"sampling.max_prompt_tokens: {longest} leaves no room beside the chat template")
-            rest = [{**rest[-1], "content": self.tokenizer.decode(ids, skip_special_tokens=True)}]
+                raise ConfigError(f"sampling.max_prompt_tokens: {max_tokens} leaves no room beside the chat template")
+            rest = [{**rest[-1], "content": self.decode_text(ids)}]
         return system + rest
 
+    def decode_text(self, ids: list[int]) -> str:
+        """Return the text of tokens, without special tokens."""
+        return cast(str, self.tokenizer.decode(ids, skip_special_tokens=True))
 
-def turns(example: Example) -> Messages:
-    """A row's messages, turns of one role in a row as one, because templates refuse them.
 
-    A plain prompt in HH's form has messages too; any other is one user message.
+def build_messages(example: Example) -> Messages:
+    """Return a row's messages; consecutive turns of one role are joined, because templates refuse them.
+
+    A plain prompt in HH's format is parsed into messages; any other becomes one user message.
     """
     messages = example.messages if example.messages is not None else parse_dialogue(example.prompt)
     if not any(message["role"] == "user" for message in messages):
@@ -113,6 +125,6 @@ def turns(example: Example) -> Messages:
     return merged
 
 
-def chat_text(messages: Messages) -> str:
-    """What rewards see of a chat."""
-    return dialogue_text(messages) + " "
+def format_chat(messages: Messages) -> str:
+    """Return the plain text of a chat, as rewards read it."""
+    return format_dialogue(messages) + " "

@@ -1,102 +1,106 @@
-"""Weights spread over the processes: DDP, or FSDP2 (2304.11277), and back to whole tensors."""
+"""Distribution of a model over ranks by DDP or FSDP2 (PyTorch FSDP, 2304.11277), and gathering of sharded tensors."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from apa_cli.errors import UserError
 from apa_cli.models.forward import TrainingModel
-from apa_cli.models.loading import blocks
-from apa_cli.settings import Frozen
+from apa_cli.models.structure import find_blocks, get_trunk
+from apa_cli.settings import FrozenPlacement
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def replicated(model: TrainingModel, device: torch.device) -> nn.Module:
-    """The model under DistributedDataParallel, which averages gradients over the processes."""
+def replicate_model(model: TrainingModel, device: torch.device) -> nn.Module:
+    """Wrap the model in DistributedDataParallel, which averages gradients over the ranks."""
     from torch.nn.parallel import DistributedDataParallel
 
-    # Buffers are constants here. torch 2.13 renamed the option.
-    known = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, **{option: False})
+    # Buffers are constant, so they need no broadcast; torch 2.13 renamed the option.
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    options: dict[str, Any] = {option: False, "device_ids": [device.index] if device.type == "cuda" else None}
+    return DistributedDataParallel(model, **options)
 
 
-def sharded(
-    model: nn.Module, blocks: Iterable[nn.Module], offloaded: bool = False, head_stays: bool = True
-) -> nn.Module:
-    """Spreads each of the blocks, then what is left of the model, over all processes; in place.
+def shard_model(model: M, blocks: Iterable[nn.Module], is_offloaded: bool = False, keep_gathered: bool = True) -> M:
+    """Shard each of the blocks, then the rest of the model, over all ranks, in place.
 
-    `head_stays`: what is left stays whole after a forward pass, for the backward pass or for use of the output head.
-
-    UserError for weights of two precisions in one block, which FSDP2 does not take.
+    With `keep_gathered` the rest stays gathered after a forward pass, for the backward pass or the output head.
+    `is_offloaded` keeps the shards in CPU memory. Raise UserError if the weights have several precisions, which FSDP2
+    does not support in one group.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-    options = {"offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())} if offloaded else {}
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
         raise UserError("launch.strategy: fsdp needs all weights in one precision; with lora give model.dtype=float32")
+    options: dict[str, Any] = {}
+    if is_offloaded:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     for block in blocks:
         fully_shard(block, **options)
-    return fully_shard(model, reshard_after_forward=not head_stays, **options)
+    fully_shard(model, reshard_after_forward=not keep_gathered, **options)
+    return model
 
 
-def trained_blocks(model: TrainingModel) -> Iterator[nn.Module]:
-    """The blocks of the policy's trunk and of those critics that have one of their own."""
-    yield from blocks(model.policy.base_model)
-    for backbone in model.backbones():
-        yield from blocks(backbone)
+def find_trained_blocks(model: TrainingModel) -> Iterator[nn.Module]:
+    """Yield the blocks of the policy's trunk and of the critics' backbones."""
+    yield from find_blocks(get_trunk(model.policy))
+    for backbone in model.critic_backbones():
+        yield from find_blocks(backbone)
 
 
-def sharded_reference(reference: PreTrainedModel, frozen: Frozen) -> PreTrainedModel:
-    """The reference as `launch.frozen_placement` says."""
-    if frozen is Frozen.replicated:
+def shard_reference(reference: PreTrainedModel, frozen: FrozenPlacement) -> PreTrainedModel:
+    """Return the reference placed as `launch.frozen_placement` says: whole, sharded, or sharded in CPU memory."""
+    if frozen is FrozenPlacement.replicated:
         return reference
-    return sharded(reference, blocks(reference.base_model), frozen is Frozen.offloaded)
+    return shard_model(reference, find_blocks(get_trunk(reference)), frozen is FrozenPlacement.offloaded)
 
 
-def sharded_reward(model: nn.Module, frozen: Frozen, ready: Callable[[], None]) -> Callable[..., Any]:
-    """A reward model spread over the processes, which all call it as often; `ready` raises where one cannot.
+def shard_reward_model(model: nn.Module, frozen: FrozenPlacement, ready: Callable[[], None]) -> Callable[..., Any]:
+    """Shard a reward model over the ranks, which must all call it equally often, and return its forward pass.
 
-    It may be any classifier: where no stack of blocks is found, the whole of it is gathered in each pass.
+    `ready` is called before each pass; it raises on every rank if a rank has failed. The model may be any classifier:
+    if no stack of blocks is found, each pass gathers all of it.
     """
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
-    spread = sharded(model, stacks[0] if stacks else [], frozen is Frozen.offloaded, head_stays=False)
+    is_offloaded = frozen is FrozenPlacement.offloaded
+    shard_model(model, stacks[0] if stacks else [], is_offloaded, keep_gathered=False)
 
     def forward(**inputs: Any) -> Any:
         ready()
-        return spread(**inputs)
+        return model(**inputs)
 
     return forward
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that all processes hold a shard of, whole on each; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def gather_full_tensor(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor gathered on every rank, which must all call this; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor sharded as `like` is, or as it is where `like` is not."""
-    if not hasattr(like, "device_mesh"):
+def distribute_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return a full tensor sharded as `like` is; as it is if `like` is not sharded."""
+    if not isinstance(like, DTensor):
         return value
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
-def storage(tensor: Tensor) -> int:
-    """What two names of one tensor have in common."""
-    return id(tensor) if hasattr(tensor, "device_mesh") else tensor.data_ptr()
+def get_storage_key(tensor: Tensor) -> int:
+    """Return a number that is equal for tied tensors: the address of their data, or of their object if sharded."""
+    return id(tensor) if isinstance(tensor, DTensor) else tensor.data_ptr()
 
 
 @torch.no_grad()
-def refresh(copied: nn.Module, policy: nn.Module) -> None:
-    """Brings every weight of the copy up to the sharded policy's."""
-    for to, current in zip(copied.parameters(), policy.parameters(), strict=True):
-        to.copy_(whole(current))
+def copy_gathered_weights(target: nn.Module, source: nn.Module) -> None:
+    """Copy the sharded weights of `source` into the full weights of `target`; every rank must call this."""
+    for parameter, sharded in zip(target.parameters(), source.parameters(), strict=True):
+        parameter.copy_(gather_full_tensor(sharded))

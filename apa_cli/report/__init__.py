@@ -1,1 +1,1 @@
-"""Reading finished runs: their curves, and comparisons of many of them."""
+"""Curves of one run and comparisons of many, made from their directories alone."""

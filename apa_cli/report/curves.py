@@ -2,89 +2,70 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from apa_cli.report.groups import lambda_text
-from apa_cli.runs.records import Run, read_run
+from apa_cli.report.formatting import format_lambda
+from apa_cli.report.plotting import (
+    KL_LABEL,
+    REWARD_LABEL,
+    SAMPLES_LABEL,
+    SFT_COLOR,
+    STYLE,
+    escape_mathtext,
+    label_axes,
+    save_figure,
+)
+from apa_cli.runs.records import RecordedRun
 
-SAMPLES_LABEL = "samples (responses seen)"
-REWARD_LABEL = "reward (score per response)"
-KL_LABEL = "KL(policy ‖ SFT) (nats per response)"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 TRAINING, EVALUATION = "#7fa8d1", "#c2410c"
 """Colours of what is measured on rollouts and of what is measured on held-out prompts."""
 
-STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.labelsize": 11,
-    "axes.grid": True,
-    "grid.color": "#e4e4e7",
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-}
 
+def plot_curves(directory: Path) -> Path:
+    """Write curves.png to a run's directory from its metrics so far, and return the file's path.
 
-def draw_curves(run_dir: Path) -> Path:
-    """Draw `run_dir`/curves.png from the run's metrics so far and return its path.
-
-    Reward against samples, KL against samples, reward against KL. The file is replaced in one step, so
-    that a viewer never meets half of it. Raises UserError where there is no run or no line of metrics.
+    Reward against samples, KL against samples, reward against KL. Raises UserError if `directory` holds no run, or
+    one without any metrics.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    run = read_run(run_dir)
+    run = RecordedRun.read(directory)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(16, 4.8), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
-        figure.suptitle(plain(_title(run)), fontsize=13)
+        figure = Figure(figsize=(16, 4.8), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
+        figure.suptitle(escape_mathtext(_format_title(run)), fontsize=13)
         reward, kl, frontier = figure.subplots(1, 3)
-        _draw_reward(reward, run)
-        _draw_kl(kl, run)
-        _draw_frontier(frontier, run)
-        path = Path(run_dir) / "curves.png"
+        plot_reward(reward, run)
+        plot_kl(kl, run)
+        plot_frontier(frontier, run)
+        path = run.directory / "curves.png"
         save_figure(figure, path)
     return path
 
 
-def save_figure(figure, path: Path) -> None:
-    """Write a matplotlib figure as PNG to `path`, in one step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        FigureCanvasAgg(figure).print_png(str(unfinished))
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def plain(text: str) -> str:
-    """`text` with nothing that matplotlib would take for mathematics."""
-    return text.replace("$", r"\$")
-
-
-def _title(run: Run) -> str:
-    parts = [run.algorithm]
+def _format_title(run: RecordedRun) -> str:
+    parts = [run.label]
     if run.lambda_ is not None:
-        parts.append(f"λ = {lambda_text(run.algorithm, run.lambda_)}")
+        parts.append(f"λ = {format_lambda(run.lambda_, run.lambda_meaning)}")
     if run.seed is not None:
         parts.append(f"seed {run.seed}")
     return f"{run.name}:  {', '.join(parts)}"
 
 
-def _draw_reward(axes, run: Run) -> None:
-    _draw_training(axes, run.series("reward/mean"), "training (rollout batches)")
+def plot_reward(axes: Axes, run: RecordedRun) -> None:
+    """Plot training reward and held-out reward, the latter with 95 % intervals, against samples."""
+    _plot_training(axes, run.get_series("reward/mean"), "training (rollout batches)")
     evaluations = run.evaluations
     if evaluations:
         axes.errorbar(
-            [line["samples"] for line in evaluations],
-            [line["eval/reward_mean"] for line in evaluations],
-            yerr=[line.get("eval/reward_ci") or 0 for line in evaluations],
+            [row["samples"] for row in evaluations],
+            [row["eval/reward_mean"] for row in evaluations],
+            yerr=[row.get("eval/reward_ci") or 0 for row in evaluations],
             fmt="o",
             color=EVALUATION,
             markersize=5,
@@ -93,42 +74,43 @@ def _draw_reward(axes, run: Run) -> None:
             label="held-out prompts, with interval",
         )
     if run.sft is not None:
-        axes.axhline(run.sft["eval/reward_mean"], color="#52525b", linestyle="--", linewidth=1, label="SFT model")
-    _finish(axes, "Reward against samples", SAMPLES_LABEL, REWARD_LABEL)
+        axes.axhline(run.sft["eval/reward_mean"], color=SFT_COLOR, linestyle="--", linewidth=1, label="SFT model")
+    _finish_plot(axes, "Reward against samples", SAMPLES_LABEL, REWARD_LABEL)
 
 
-def _draw_kl(axes, run: Run) -> None:
-    _draw_training(axes, run.series("kl/sequence"), "training (kl/sequence, estimate)")
-    exact = run.series("eval/kl_exact")
+def plot_kl(axes: Axes, run: RecordedRun) -> None:
+    """Plot the KL estimate of training and the exact KL on held-out prompts, in nats per response, against samples."""
+    _plot_training(axes, run.get_series("kl/sequence"), "training (kl/sequence, estimate)")
+    exact = run.get_series("eval/kl_exact")
     if exact:
         axes.plot(list(exact), list(exact.values()), "o", color=EVALUATION, markersize=5, zorder=3,
                   label="held-out prompts (eval/kl_exact)")  # fmt: skip
-    _finish(axes, "KL against samples", SAMPLES_LABEL, KL_LABEL)
+    _finish_plot(axes, "KL against samples", SAMPLES_LABEL, KL_LABEL)
 
 
-def _draw_frontier(axes, run: Run) -> None:
-    points = [line for line in run.evaluations if line.get("eval/kl_exact") is not None]
-    kl = [line["eval/kl_exact"] for line in points]
-    reward = [line["eval/reward_mean"] for line in points]
+def plot_frontier(axes: Axes, run: RecordedRun) -> None:
+    """Plot held-out reward against exact KL, the evaluations joined in order."""
+    points = [row for row in run.evaluations if row.get("eval/kl_exact") is not None]
+    kl = [row["eval/kl_exact"] for row in points]
+    reward = [row["eval/reward_mean"] for row in points]
     if points:
         axes.plot(kl, reward, "-o", color=EVALUATION, markersize=5, label="evaluations, in order")
         axes.plot(kl[-1:], reward[-1:], "*", color=EVALUATION, markersize=15, label="last evaluation")
     if points and points[0]["iteration"] == 0:
-        axes.plot(kl[:1], reward[:1], "o", color="white", markeredgecolor="#52525b", markersize=9, zorder=4,
+        axes.plot(kl[:1], reward[:1], "o", color="white", markeredgecolor=SFT_COLOR, markersize=9, zorder=4,
                   label="SFT model")  # fmt: skip
-    _finish(axes, "Reward against KL", KL_LABEL, REWARD_LABEL)
+    _finish_plot(axes, "Reward against KL", KL_LABEL, REWARD_LABEL)
 
 
-def _draw_training(axes, series: dict[int, float], label: str) -> None:
+def _plot_training(axes: Axes, series: dict[int, float], label: str) -> None:
     if series:
         marker = "." if len(series) == 1 else ""
         axes.plot(list(series), list(series.values()), color=TRAINING, marker=marker, linewidth=1.8, label=label)
 
 
-def _finish(axes, title: str, x_label: str, y_label: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+def _finish_plot(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    """Label a plot; put its legend below it, or a remark into it if nothing was plotted."""
+    label_axes(axes, title, x_label, y_label)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
     else:

@@ -1,21 +1,20 @@
-"""Run directories read back: config.yaml and metrics.jsonl; and runs grouped over their seeds."""
+"""Groups of runs that differ in nothing but their seed, and the settings in which the groups differ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
-from apa_cli.runs.records import Run
+from apa_cli.report.formatting import format_lambda, format_value, shorten_keys
+from apa_cli.runs.records import RecordedRun
 
-LAMBDA_MEANING = {"apa": "temperature and pull", "awr": "step size", "ppo": "price of KL"}
-"""What λ is, per algorithm. The same number means different things: never line algorithms up by it."""
-
-NOT_RESULTS = (
+IGNORED_KEYS = (
     "name", "seed", "resume", "dry_run", "hydra", "launch", "tracking", "checkpoint", "evaluation.every",
     "microbatch_size", "stages.cache_dir", "evaluation.print_samples", "evaluation.reference", "evaluation.best_of",
     "evaluation.best_of_prompts", "run", "export", "chat",
 )  # fmt: skip
-"""Keys of a configuration that do not change a run's numbers, or that runs of one group may differ in."""
+"""Keys of a configuration that do not change a run's numbers, or in which the runs of one group may differ."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +24,25 @@ class Group:
     `varying` holds the settings in which the groups of one comparison differ, apart from algorithm and λ.
     """
 
-    runs: list[Run]
+    runs: list[RecordedRun]
     varying: dict[str, object] = field(default_factory=dict)
 
     @property
     def algorithm(self) -> str:
-        return self.runs[0].algorithm
+        """The label of the algorithm, as its runs record it."""
+        return self.runs[0].label
 
     @property
     def lambda_(self) -> float | None:
         return self.runs[0].lambda_
 
     @property
-    def seeds(self) -> list:
+    def lambda_meaning(self) -> str | None:
+        """The algorithm's meaning of λ; None if no run records one."""
+        return next((run.lambda_meaning for run in self.runs if run.lambda_meaning), None)
+
+    @property
+    def seeds(self) -> list[int | None]:
         return [run.seed for run in self.runs]
 
     @property
@@ -45,94 +50,66 @@ class Group:
         """The group in a few words, for a legend: "APA  λ = 0.1 (temperature and pull)  lr = 0.001"."""
         parts = [self.algorithm]
         if self.lambda_ is not None:
-            parts.append(f"λ = {lambda_text(self.algorithm, self.lambda_)}")
-        short = short_names(list(self.varying))
-        parts += [f"{short[key]} = {value_text(value)}" for key, value in self.varying.items()]
+            parts.append(f"λ = {format_lambda(self.lambda_, self.lambda_meaning)}")
+        short = shorten_keys(list(self.varying))
+        parts += [f"{short[key]} = {format_value(value)}" for key, value in self.varying.items()]
         return "  ".join(parts)
 
 
-def lambda_text(algorithm: str, value: float) -> str:
-    """λ with its meaning, "0.1 (temperature and pull)"; the number alone for an algorithm unknown here."""
-    meaning = LAMBDA_MEANING.get(algorithm.lower())
-    return f"{value_text(value)} ({meaning})" if meaning else value_text(value)
+def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
+    """Return the runs joined over their seeds, ordered by algorithm, λ and the other settings that vary."""
+    joined: dict[str, list[RecordedRun]] = {}
+    for run in runs:
+        shape = {key: _canonical_text(value) for key, value in select_settings(run).items()}
+        joined.setdefault(repr(sorted(shape.items())), []).append(run)
+    members = [sorted(group, key=_seed_sort_key) for group in joined.values()]
+    settings = [select_settings(group[0]) for group in members]
+    keys = _find_varying_keys([group[0] for group in members], settings)
+    groups = [Group(group, {key: own.get(key) for key in keys}) for group, own in zip(members, settings, strict=True)]
+    return sorted(groups, key=_group_sort_key)
 
 
-def value_text(value: object) -> str:
-    """A setting as a user would write it; "–" for one that a configuration does not have."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def select_settings(run: RecordedRun) -> dict[str, object]:
+    """Return the settings that shape a run's numbers, with dotted keys: neither seed nor name, see `IGNORED_KEYS`."""
+    return {key: value for key, value in flatten(run.config_yaml).items() if not _is_within(key, IGNORED_KEYS)}
 
 
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest ends of dotted keys that still tell them apart ("optimizer.lr" → "lr")."""
-
-    def end(key: str, length: int) -> str:
-        return ".".join(key.split(".")[-length:])
-
-    short = {}
-    for key in keys:
-        others = [other for other in keys if other != key]
-        lengths = range(1, key.count(".") + 2)
-        short[key] = next((end(key, n) for n in lengths if end(key, n) not in {end(o, n) for o in others}), key)
-    return short
-
-
-def settings(run: Run) -> dict[str, object]:
-    """What shaped a run's numbers: its configuration with dotted keys, without seed, name and the like."""
-    flat = flatten(run.config)
-    return {key: value for key, value in flat.items() if not _within(key, NOT_RESULTS)}
-
-
-def flatten(section: dict, prefix: str = "") -> dict[str, object]:
-    """Nested sections as one dict with dotted keys; lists stay values (as tuples)."""
-    flat = {}
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Return nested sections as one dict with dotted keys; lists stay values, as tuples."""
+    flat: dict[str, object] = {}
     for key, value in section.items():
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = _frozen(value)
+            flat[f"{prefix}{key}"] = _make_hashable(value)
     return flat
 
 
-def _frozen(value: object) -> object:
+def _make_hashable(value: object) -> object:
     if isinstance(value, list):
-        return tuple(_frozen(item) for item in value)
+        return tuple(_make_hashable(item) for item in value)
     return () if value == {} else value
 
 
-def _identity(value: object) -> str:
-    """A text that two settings share exactly when they are equal; 1 and 1.0 are."""
+def _canonical_text(value: object) -> str:
+    """Return a text that two settings share exactly when they are equal; 1 and 1.0 are."""
     return repr(float(value)) if _is_number(value) else repr(value)
 
 
-def _within(key: str, sections: Iterable[str]) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_within(key: str, sections: Iterable[str]) -> bool:
     return any(key == section or key.startswith(section + ".") for section in sections)
 
 
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs joined over their seeds, ordered by algorithm, λ and what else varies."""
-    joined: dict[str, list[Run]] = {}
-    for run in runs:
-        shape = {key: _identity(value) for key, value in settings(run).items()}
-        joined.setdefault(repr(sorted(shape.items())), []).append(run)
-    members = [sorted(group, key=_by_seed) for group in joined.values()]
-    shaped_by = [settings(group[0]) for group in members]
-    keys = _varying_keys([group[0] for group in members], shaped_by)
-    groups = [
-        Group(group, {key: shape.get(key) for key in keys}) for group, shape in zip(members, shaped_by, strict=True)
-    ]
-    return sorted(groups, key=_by_algorithm)
-
-
-def _by_seed(run: Run) -> tuple:
+def _seed_sort_key(run: RecordedRun) -> tuple:
     return (run.seed is None, run.seed or 0, str(run.directory))
 
 
-def _by_algorithm(group: Group) -> tuple:
-    """A key to sort by: numbers in their order, before words, before settings that are missing."""
+def _group_sort_key(group: Group) -> tuple:
+    """Return a key that sorts numbers by value, before words, before missing settings."""
     varying = [
         (value is None, not _is_number(value), value if _is_number(value) else 0, str(value))
         for value in group.varying.values()
@@ -140,36 +117,33 @@ def _by_algorithm(group: Group) -> tuple:
     return (group.algorithm, group.lambda_ is None, group.lambda_ or 0, varying)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _find_varying_keys(runs: Sequence[RecordedRun], settings: Sequence[dict[str, object]]) -> list[str]:
+    """Return the keys in which runs, one per group, differ beyond algorithm and λ.
 
-
-def _varying_keys(runs: Sequence[Run], shaped_by: Sequence[dict[str, object]]) -> list[str]:
-    """The settings in which runs differ beyond their algorithm and λ.
-
-    A key of the section `algo` counts only where runs of the same algorithm differ in it, and not where it
-    repeats λ. Of keys of one section that always change together (a model's dimensions) the first counts.
+    A key of the section `algo` counts only if runs of the same algorithm differ in it, and not if it repeats λ. Of
+    keys of one section that always change together (a model's dimensions) the first counts.
     """
-    algorithms = [run.algorithm for run in runs]
-    kept: dict[tuple, str] = {}
-    for key in dict.fromkeys(key for shape in shaped_by for key in shape):
-        values = [shape.get(key) for shape in shaped_by]
-        own = key.startswith("algo.")
-        if key == "lambda" or (own and values == [_lambda_where(key, run) for run in runs]):
+    algorithms = [run.label for run in runs]
+    varying: dict[tuple, str] = {}
+    for key in dict.fromkeys(key for own in settings for key in own):
+        values = [own.get(key) for own in settings]
+        of_algorithm = key.startswith("algo.")
+        if key == "lambda" or (of_algorithm and _repeats_lambda(key, values, runs)):
             continue
-        within = algorithms if own else [""] * len(runs)
-        distinct = {(name, _identity(value)) for name, value in zip(within, values, strict=True)}
-        if len(distinct) > len(set(within)):
-            kept.setdefault((key.partition(".")[0], _partition(values)), key)
-    return list(kept.values())
+        families = algorithms if of_algorithm else [""] * len(runs)
+        distinct = {(family, _canonical_text(value)) for family, value in zip(families, values, strict=True)}
+        if len(distinct) > len(set(families)):
+            varying.setdefault((key.partition(".")[0], _equality_pattern(values)), key)
+    return list(varying.values())
 
 
-def _lambda_where(key: str, run: Run) -> object:
-    """λ if the run's algorithm has the setting `key`, else None: what a key that repeats λ looks like."""
-    return run.lambda_ if key.removeprefix("algo.") in (run.config.get("algo") or {}) else None
+def _repeats_lambda(key: str, values: Sequence[object], runs: Sequence[RecordedRun]) -> bool:
+    """Return True if an algorithm's setting equals λ in each run whose algorithm has it."""
+    name = key.removeprefix("algo.")
+    return list(values) == [run.lambda_ if name in (run.config_yaml.get("algo") or {}) else None for run in runs]
 
 
-def _partition(values: Sequence[object]) -> tuple[int, ...]:
-    """Which of `values` are equal, without what they are: (b, a, b) → (0, 1, 0)."""
-    texts = [_identity(value) for value in values]
+def _equality_pattern(values: Sequence[object]) -> tuple[int, ...]:
+    """Return for each value the index of the first one equal to it: (b, a, b) → (0, 1, 0)."""
+    texts = [_canonical_text(value) for value in values]
     return tuple(texts.index(text) for text in texts)

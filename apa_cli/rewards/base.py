@@ -1,4 +1,4 @@
-"""The contract of a reward."""
+"""The contract of a reward: settings that load into a function from texts to scores."""
 
 from __future__ import annotations
 
@@ -15,130 +15,140 @@ from apa_cli.errors import UserError
 
 @dataclass(frozen=True)
 class Scores:
-    """One score per response and, where a reward is made of several, each part's own score per response."""
+    """One score per response, and for a reward made of parts also each part's score per response."""
 
     values: list[float]
     parts: Mapping[str, list[float]] = field(default_factory=dict)
+    """Name of a part → its scores, unweighted."""
 
 
-Score = Callable[[list[str], list[str], list[dict[str, Any]]], "list[float] | Scores"]
-"""(prompts, responses, the data set's other columns, one dict per prompt) → one score per response."""
+ScoreFunction = Callable[[list[str], list[str], list[dict[str, Any]]], "list[float] | Scores"]
+"""(N prompts, N responses, N dicts of the data set's further columns) → N scores."""
 
-CheckedScore = Callable[[list[str], list[str], list[dict[str, Any]]], Scores]
-"""The same, with one finite number per response for certain."""
+CheckedScoreFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Scores]
+"""A score function that returns exactly one finite number per response, or raises UserError."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a reward's models compute, in which precision, and how they are held there."""
+    """The device, precision and sharding of the models that rewards load."""
 
     device: str
+    """A torch device, such as "cpu" or "cuda:0"."""
     dtype: str
-    """"float32" or "bfloat16"."""
-    spread: Callable[[Any], Any] | None = None
-    """Spreads a model over the processes and returns it, to be called by all of them alike; None: each holds it."""
+    """Compute dtype: "float32" or "bfloat16"."""
+    shard: Callable[[Any], Any] | None = None
+    """Shards a model over the ranks and returns it; a collective call. None: every rank holds the whole model."""
 
-    def put(self, model: Any) -> Any:
-        """The model, a `torch.nn.Module` on the CPU, as it is held."""
-        return model.to(self.device) if self.spread is None else self.spread(model)
+    def place_model(self, model: Any) -> Any:
+        """Return `model`, a `torch.nn.Module` on the CPU, moved to `device` or sharded over the ranks."""
+        return model.to(self.device) if self.shard is None else self.shard(model)
 
 
 class Reward(ABC):
-    """A reward is a frozen dataclass of its settings that loads into a function of texts."""
+    """The settings of a reward, a frozen dataclass, which `load` turns into a score function."""
 
     @property
-    def lacks_model(self) -> bool:
-        """Whether the reward stage must train a model first, which `with_model` then takes; default: no."""
+    def needs_trained_model(self) -> bool:
+        """Return True if the reward stage must first train a model for `use_trained_model`. Default: False."""
         return False
 
-    def with_model(self, path: str) -> Reward:
-        """The same reward on the model in a folder."""
+    def use_trained_model(self, path: str) -> Reward:
+        """Return the same reward with the model in the folder `path`. TypeError if the reward takes no model."""
         raise TypeError(f"{type(self).__name__} takes no model")
 
     @abstractmethod
-    def load(self, place: Placement) -> Score:
-        """Whatever is needed is loaded once; `place` is for models."""
+    def load(self, placement: Placement) -> ScoreFunction:
+        """Load models and functions once, models as `placement` says, and return the score function.
+
+        Raise UserError, naming the configuration key, for what cannot be loaded.
+        """
 
 
 @dataclass(frozen=True)
-class Part:
-    """A reward under a name, among several: in a sum, where its weight counts, or in an evaluation."""
+class NamedReward:
+    """A reward with a name and a weight: a part of a sum, or a further reward in evaluation (weight unused)."""
 
     name: str
     weight: float
     reward: Reward
 
-    def with_model(self, path: str) -> Part:
-        """The same part on the model in a folder, if it lacks one; else itself."""
-        return Part(self.name, self.weight, self.reward.with_model(path)) if self.reward.lacks_model else self
+    def use_trained_model(self, path: str) -> NamedReward:
+        """Return a copy on the model in the folder `path` if the reward needs a trained model, else self."""
+        if not self.reward.needs_trained_model:
+            return self
+        return NamedReward(self.name, self.weight, self.reward.use_trained_model(path))
 
-    def load(self, place: Placement) -> CheckedScore:
-        """Its scores, unweighted; an error names the part."""
-        with self.named():
-            score = checked(self.reward.load(place))
+    def load(self, placement: Placement) -> CheckedScoreFunction:
+        """Load the reward and return its unweighted score function; a UserError of either begins with the name."""
+        with self._prefix_errors():
+            score = add_score_check(self.reward.load(placement))
 
-        def with_name(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
-            with self.named():
+        def score_with_name(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
+            with self._prefix_errors():
                 return score(prompts, responses, columns)
 
-        return with_name
+        return score_with_name
 
     @contextmanager
-    def named(self) -> Iterator[None]:
+    def _prefix_errors(self) -> Iterator[None]:
         try:
             yield
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from error
 
 
-def checked(score: Score) -> CheckedScore:
-    """The same reward, its result checked: one finite number per response, else UserError naming which."""
+def add_score_check(score: ScoreFunction) -> CheckedScoreFunction:
+    """Return `score` with its result checked, parts included, by `to_finite_floats`."""
 
-    def with_check(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
+    def score_with_check(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
         result = score(prompts, responses, columns)
         parts = dict(result.parts) if isinstance(result, Scores) else {}
-        scores = finite(result.values if isinstance(result, Scores) else result, responses)
-        return Scores(scores, {name: finite(values, responses) for name, values in parts.items()})
+        scores = to_finite_floats(result.values if isinstance(result, Scores) else result, responses)
+        return Scores(scores, {name: to_finite_floats(values, responses) for name, values in parts.items()})
 
-    return with_check
+    return score_with_check
 
 
-def finite(result: Any, responses: list[str]) -> list[float]:
-    """`result` as one finite number per response; UserError saying what else it is."""
+def to_finite_floats(result: Any, responses: list[str]) -> list[float]:
+    """Return `result` as one finite float per response; raise UserError saying how it differs."""
     try:
         scores = [float(value) for value in result]
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last is a tensor's of two dimensions
-        why = " ".join(str(error).split())
-        raise UserError(f"reward: expected one number per response, got {type(result).__name__} ({why})") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor of two dimensions
+        reason = " ".join(str(error).split())
+        raise UserError(f"reward: expected one number per response, got {type(result).__name__} ({reason})") from error
     if len(scores) != len(responses):
-        raise UserError(f"reward: {len(responses)} responses were given, {len(scores)} scores came back")
-    for i, value in enumerate(scores):
-        if not math.isfinite(value):
-            raise UserError(f"reward: the score of response {i} is {value}: {responses[i][:80]!r}")
+        raise UserError(f"reward: expected one number per response, got {len(scores)} for {len(responses)} responses")
+    for i, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise UserError(f"reward: expected finite scores, got {score} for response {i}: {responses[i][:80]!r}")
     return scores
 
 
-class TimeLimit(Exception):
-    """A call that took longer than it may."""
+class CallTimeout(Exception):
+    """A call that did not return within its time limit."""
 
 
-def within(seconds: float | None, call: Callable[[], Any]) -> Any:
-    """What `call` returns or raises. TimeLimit if it takes longer (None: never); its thread then ends with the run."""
+def call_with_timeout(function: Callable[[], Any], seconds: float | None) -> Any:
+    """Return or raise what `function()` does; raise CallTimeout if that takes longer than `seconds` (None: no limit).
+
+    With a limit the function runs in a daemon thread, which after a timeout goes on until the program ends.
+    """
     if seconds is None:
-        return call()
+        return function()
     outcome: list[tuple[Any, BaseException | None]] = []
 
     def run() -> None:
         try:
-            outcome.append((call(), None))
-        except BaseException as error:  # raised again by who waits
+            outcome.append((function(), None))
+        except BaseException as error:  # re-raised in the calling thread
             outcome.append((None, error))
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     if not outcome:
-        raise TimeLimit
+        raise CallTimeout
     value, error = outcome[0]
     if error is not None:
         raise error

@@ -8,13 +8,13 @@ from enum import Enum
 from typing import Annotated, Any
 
 from apa_cli.errors import ConfigError
-from apa_cli.rewards.base import Placement, Reward, Score, Scores
+from apa_cli.rewards.base import Placement, Reward, ScoreFunction, Scores, add_score_check
 from apa_cli.rewards.model import ModelReward
 from apa_cli.settings import DType
 from apa_cli.types import AtLeastOne, NonNegative
 
 
-class Reduce(Enum):
+class Reduction(Enum):
     mean = "mean"
     min = "min"
     lower = "lower"
@@ -22,13 +22,13 @@ class Reduce(Enum):
 
 @dataclass(frozen=True)
 class EnsembleReward(Reward):
-    """Each model scores as in reward=model; model N's own score is the part `model_N`, counted from 1.
+    """Reward models that each score as in reward=model; the score of model N, counted from 1, is the part `model_N`.
 
-    `lower` is the mean less `deviations` · the population deviation over the models.
+    The reduction `lower` is a lower bound: the mean minus `deviations` population standard deviations over the models.
     """
 
     paths: list[str]
-    reduce: Reduce
+    reduce: Reduction
     deviations: Annotated[float, NonNegative]
     output: int | str
     scale: float
@@ -41,23 +41,23 @@ class EnsembleReward(Reward):
         if not self.paths:
             raise ConfigError("reward=ensemble: paths needs at least one model")
 
-    def load(self, place: Placement) -> Score:
-        shared = (self.output, self.scale, self.centered, self.dtype, self.microbatch_size, self.max_tokens)
-        models = [ModelReward(path, *shared).load(place) for path in self.paths]
+    def load(self, placement: Placement) -> ScoreFunction:
+        options = (self.output, self.scale, self.centered, self.dtype, self.microbatch_size, self.max_tokens)
+        models = [add_score_check(ModelReward(path, *options).load(placement)) for path in self.paths]
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
-            rows = [model(prompts, responses, columns) for model in models]
-            values = [self.reduced(scores) for scores in zip(*rows, strict=True)]
+            rows = [model(prompts, responses, columns).values for model in models]
+            values = [self.reduce_scores(scores) for scores in zip(*rows, strict=True)]
             return Scores(values, {f"model_{number}": row for number, row in enumerate(rows, 1)})
 
         return score
 
-    def reduced(self, scores: tuple[float, ...]) -> float:
-        """One score from those of all models on the same text."""
-        if self.reduce is Reduce.min:
+    def reduce_scores(self, scores: tuple[float, ...]) -> float:
+        """Return one score from all models' scores of the same text."""
+        if self.reduce is Reduction.min:
             return min(scores)
         mean = math.fsum(scores) / len(scores)
-        if self.reduce is Reduce.mean:
+        if self.reduce is Reduction.mean:
             return mean
         variance = math.fsum((score - mean) ** 2 for score in scores) / len(scores)
         return mean - self.deviations * math.sqrt(variance)

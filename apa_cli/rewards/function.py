@@ -13,106 +13,113 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from apa_cli.errors import UserError
-from apa_cli.rewards.base import Placement, Reward, Score, TimeLimit, within
+from apa_cli.rewards.base import CallTimeout, Placement, Reward, ScoreFunction, call_with_timeout
 from apa_cli.types import Positive
 
 
 @dataclass(frozen=True)
 class FunctionReward(Reward):
-    """Calls NAME(prompts, responses, **columns) of `target` FILE.py:NAME or package.module:NAME.
+    """A reward that calls the user's function NAME(prompts, responses, **columns).
 
-    `prompts` and `responses` are lists of texts; each further column of the data set is a list as long. A
-    function without **keywords gets those columns alone whose names it takes. It returns one finite number
-    per response; it may be async, or return one coroutine per response, which then run side by side. With a
-    `timeout` each call is made in a thread of its own, which is left behind where it takes longer.
+    `target` names the function as FILE.py:NAME or package.module:NAME. `prompts` and `responses` are lists of N texts;
+    each further column of the data set is a list of N values. A function without **keywords receives only the columns
+    that its parameters name. The function returns N finite numbers; it may be async, or return N coroutines, which
+    then run concurrently. `timeout` is in seconds per call.
     """
 
     target: str
     timeout: Annotated[float | None, Positive]
 
-    def load(self, place: Placement) -> Score:
-        function = imported(self.target)
+    def load(self, placement: Placement) -> ScoreFunction:
+        function = import_function(self.target)
         parameters = inspect.signature(function).parameters
-        optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-        required = [name for name, p in list(parameters.items())[2:] if p.default is p.empty and p.kind not in optional]
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        required = [name for name, p in list(parameters.items())[2:] if p.default is p.empty and p.kind not in variadic]
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             names = {name for row in columns for name in row}
-            if lacking := [name for name in required if name not in names]:
-                has = f"has {', '.join(sorted(names))}" if names else "has no further ones"
-                raise UserError(f"reward: {self.target} takes {', '.join(lacking)}; the data set {has}")
-            wanted = {name for name in names if takes_all or name in parameters}
-            table = {name: [row.get(name) for row in columns] for name in sorted(wanted)}
-            try:
-                return within(self.timeout, lambda: settled(function(prompts, responses, **table)))
-            except TimeLimit as error:
+            if missing := [name for name in required if name not in names]:
+                available = f"its further columns are {', '.join(sorted(names))}" if names else "it has no further ones"
                 raise UserError(
-                    f"reward: {self.target} has not returned within {self.timeout:g} s (reward.timeout)"
+                    f"reward.target: {self.target} takes the columns {', '.join(missing)}, which the data set lacks; "
+                    f"{available}"
+                )
+            passed = {name for name in names if takes_all or name in parameters}
+            table = {name: [row.get(name) for row in columns] for name in sorted(passed)}
+            try:
+                return call_with_timeout(lambda: await_result(function(prompts, responses, **table)), self.timeout)
+            except CallTimeout as error:
+                raise UserError(
+                    f"reward.timeout: {self.target} has not returned within {self.timeout:g} s; raise the limit, or "
+                    "null for none"
                 ) from error
             except UserError:
                 raise
             except Exception as error:
-                frame = _last_frame(error)
-                raise UserError(f"reward: {self.target} raised {one_line(error)}{frame}") from error
+                location = _format_last_frame(error)
+                raise UserError(f"reward: {self.target} raised {describe_exception(error)}{location}") from error
 
         return score
 
 
-def settled(result: Any) -> Any:
-    """What a function returned; coroutines, one or a list of them, and a generator have run to their end."""
+def await_result(result: Any) -> Any:
+    """Return a function's result after running what is lazy in it: a coroutine, a list of coroutines, a generator."""
 
-    async def wait() -> Any:
+    async def run() -> Any:
         value = await result if inspect.isawaitable(result) else result
-        return list(await asyncio.gather(*value)) if pending(value) else value
+        return list(await asyncio.gather(*value)) if is_list_of_awaitables(value) else value
 
-    value = asyncio.run(wait()) if inspect.isawaitable(result) or pending(result) else result
+    value = asyncio.run(run()) if inspect.isawaitable(result) or is_list_of_awaitables(result) else result
     return list(value) if inspect.isgenerator(value) else value
 
 
-def pending(value: Any) -> bool:
-    """Whether it is a list of coroutines."""
+def is_list_of_awaitables(value: Any) -> bool:
+    """Return True if `value` is a non-empty list or tuple of coroutines or other awaitables."""
     return isinstance(value, list | tuple) and len(value) > 0 and all(map(inspect.isawaitable, value))
 
 
-def imported(target: str) -> Callable[..., Any]:
-    """The function that FILE.py:NAME or package.module:NAME names. UserError says which part is not there."""
-    where, separator, name = target.rpartition(":")
-    if not separator or not where or not name:
+def import_function(target: str) -> Callable[..., Any]:
+    """Import the function that FILE.py:NAME or package.module:NAME names; raise UserError saying what is missing."""
+    source, separator, name = target.rpartition(":")
+    if not separator or not source or not name:
         raise UserError(f"reward.target: {target!r} is not of the form FILE.py:NAME or package.module:NAME")
     try:
-        module = _from_file(Path(where).expanduser()) if where.endswith(".py") else _from_name(where)
+        module = _import_file(Path(source).expanduser()) if source.endswith(".py") else _import_module(source)
     except Exception as error:
-        raise UserError(f"reward.target: cannot import {where} ({one_line(error)})") from error
+        raise UserError(f"reward.target: cannot import {source} ({describe_exception(error)})") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"reward.target: {where} has no function {name}")
+        raise UserError(f"reward.target: {source} has no function {name}")
     return function
 
 
-def one_line(error: BaseException) -> str:
-    """An exception as its name and message, without line breaks."""
+def describe_exception(error: BaseException) -> str:
+    """Return an exception's class and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _from_file(file: Path) -> Any:
+def _import_file(file: Path) -> Any:
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}")
     spec = importlib.util.spec_from_file_location(f"apa_reward_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def _from_name(name: str) -> Any:
+def _import_module(name: str) -> Any:
+    """Import a module by name, also from the working directory, which a console script does not search."""
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     return importlib.import_module(name)
 
 
-def _last_frame(error: BaseException) -> str:
-    """Where in the user's code it happened."""
+def _format_last_frame(error: BaseException) -> str:
+    """Return the file and line that raised, in the user's code, as " (FILE, line N)"; "" without a traceback."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next

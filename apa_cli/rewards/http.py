@@ -9,8 +9,9 @@ import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from email.message import Message
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException, HTTPMessage
+from http.client import HTTPException
 from ssl import SSLCertVerificationError
 from typing import Annotated, Any
 from urllib.error import HTTPError, URLError
@@ -18,24 +19,24 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.rewards.base import Placement, Reward, Score, TimeLimit, within
+from apa_cli.rewards.base import CallTimeout, Placement, Reward, ScoreFunction, call_with_timeout
 from apa_cli.types import AtLeastOne, NonNegative, Positive
 
-PRINTABLE = set(map(chr, range(33, 127)))
-"""What an address may be written with."""
-THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
+URL_CHARACTERS = set(map(chr, range(33, 127)))
+"""The printable ASCII characters without the space."""
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
-class TryAgain(Exception):
-    """A request that may succeed later; `wait` is what the endpoint asked for, in seconds."""
+class RetryableError(Exception):
+    """A failed request that may succeed later. `delay` is the endpoint's Retry-After in seconds; None: not given."""
 
-    def __init__(self, message: str, wait: float | None = None):
+    def __init__(self, message: str, delay: float | None = None):
         super().__init__(message)
-        self.wait = wait
+        self.delay = delay
 
 
-class NoRedirect(HTTPRedirectHandler):
-    """Texts and token go to the address that was given and to no other."""
+class NoRedirectHandler(HTTPRedirectHandler):
+    """A handler that follows no redirect, so that texts and token reach the configured address only."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
@@ -43,10 +44,12 @@ class NoRedirect(HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class HTTPReward(Reward):
-    """POSTs {"prompts": [...], "responses": [...]} in batches; the answer is {"scores": [...]}, one number for each.
+    """A reward behind an HTTP endpoint.
 
-    Certificates are verified, redirects are not followed, and an answer is read up to `max_bytes`. What may pass is
-    tried again with growing waits; anything else, and the last failure, is a UserError.
+    Each batch is sent by POST as {"prompts": [...], "responses": [...]} and answered by {"scores": [...]}, one number
+    per response. Certificates are verified, redirects are not followed, and at most `max_bytes` of an answer are read.
+    A RetryableError is retried with exponential backoff; the last one, and any other failure, is a UserError.
+    `timeout`, `backoff` and `longest_backoff` are in seconds.
     """
 
     url: str
@@ -66,132 +69,145 @@ class HTTPReward(Reward):
             host, _ = parts.hostname, parts.port
         except ValueError as error:
             raise ConfigError(f"reward.url: {self.url!r} is no address ({error})") from error
-        if parts.scheme not in ("http", "https") or not host or not set(self.url) <= PRINTABLE:
+        if parts.scheme not in ("http", "https") or not host or not set(self.url) <= URL_CHARACTERS:
             raise ConfigError(f"reward.url: {self.url!r} is no address of the form https://HOST/PATH")
         if parts.username or parts.password:
-            raise ConfigError("reward.url: it holds a name or password; reward.token_env names a variable with a token")
-        if self.token_env is not None and parts.scheme == "http" and host not in THIS_MACHINE:
-            raise ConfigError(f"reward.url: a token is sent over https only, or within this machine; got {self.url}")
+            raise ConfigError(
+                "reward.url: the address holds a name or password; give a token by reward.token_env instead"
+            )
+        if self.token_env is not None and parts.scheme == "http" and host not in LOCAL_HOSTS:
+            raise ConfigError(
+                f"reward.url: a token is sent over https only, or within this machine; got {self.url}, give https://…"
+            )
 
-    def load(self, place: Placement) -> Score:
+    def load(self, placement: Placement) -> ScoreFunction:
         headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "apa-cli"}
         if self.token_env is not None:
-            headers["Authorization"] = f"Bearer {token(self.token_env)}"
+            headers["Authorization"] = f"Bearer {read_token(self.token_env)}"
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
+            size = self.batch_size
+            starts = range(0, len(responses), size)
             bodies = [
-                self.body(
-                    prompts[i : i + self.batch_size],
-                    responses[i : i + self.batch_size],
-                    columns[i : i + self.batch_size],
-                )
-                for i in range(0, len(responses), self.batch_size)
+                self.encode_request(prompts[i : i + size], responses[i : i + size], columns[i : i + size])
+                for i in starts
             ]
-            counts = [min(self.batch_size, len(responses) - i) for i in range(0, len(responses), self.batch_size)]
-            failed = threading.Event()
+            counts = [min(size, len(responses) - i) for i in starts]
+            cancelled = threading.Event()
             with ThreadPoolExecutor(self.concurrency) as pool:
-                asked = [
-                    pool.submit(self.scores, body, count, headers, failed)
+                futures = [
+                    pool.submit(self.request_scores, body, count, headers, cancelled)
                     for body, count in zip(bodies, counts, strict=True)
                 ]
                 try:
-                    done, _ = wait(asked, return_when=FIRST_EXCEPTION)
-                    for answer in done:
-                        answer.result()  # raises what one of them raised, whichever others still wait
-                    return [value for answer in asked for value in answer.result()]
-                finally:  # after a failure nothing more is waited for or sent
-                    failed.set()
+                    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()  # raises the first failure while other requests are still under way
+                    return [value for future in futures for value in future.result()]
+                finally:  # after a failure no request is waited for, retried or started
+                    cancelled.set()
                     pool.shutdown(wait=False, cancel_futures=True)
 
         return score
 
-    def body(self, prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> bytes:
-        """What is sent for one batch."""
-        sent: dict[str, Any] = {"prompts": prompts, "responses": responses}
+    def encode_request(self, prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> bytes:
+        """Return the JSON body of one batch. UserError if the data set lacks one of `self.columns`."""
+        content: dict[str, Any] = {"prompts": prompts, "responses": responses}
         for name in self.columns:
             if not any(name in row for row in columns):
                 raise UserError(f"reward.columns: the data set has no column {name}")
-            sent.setdefault("columns", {})[name] = [row.get(name) for row in columns]
-        return json.dumps(sent).encode()
+            content.setdefault("columns", {})[name] = [row.get(name) for row in columns]
+        return json.dumps(content).encode()
 
-    def scores(self, body: bytes, count: int, headers: dict[str, str], failed: threading.Event) -> list[float]:
-        """The scores of one batch of `count` responses, in as many tries as are allowed."""
-        for number in range(self.retries + 1):
+    def request_scores(
+        self, body: bytes, count: int, headers: dict[str, str], cancelled: threading.Event
+    ) -> list[float]:
+        """Return the scores of one batch of `count` responses, retrying up to `retries` times.
+
+        Raise UserError once the retries are used up or `cancelled` is set.
+        """
+        for attempt in range(1, self.retries + 2):
             try:
-                return checked_scores(self.answer(body, headers), count, self.url)
-            except TryAgain as error:
-                pause = max(self.backoff * 2**number, error.wait or 0.0)
-                if number == self.retries or failed.wait(min(pause, self.longest_backoff)):
-                    tries = f"{number + 1} {'try' if number == 0 else 'tries'}"
-                    raise UserError(f"reward: no scores from {self.url} in {tries}; the last: {error}") from error
-        raise AssertionError("unreachable: the last try returns or raises")
+                return parse_scores(self.post(body, headers), count, self.url)
+            except RetryableError as error:
+                delay = min(max(self.backoff * 2 ** (attempt - 1), error.delay or 0.0), self.longest_backoff)
+                if attempt > self.retries or cancelled.wait(delay):
+                    attempts = f"{attempt} {'attempt' if attempt == 1 else 'attempts'}"
+                    raise UserError(
+                        f"reward.url: no scores from {self.url} in {attempts}; the last error: {error}"
+                    ) from error
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def answer(self, body: bytes, headers: dict[str, str]) -> bytes:
-        """The body of one answer. TryAgain where another try may help, else UserError."""
+    def post(self, body: bytes, headers: dict[str, str]) -> bytes:
+        """Send one request and return the body of its answer.
+
+        Raise RetryableError for no answer in time, no connection, or status 429 or 5xx; UserError for other failures.
+        """
         request = Request(self.url, data=body, headers=headers, method="POST")
         try:
-            return within(self.timeout, lambda: self.exchange(request))
+            return call_with_timeout(lambda: self.read_response(request), self.timeout)
         except HTTPError as error:
-            raise refused(error, self.url) from error
-        except (TimeoutError, TimeLimit) as error:
-            raise TryAgain(f"no answer within {self.timeout:g} s") from error
+            raise make_status_error(error, self.url) from error
+        except (TimeoutError, CallTimeout) as error:
+            raise RetryableError(f"no answer within {self.timeout:g} s") from error
         except URLError as error:
             if isinstance(error.reason, SSLCertVerificationError):
-                why = error.reason.verify_message
-                raise UserError(f"reward: the certificate of {self.url} is not trusted ({why})") from error
-            raise TryAgain(f"no connection ({error.reason})") from error
+                reason = error.reason.verify_message
+                raise UserError(f"reward.url: the certificate of {self.url} is not trusted ({reason})") from error
+            raise RetryableError(f"no connection ({error.reason})") from error
         except (OSError, HTTPException) as error:
-            raise TryAgain(f"the connection broke ({type(error).__name__})") from error
+            raise RetryableError(f"the connection broke ({type(error).__name__})") from error
 
-    def exchange(self, request: Request) -> bytes:
-        """One request and its answer, at most `max_bytes` of it."""
-        with build_opener(NoRedirect).open(request, timeout=self.timeout) as response:
-            found = response.read(self.max_bytes + 1)
-        if len(found) > self.max_bytes:
-            raise UserError(f"reward: the answer of {self.url} is longer than reward.max_bytes {self.max_bytes}")
-        return found
-
-
-def token(variable: str) -> str:
-    """The token in an environment variable. UserError, without it, where there is none that can be sent."""
-    found = os.environ.get(variable, "").strip()
-    if not found or not (found.isascii() and found.isprintable()):
-        raise UserError(f"reward.token_env: the environment has no {variable} with a token in it")
-    return found
+    def read_response(self, request: Request) -> bytes:
+        """Send `request` and return the body of its answer. UserError if it is longer than `max_bytes`."""
+        with build_opener(NoRedirectHandler).open(request, timeout=self.timeout) as response:
+            content = response.read(self.max_bytes + 1)
+        if len(content) > self.max_bytes:
+            raise UserError(f"reward.max_bytes: the answer of {self.url} is longer than {self.max_bytes} bytes")
+        return content
 
 
-def refused(error: HTTPError, url: str) -> Exception:
-    """What an answer with another status than 2xx means."""
+def read_token(variable: str) -> str:
+    """Return the token in an environment variable; raise UserError, without the value, if it cannot be sent."""
+    token = os.environ.get(variable, "").strip()
+    if not token or not (token.isascii() and token.isprintable()):
+        raise UserError(f"reward.token_env: the environment variable {variable} holds no token; export it first")
+    return token
+
+
+def make_status_error(error: HTTPError, url: str) -> Exception:
+    """Return the RetryableError or UserError for an answer whose status is not 2xx."""
     if error.code == 429 or error.code >= 500:
-        return TryAgain(f"status {error.code}", retry_after(error.headers))
+        return RetryableError(f"status {error.code}", parse_retry_after(error.headers))
     if 300 <= error.code < 400:
         target = " ".join(str(error.headers.get("Location", "")).split())[:200]
         return UserError(
-            f"reward: {url} redirects to {target!r}, which is not followed; give that address if it is right"
+            f"reward.url: {url} redirects to {target!r}, and redirects are not followed; give that address if you "
+            "trust it"
         )
-    return UserError(f"reward: {url} answers with status {error.code}, which another try does not change")
+    return UserError(f"reward.url: {url} answers with status {error.code}, which a retry does not change")
 
 
-def retry_after(headers: HTTPMessage) -> float | None:
-    """Seconds that an answer asks to wait: a number, or the time until a date."""
-    said = headers.get("Retry-After", "")
+def parse_retry_after(headers: Message) -> float | None:
+    """Return the seconds to wait that a Retry-After header gives, as a number or a date; None if it gives none."""
+    value = headers.get("Retry-After", "")
     try:
-        seconds = float(said) if said[:1].isdigit() else parsedate_to_datetime(said).timestamp() - time.time()
+        seconds = float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
     except (TypeError, ValueError, OverflowError):
         return None
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-def checked_scores(answer: bytes, count: int, url: str) -> list[float]:
-    """The scores in an answer. UserError saying what else it is."""
+def parse_scores(answer: bytes, count: int, url: str) -> list[float]:
+    """Return the `count` scores in the body of an answer; raise UserError saying how it differs."""
     start = answer[:60].decode("utf-8", "replace")
     try:
-        found = json.loads(answer)
+        content = json.loads(answer)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"reward: the answer of {url} is not JSON, it begins with {start!r}") from error
-    scores = found.get("scores") if isinstance(found, dict) else None
+        raise UserError(f"reward.url: the answer of {url} is not JSON, it begins with {start!r}") from error
+    scores = content.get("scores") if isinstance(content, dict) else None
     if not isinstance(scores, list) or any(isinstance(s, bool) or not isinstance(s, int | float) for s in scores):
-        raise UserError(f"reward: the answer of {url} is not {{'scores': [numbers]}}, it begins with {start!r}")
+        raise UserError(f"reward.url: the answer of {url} is not {{'scores': [numbers]}}, it begins with {start!r}")
     if len(scores) != count:
-        raise UserError(f"reward: {url} was sent {count} responses and answered with {len(scores)} scores")
+        raise UserError(f"reward.url: expected {count} scores from {url}, got {len(scores)}")
     return scores

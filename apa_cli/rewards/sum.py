@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from apa_cli.errors import ConfigError
-from apa_cli.rewards.base import Placement, Reward, Score, Scores
+from apa_cli.rewards.base import Placement, Reward, ScoreFunction, Scores
 from apa_cli.settings import RewardSpecs
 
 
 @dataclass(frozen=True)
 class SumReward(Reward):
-    """Σ weight · score over `parts`, which the configuration gives as specs and its check makes `Part`s of.
+    """The sum over `parts` of weight · score.
 
-    Each part's own score, unweighted, goes with it under the part's name; a part of a part is NAME/NAME.
+    The configuration holds a spec for each part, of which `config.build` makes a `NamedReward`. Each part's unweighted
+    scores are returned beside the sum under its name; the name of a part's part is NAME/NAME.
     """
 
     parts: Annotated[list[Any], RewardSpecs]
@@ -24,20 +25,22 @@ class SumReward(Reward):
             raise ConfigError("reward=sum: parts needs at least one reward")
 
     @property
-    def lacks_model(self) -> bool:
-        return any(part.reward.lacks_model for part in self.parts)
+    def needs_trained_model(self) -> bool:
+        return any(part.reward.needs_trained_model for part in self.parts)
 
-    def with_model(self, path: str) -> SumReward:
-        return replace(self, parts=[part.with_model(path) for part in self.parts])
+    def use_trained_model(self, path: str) -> SumReward:
+        return replace(self, parts=[part.use_trained_model(path) for part in self.parts])
 
-    def load(self, place: Placement) -> Score:
-        loaded = [(part, part.load(place)) for part in self.parts]
+    def load(self, placement: Placement) -> ScoreFunction:
+        functions = [part.load(placement) for part in self.parts]
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
             total, parts = [0.0] * len(responses), {}
-            for part, scored in loaded:
-                scores = scored(prompts, responses, columns)
-                total = [value + part.weight * own for value, own in zip(total, scores.values, strict=True)]
+            for part, function in zip(self.parts, functions, strict=True):
+                scores = function(prompts, responses, columns)
+                total = [
+                    value + part.weight * part_score for value, part_score in zip(total, scores.values, strict=True)
+                ]
                 parts[part.name] = scores.values
                 parts |= {f"{part.name}/{name}": values for name, values in scores.parts.items()}
             return Scores(total, parts)

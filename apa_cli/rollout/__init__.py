@@ -1,1 +1,1 @@
-"""Sampling responses: random numbers in, tokens, log-probs and texts out."""
+"""Rollouts: sampling of responses with a KV cache, their log-probs, texts and metrics."""

@@ -1,4 +1,4 @@
-"""From prompts to a `Rollout`: draws the responses under a plan and cuts their texts."""
+"""Rollouts: responses sampled for prompts under a plan, and the texts that are scored."""
 
 from __future__ import annotations
 
@@ -7,36 +7,35 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad as padded
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from apa_cli.randomness import Stream, generator, uniforms
-from apa_cli.rollout.engine import EOS, LENGTH, Sampled, left_padded, right_padded, sample
+from apa_cli.randomness import Stream, make_generator, sample_uniforms
+from apa_cli.rollout.engine import EOS, LENGTH, Sampled, pad_left, pad_right, sample_responses
 from apa_cli.settings import SamplingSettings
 from apa_cli.types import Prompt, Rollout, RolloutPlan
 
 
-def response_text(
+def decode_response(
     tokenizer: PreTrainedTokenizerBase,
     prompt: list[int],
     response: list[int],
     ending: str,
     stop_strings: list[str],
 ) -> str:
-    """The text that is scored: without the terminator, cut before the stop string, stripped on the right.
+    """Return the text that is scored: without the end token, cut before the first stop string, stripped on the right.
 
-    It is decoded behind the prompt's last tokens, because some tokenizers drop the first space otherwise.
+    The response is decoded after the prompt's last tokens, because some tokenizers drop the first space of a text.
     """
     tokens = response[:-1] if ending == EOS else response
-    context = tokenizer.decode(prompt[-4:], skip_special_tokens=True)
-    text = tokenizer.decode(prompt[-4:] + tokens, skip_special_tokens=True)
-    text = text[len(context) :] if text.startswith(context) else tokenizer.decode(tokens, skip_special_tokens=True)
+    context = str(tokenizer.decode(prompt[-4:], skip_special_tokens=True))
+    text = str(tokenizer.decode(prompt[-4:] + tokens, skip_special_tokens=True))
+    text = text[len(context) :] if text.startswith(context) else str(tokenizer.decode(tokens, skip_special_tokens=True))
     cuts = [text.index(string) for string in stop_strings if string and string in text]
     return text[: min(cuts)].rstrip() if cuts else text.rstrip()
 
 
-def collect(
+def collect_rollout(
     models: Mapping[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
@@ -47,9 +46,9 @@ def collect(
     iteration: int,
     plan: RolloutPlan | None = None,
 ) -> Rollout:
-    """Draws one response to each prompt; `models` holds the policies that the plan names.
+    """Sample one response to each prompt; `models` holds the policies that the plan names.
 
-    A response's random numbers are keyed by (seed, stream, iteration, place, sample) and by nothing else.
+    A response's random numbers depend only on (seed, stream, iteration, place, sample number).
     """
     plan = plan or RolloutPlan()
     places = [(prompt.place, prompt.sample) for prompt in prompts]
@@ -57,50 +56,48 @@ def collect(
     prefixes: list[list[int]] = [[] for _ in prompts]
     prefix_logprobs: list[list[float]] = [[] for _ in prompts]
     if plan.rollin_probability > 0:
-        draws = uniforms(seed, Stream.roll_in, iteration, places, settings.max_new_tokens)
-        rolled = sample(models[plan.roll_in], tokenizer, prompt_tokens, draws, settings, end_tokens)
+        uniforms = sample_uniforms(seed, Stream.roll_in, iteration, places, settings.max_new_tokens)
+        roll_in = sample_responses(models[plan.roll_in], tokenizer, prompt_tokens, uniforms, settings, end_tokens)
         for i, (place, number) in enumerate(places):
-            rng = generator(seed, Stream.roll_in_cut, iteration, place, number)
-            kept, tokens = rng.random() < plan.rollin_probability, rolled.tokens[i]
-            if kept and len(tokens) >= 2:
+            rng = make_generator(seed, Stream.roll_in_cut, iteration, place, number)
+            has_prefix, tokens = rng.random() < plan.rollin_probability, roll_in.tokens[i]
+            if has_prefix and len(tokens) >= 2:
                 cut = int(rng.integers(1, len(tokens)))
-                prefixes[i], prefix_logprobs[i] = tokens[:cut], rolled.logprobs[i][:cut]
-    draws = uniforms(seed, stream, iteration, places, settings.max_new_tokens)
-    starts = [tokens + prefix for tokens, prefix in zip(prompt_tokens, prefixes, strict=True)]
-    drawn = sample(models[plan.roll_out], tokenizer, starts, draws, settings, end_tokens, prefixes)
-    return assembled(tokenizer, prompts, prefixes, prefix_logprobs, drawn, settings)
+                prefixes[i], prefix_logprobs[i] = tokens[:cut], roll_in.logprobs[i][:cut]
+    uniforms = sample_uniforms(seed, stream, iteration, places, settings.max_new_tokens)
+    contexts = [tokens + prefix for tokens, prefix in zip(prompt_tokens, prefixes, strict=True)]
+    completions = sample_responses(models[plan.roll_out], tokenizer, contexts, uniforms, settings, end_tokens, prefixes)
+    return assemble_rollout(tokenizer, prompts, prefixes, prefix_logprobs, completions, settings)
 
 
-def assembled(
+def assemble_rollout(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     prefixes: list[list[int]],
     prefix_logprobs: list[list[float]],
-    drawn: Sampled,
+    completions: Sampled,
     settings: SamplingSettings,
 ) -> Rollout:
-    """Prefixes and completions as one rollout, responses cut at the length limit."""
+    """Join prefixes and completions into one rollout, with responses cut at `max_new_tokens`."""
     limit = settings.max_new_tokens
-    tokens = [(prefix + row)[:limit] for prefix, row in zip(prefixes, drawn.tokens, strict=True)]
-    logprobs = [(prefix + row)[:limit] for prefix, row in zip(prefix_logprobs, drawn.logprobs, strict=True)]
+    tokens = [(prefix + row)[:limit] for prefix, row in zip(prefixes, completions.tokens, strict=True)]
+    logprobs = [(prefix + row)[:limit] for prefix, row in zip(prefix_logprobs, completions.logprobs, strict=True)]
     endings = [
         LENGTH if len(prefix) + len(row) > limit else ending
-        for prefix, row, ending in zip(prefixes, drawn.tokens, drawn.endings, strict=True)
+        for prefix, row, ending in zip(prefixes, completions.tokens, completions.endings, strict=True)
     ]
     width = max(len(row) for row in tokens)
-    pad = tokenizer.pad_token_id
-    prompt_ids, prompt_mask = left_padded([prompt.token_ids for prompt in prompts], pad)
-    ones = [[1] * len(row) for row in tokens]
+    prompt_ids, prompt_mask = pad_left([prompt.token_ids for prompt in prompts], tokenizer.pad_token_id)
     return Rollout(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask.bool(),
-        response_ids=right_padded(tokens, pad, width, torch.int64),
-        mask=right_padded(ones, 0, width, torch.bool),
-        prefix_mask=right_padded([[1] * len(prefix) for prefix in prefixes], 0, width, torch.bool),
-        sampler_logprobs=right_padded(logprobs, 0.0, width, torch.float32),
+        response_ids=pad_right(tokens, tokenizer.pad_token_id, width, torch.int64),
+        mask=pad_right([[1] * len(row) for row in tokens], 0, width, torch.bool),
+        prefix_mask=pad_right([[1] * len(prefix) for prefix in prefixes], 0, width, torch.bool),
+        sampler_logprobs=pad_right(logprobs, 0.0, width, torch.float32),
         prompts=[prompt.text for prompt in prompts],
         responses=[
-            response_text(tokenizer, prompt.token_ids, row, ending, settings.stop_strings)
+            decode_response(tokenizer, prompt.token_ids, row, ending, settings.stop_strings)
             for prompt, row, ending in zip(prompts, tokens, endings, strict=True)
         ],
         endings=endings,
@@ -109,28 +106,28 @@ def assembled(
     )
 
 
-def concatenated(parts: list[Rollout], pad: int, count: int) -> Rollout:
-    """The first `count` responses of several rollouts as one, padded with the token `pad` to common widths."""
+def concatenate_rollouts(parts: list[Rollout], pad: int, count: int) -> Rollout:
+    """Return the first `count` responses of several rollouts as one, padded to common widths with the token `pad`."""
 
-    def joined(name: str, values: list[Any]) -> Any:
+    def concatenate(name: str, values: list[Any]) -> Any:
         first = values[0]
         if isinstance(first, Mapping):
-            return {key: joined(name, [value[key] for value in values]) for key in first}
+            return {key: concatenate(name, [value[key] for value in values]) for key in first}
         if isinstance(first, list):
             return [entry for value in values for entry in value][:count]
         if first is None or first.dim() == 1:
             return first if first is None else torch.cat(values)[:count]
         width = max(value.shape[1] for value in values)
-        left, filling = name.startswith("prompt_"), pad if name.endswith("_ids") else 0
-        return torch.cat([extended(value, width, left, filling) for value in values])[:count]
+        is_left, fill = name.startswith("prompt_"), pad if name.endswith("_ids") else 0
+        return torch.cat([pad_to_width(value, width, is_left, fill) for value in values])[:count]
 
-    whole = {f.name: joined(f.name, [getattr(part, f.name) for part in parts]) for f in fields(Rollout)}
+    columns = {f.name: concatenate(f.name, [getattr(part, f.name) for part in parts]) for f in fields(Rollout)}
     if parts[0].ref_logprobs is parts[0].init_logprobs:
-        whole["ref_logprobs"] = whole["init_logprobs"]
-    return Rollout(**whole)
+        columns["ref_logprobs"] = columns["init_logprobs"]  # code compares them by identity
+    return Rollout(**columns)
 
 
-def extended(x: Tensor, width: int, left: bool, filling: int) -> Tensor:
-    """x [N, W] with columns of `filling` added on one side, [N, width]."""
+def pad_to_width(x: Tensor, width: int, left: bool, fill: int) -> Tensor:
+    """Return x [N, W] padded with `fill` on the left or the right, [N, width]."""
     missing = width - x.shape[1]
-    return padded(x, (missing, 0) if left else (0, missing), value=filling)
+    return nn.functional.pad(x, (missing, 0) if left else (0, missing), value=fill)

@@ -1,47 +1,52 @@
-"""Drawing responses token by token from given uniform numbers: batches, and where each response ends."""
+"""Sampling of responses from uniform numbers: microbatches of prompts, stop strings and endings."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from apa_cli.models.sequence_packing import packs
-from apa_cli.rollout.decode_step import Growing, Repeated, repeats
-from apa_cli.rollout.fast_linear import prepared
+from apa_cli.models.sequence_packing import can_pack
+from apa_cli.rollout.decode_step import EagerDecoder, GraphDecoder
+from apa_cli.rollout.fast_linear import use_fast_linears
+from apa_cli.rollout.graph_probe import can_decode_with_graph
 from apa_cli.settings import SamplingSettings
 
 EOS, STOP, LENGTH = "eos", "stop", "length"
-AHEAD = {"cuda": 1}
-"""Steps that a device computes while the tokens of those before are looked at."""
+"""Endings of a response: an end token, a stop string, the length limit."""
+LOOKAHEAD_STEPS = {"cuda": 1}
+"""Decode steps queued on a device, by its type, before the tokens of an earlier step are read; else none."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Responses in the order of their prompts."""
+    """Sampled responses, in the order of their prompts."""
 
     tokens: list[list[int]]
-    """The chosen tokens, the terminating one included."""
+    """Token ids of each response, the end token included."""
     logprobs: list[list[float]]
-    """log π of each, of the whole distribution at the sampling temperature."""
+    """Log-probability of each token at the sampling temperature, before truncation by top_k and top_p."""
     endings: list[str]
+    """EOS, STOP or LENGTH."""
 
 
-class StopStrings:
-    """Finds stop strings in the decoded text of responses as they grow."""
+class StopStringMatcher:
+    """Search for stop strings in the decoded text of responses as they grow."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: list[str]):
         self.tokenizer = tokenizer
         self.strings = [string for string in strings if string]
         self.window = 2 * max((len(string) for string in self.strings), default=0) + 8
+        """Tokens that are decoded: more than the longest stop string has characters."""
 
-    def completed(self, tokens: list[int]) -> bool:
-        """Whether the last token completes one: it is looked for in the text of the last few tokens."""
+    def has_match(self, tokens: list[int]) -> bool:
+        """Return True if the text of the last `window` tokens contains a stop string."""
         if not self.strings:
             return False
         text = self.tokenizer.decode(tokens[-self.window :], skip_special_tokens=True)
@@ -49,7 +54,7 @@ class StopStrings:
 
 
 @torch.no_grad()
-def sample(
+def sample_responses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
@@ -58,99 +63,115 @@ def sample(
     end_tokens: frozenset[int],
     prefixes: list[list[int]] | None = None,
 ) -> Sampled:
-    """One response to each prompt (token ids), from uniforms [N, T]: response i's draws use row i, in order.
+    """Sample one response to each prompt (token ids) with uniforms [N, T]: token t of response i from number [i, t].
 
-    `prefixes` are the tokens at the end of each prompt that belong to the response already; a stop string may begin
-    in them. Prompts are sorted by length and drawn `settings.microbatch_size` at a time; the result does not depend on it.
+    `prefixes` are the tokens at the end of each prompt that already belong to the response; a stop string may begin in
+    them. Prompts are sorted by length and sampled `settings.microbatch_size` at a time; the result does not depend on
+    either.
     """
-    packs(model)  # found out before the first token: attention may round otherwise from then on
+    can_pack(model)  # its probe changes the attention function, hence rounding, so it must precede the first token
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: dict[int, tuple[list[int], list[float], str]] = {}
-    with prepared(model):
+    with use_fast_linears(model):
         for start in range(0, len(order), settings.microbatch_size):
             chunk = order[start : start + settings.microbatch_size]
-            begun = [prefixes[i] if prefixes else [] for i in chunk]
-            drawn = _sample_chunk(
-                model, tokenizer, [prompts[i] for i in chunk], begun, uniforms[chunk], settings, end_tokens
+            chunk_results = sample_microbatch(
+                model,
+                tokenizer,
+                [prompts[i] for i in chunk],
+                [prefixes[i] if prefixes else [] for i in chunk],
+                uniforms[chunk],
+                settings,
+                end_tokens,
             )
-            results.update(zip(chunk, drawn, strict=True))
+            results.update(zip(chunk, chunk_results, strict=True))
     rows = [results[i] for i in range(len(prompts))]
     return Sampled([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
 
 
-def _sample_chunk(
+def sample_microbatch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
-    begun: list[list[int]],
+    prefixes: list[list[int]],
     uniforms: np.ndarray,
     settings: SamplingSettings,
     end_tokens: frozenset[int],
 ) -> list[tuple[list[int], list[float], str]]:
-    """Each response's tokens, log-probs and ending. When half of the rows have ended, those that run go on alone."""
+    """Return each response's tokens, log-probs and ending.
+
+    Once half of the decoded rows have ended, decoding continues with the others alone.
+    """
     device, length = model.device, uniforms.shape[1]
-    ids, attention = left_padded(prompts, tokenizer.pad_token_id, device)
-    stops = StopStrings(tokenizer, settings.stop_strings)
-    grown: list[list[int]] = [[] for _ in prompts]
+    ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id, device)
+    stop_strings = StopStringMatcher(tokenizer, settings.stop_strings)
+    responses: list[list[int]] = [[] for _ in prompts]
     endings = [LENGTH] * len(prompts)
-    rows = list(range(len(prompts)))
-    places = torch.arange(len(prompts), device=device)
     logprobs = torch.zeros(len(prompts), length, device=device)
-    running = set(rows)
-    steps: Growing | Repeated = Growing(model, ids, attention, torch.from_numpy(uniforms).to(device), settings)
-    drawn: deque[tuple[list[int], Callable[[], list[int]]]] = deque()
-    ahead = AHEAD.get(device.type, 0)
-    for t in range(length + ahead):
+    decoded_rows = list(range(len(prompts)))  # the prompt of each row of the decoder
+    row_indices = torch.arange(len(prompts), device=device)  # the same on the device
+    unfinished = set(decoded_rows)
+    decoder: EagerDecoder | GraphDecoder = EagerDecoder(
+        model, ids, attention_mask, torch.from_numpy(uniforms).to(device), settings
+    )
+    pending: deque[tuple[list[int], Callable[[], list[int]]]] = deque()  # steps whose tokens are not read yet
+    lookahead = LOOKAHEAD_STEPS.get(device.type, 0)
+    for t in range(length + lookahead):
         if t < length:
-            if t == 1 and settings.cuda_graph and repeats(model):
-                steps = Repeated(steps)
-            tokens, logprobs[places, t] = steps.step()
-            drawn.append((rows, reading(tokens)))
-        if t < ahead:
+            if t == 1 and settings.cuda_graph and can_decode_with_graph(model):
+                assert isinstance(decoder, EagerDecoder)
+                decoder = GraphDecoder(decoder)
+            tokens, logprobs[row_indices, t] = decoder.step()
+            pending.append((decoded_rows, start_host_copy(tokens)))
+        if t < lookahead:
             continue
-        looked_at, read = drawn.popleft()
-        for i, token in zip(looked_at, read(), strict=True):
-            if i in running:
-                grown[i].append(token)
-                if token in end_tokens or stops.completed(begun[i] + grown[i]):
+        rows, read_tokens = pending.popleft()
+        for i, token in zip(rows, read_tokens(), strict=True):
+            if i in unfinished:
+                responses[i].append(token)
+                if token in end_tokens or stop_strings.has_match(prefixes[i] + responses[i]):
                     endings[i] = EOS if token in end_tokens else STOP
-                    running.discard(i)
-        if not running:
+                    unfinished.discard(i)
+        if not unfinished:
             break
-        if 2 * len(running) <= len(rows):
-            kept = torch.tensor([place for place, i in enumerate(rows) if i in running], device=device)
-            rows = [i for i in rows if i in running]
-            places = places[kept]
-            steps.keep(kept)
-    table = logprobs.cpu().tolist()
-    return [(row, table[i][: len(row)], endings[i]) for i, row in enumerate(grown)]
+        if 2 * len(unfinished) <= len(decoded_rows):
+            selected = [row for row, i in enumerate(decoded_rows) if i in unfinished]
+            decoded_rows = [decoded_rows[row] for row in selected]
+            indices = cast(LongTensor, torch.tensor(selected, device=device))
+            row_indices = row_indices[indices]
+            decoder.select_rows(indices)
+    logprob_rows = logprobs.cpu().tolist()
+    return [(row, logprob_rows[i][: len(row)], endings[i]) for i, row in enumerate(responses)]
 
 
-def reading(tokens: Tensor) -> Callable[[], list[int]]:
-    """What gives the numbers of [B], as they are now; a GPU's are on their way when this returns."""
+def start_host_copy(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start copying tokens [B] to the host and return a function that waits for the copy and returns them.
+
+    The values are those at the time of the call, also if the device overwrites `tokens` later.
+    """
     if tokens.device.type != "cuda":
-        numbers = tokens.tolist()
-        return lambda: numbers
+        values = tokens.tolist()
+        return lambda: values
     host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
     host.copy_(tokens, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(tokens.device))
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tokens.device))
 
-    def read() -> list[int]:
-        arrived.synchronize()
+    def wait_and_read() -> list[int]:
+        copied.synchronize()
         return host.tolist()
 
-    return read
+    return wait_and_read
 
 
-def left_padded(rows: list[list[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Token ids [N, P] int64 padded on the left, and their mask [N, P] int64."""
+def pad_left(rows: list[list[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return token ids [N, P] int64 padded on the left with `pad`, and their mask [N, P] int64."""
     width = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
 
 
-def right_padded(rows: list[list], pad: float, width: int, dtype: torch.dtype) -> Tensor:
-    """Rows of numbers as one tensor [N, width], padded on the right."""
+def pad_right(rows: list[list], pad: float, width: int, dtype: torch.dtype) -> Tensor:
+    """Return rows of numbers as one tensor [N, width], padded on the right with `pad`."""
     return torch.tensor([row + [pad] * (width - len(row)) for row in rows], dtype=dtype)

@@ -1,4 +1,4 @@
-"""Weights as the drawing of tokens, one position of each row at a time, multiplies them fastest."""
+"""Faster linear layers for decoding on a CPU, whose products have one position per row."""
 
 from __future__ import annotations
 
@@ -11,39 +11,45 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apa_cli.hardware import cpu_matmul as matmul
-from apa_cli.models.lora import WithoutAdapter, underlying
+from apa_cli.models.lora import AdapterDisabledModel, unwrap_model
 
-MOST = 2**31
-"""Bytes of weights, as they are multiplied, up to which a second copy of them is held."""
+MAX_COPY_BYTES = 2**31
+"""Bytes of packed weights up to which a second copy of them is held."""
 
 
 @contextmanager
-def prepared(model: PreTrainedModel | WithoutAdapter) -> Iterator[None]:
-    """On a CPU: in the block, which computes no gradients, linear layers multiply by copies of their weights.
+def use_fast_linears(model: PreTrainedModel | AdapterDisabledModel) -> Iterator[None]:
+    """In the block, let linear layers on a CPU multiply by packed copies of their weights, without gradients.
 
-    These are in the precision that autocast asks for, and in the order in which oneDNN reads them. The weights of the
-    model stay what they are, and must not change in the block.
+    The copies have autocast's dtype and oneDNN's memory layout. The model's weights are left as they are and must not
+    change in the block. Models whose copies exceed `MAX_COPY_BYTES` keep their layers.
     """
-    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-    layers = [m for m in underlying(model).modules() if type(m) in (nn.Linear, Conv1D) and "forward" not in vars(m)]
-    size = sum(m.weight.numel() * (low or m.weight.dtype).itemsize for m in layers)
-    changed = []
+    autocast_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    layers = [
+        module
+        for module in unwrap_model(model).modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and type(module) in (nn.Linear, Conv1D)  # a subclass may compute something else
+        and "forward" not in vars(module)
+    ]
+    size = sum(layer.weight.numel() * (autocast_dtype or layer.weight.dtype).itemsize for layer in layers)
+    replaced = []
     try:
-        for layer in layers if model.device.type == "cpu" and size <= MOST else []:
-            product = product_with(layer, low or layer.weight.dtype)
-            if product is not None:
-                layer.forward = product
-                changed.append(layer)
+        for layer in layers if model.device.type == "cpu" and size <= MAX_COPY_BYTES else []:
+            forward = make_fast_forward(layer, autocast_dtype or layer.weight.dtype)
+            if forward is not None:
+                vars(layer)["forward"] = forward
+                replaced.append(layer)
         yield
     finally:
-        for layer in changed:
-            del layer.forward
+        for layer in replaced:
+            del vars(layer)["forward"]
 
 
-def product_with(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """`layer.forward` in the given precision; None where it is best as it is."""
+def make_fast_forward(layer: nn.Linear | Conv1D, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """Return a faster forward function of the layer in this dtype; None if there is none."""
     weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-    multiply = matmul.product_with(weight.detach().to(dtype)) if weight.is_floating_point() else None
+    multiply = matmul.prepack_linear(weight.detach().to(dtype)) if weight.is_floating_point() else None
     if multiply is None:
         return None
     bias = None if layer.bias is None else layer.bias.detach().to(dtype)

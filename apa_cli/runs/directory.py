@@ -1,4 +1,4 @@
-"""A run's directory: claimed once, its config, environment, metrics and samples."""
+"""A run's directory: locked and claimed by one run, and its files written."""
 
 from __future__ import annotations
 
@@ -13,32 +13,40 @@ import yaml
 from filelock import FileLock, Timeout
 
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.runs.environment import environment
-from apa_cli.runs.records import rows_until
-from apa_cli.runs.resume import AUTO, RESUME, covers, differences
+from apa_cli.runs.environment import collect_environment
+from apa_cli.runs.files import CONFIG, ENVIRONMENT, METRICS, RESULT, SAMPLES, read_config, read_lines, read_result
+from apa_cli.runs.resume import AUTO, RESUME, find_differences, is_within
 
-LOCK = ".lock"
-"""The file that a live run holds locked; the lock ends with the process."""
+LOCK_FILE = ".lock"
+"""The file that a live run keeps locked; the lock ends with the process."""
+
+SHOWN_DIFFERENCES = 5
+"""Differences named in the message that refuses a resume."""
 
 
 class RunDirectory:
-    """The files of one run. Two runs never share a directory; only a resume continues in one."""
+    """Writer of one run's files; `RecordedRun` reads them.
+
+    Two runs never share a directory; only a resume continues in one.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.metrics = path / "metrics.jsonl"
-        self.samples = path / "samples.jsonl"
-        self.result = path / "result.json"
-        """The last figures; there when the run has finished."""
+        self.metrics = path / METRICS
+        self.samples = path / SAMPLES
+        self.result = path / RESULT
+        """The last figures; written when the run finishes."""
         self.checkpoints = path / "checkpoints"
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keeps the directory, made where it is not there, for this process until the block or the process ends.
+    # --- claiming -------------------------------------------------------------------------------------------
 
-        UserError if another live run holds it, or if nothing can be written there.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Create the directory if it is missing, and lock it until the block, or the process, ends.
+
+        UserError if another live run has locked it, or if nothing can be written there.
         """
-        lock = FileLock(self.path / LOCK, timeout=0)
+        lock = FileLock(self.path / LOCK_FILE, timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -52,74 +60,69 @@ class RunDirectory:
             lock.release()
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Takes a fresh directory by creating its config.yaml. UserError if a run is there already."""
+        """Claim a fresh directory by writing its config.yaml. UserError if it contains a run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if (self.path / "config.yaml").exists():
+            if (self.path / CONFIG).exists():
                 raise UserError(f"name: {self.path} holds a run already; give another name=, or {RESUME}={AUTO}")
-            replace_text(self.path / "config.yaml", as_yaml(config))
+            self._write_config(config)
         except OSError as error:
             raise UserError(f"{self.path}: cannot write there ({error.strerror})") from error
 
-    def check_resume(self, config: dict[str, Any]) -> None:
-        """ConfigError if the configuration is not the run's own, save in what may differ. Changes nothing."""
-        differing = differences(self.recorded(), config)
-        named = config.get("resume_changed") or []
-        refused = [part for part in differing if not any(covers(key, part[0]) for key in named)]
-        if refused:
-            shown = ", ".join(f"{key}: {old!r} → {new!r}" for key, old, new in refused[:5])
-            keys = ",".join(key for key, _, _ in refused)
-            raise ConfigError(
-                f"resume: the configuration differs from the run's: {shown}; leave these words out, or give "
-                f"resume_changed=[{keys}] if the run is to go on with them"
-            )
-
-    def recorded(self) -> dict[str, Any]:
-        """What is in config.yaml. UserError where it cannot be read."""
-        try:
-            config = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"resume: {self.path} has no readable config.yaml") from error
-        if not isinstance(config, dict):
-            raise UserError(f"resume: {self.path} has no readable config.yaml")
-        return config
-
-    def cut_back(self, config: dict[str, Any], iteration: int) -> None:
-        """Drops the records after `iteration`, and takes over what the resumed run's configuration changed."""
-        self.result.unlink(missing_ok=True)
-        for file in (self.metrics, self.samples):
-            if file.is_file():
-                replace_text(file, "".join(f"{row}\n" for row in rows_until(file, iteration)))
-        kept = {"name": self.recorded()["name"], "resume": None, "resume_changed": [], "stop_after": None}
-        replace_text(self.path / "config.yaml", as_yaml({**config, **kept}))
-
-    def copy_records(self, source: RunDirectory, iteration: int) -> None:
-        """Takes over another run's metrics and samples up to `iteration`."""
-        for own, other in ((self.metrics, source.metrics), (self.samples, source.samples)):
-            replace_text(own, "".join(f"{row}\n" for row in rows_until(other, iteration)))
-
-    def clear(self) -> None:
-        """Removes what a run left that was killed before its first checkpoint, so that it can begin anew."""
-        for name in ("config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "result.json"):
-            (self.path / name).unlink(missing_ok=True)
-
-    def iterations_done(self) -> int | None:
-        """The iterations that a finished run had; None where it has not finished."""
-        try:
-            return json.loads(self.result.read_text(encoding="utf-8"))["iteration"]
-        except (OSError, ValueError, KeyError):
-            return None
-
     def release(self) -> None:
-        """Gives the directory's name back after a run that failed before it recorded anything."""
+        """Undo the claim of a run that failed before it recorded anything, so that its name is free again."""
         if not self.metrics.exists():
-            for name in ("config.yaml", "environment.json", "run.log", LOCK):
+            for name in (CONFIG, ENVIRONMENT, "run.log", LOCK_FILE):
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 
-    def record(self, file: Path, rows: list[dict[str, Any]]) -> None:
-        """Adds lines to a file. UserError where they cannot be written."""
+    def clear(self) -> None:
+        """Remove the files of a run that was killed before its first checkpoint, so that it can start again."""
+        for name in (CONFIG, ENVIRONMENT, METRICS, SAMPLES, RESULT):
+            (self.path / name).unlink(missing_ok=True)
+
+    # --- resuming -------------------------------------------------------------------------------------------
+
+    @property
+    def final_iteration(self) -> int | None:
+        """The last iteration of a finished run; None if the run has not finished."""
+        return (read_result(self.path) or {}).get("iteration")
+
+    def check_resume(self, config: dict[str, Any]) -> None:
+        """Raise ConfigError if `config` differs from the run's configuration in settings that may not change."""
+        changeable = config.get("resume_changed") or []
+        refused = [
+            (key, old, new)
+            for key, old, new in find_differences(read_config(self.path), config)
+            if not any(is_within(key, section) for section in changeable)
+        ]
+        if refused:
+            shown = ", ".join(f"{key}: {old!r} → {new!r}" for key, old, new in refused[:SHOWN_DIFFERENCES])
+            keys = ",".join(key for key, _, _ in refused)
+            raise ConfigError(
+                f"resume: the configuration differs from the run's: {shown}; leave these overrides out, or give "
+                f"resume_changed=[{keys}] to continue with them"
+            )
+
+    def truncate_records(self, config: dict[str, Any], iteration: int) -> None:
+        """Remove the records after `iteration`, and write the configuration with which the run is resumed."""
+        self.result.unlink(missing_ok=True)
+        for file in (self.metrics, self.samples):
+            if file.is_file():
+                self._write_lines(file, read_lines(file, iteration))
+        unchanged = {"name": read_config(self.path)["name"], "resume": None, "resume_changed": [], "stop_after": None}
+        self._write_config({**config, **unchanged})
+
+    def copy_records(self, source: RunDirectory, iteration: int) -> None:
+        """Copy another run's metrics and samples up to `iteration`."""
+        self._write_lines(self.metrics, read_lines(source.metrics, iteration))
+        self._write_lines(self.samples, read_lines(source.samples, iteration))
+
+    # --- writing --------------------------------------------------------------------------------------------
+
+    def append_rows(self, file: Path, rows: list[dict[str, Any]]) -> None:
+        """Append rows to a .jsonl file. UserError if they cannot be written."""
         try:
             with file.open("a", encoding="utf-8") as handle:
                 handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -127,22 +130,26 @@ class RunDirectory:
             raise UserError(f"{file}: cannot be written ({error.strerror}); checkpoints are intact") from error
 
     def write_environment(self, **facts: Any) -> None:
-        replace_text(self.path / "environment.json", json.dumps({**environment(), **facts}, indent=2) + "\n")
+        """Write environment.json: versions, machine and command, with `facts` of this run added."""
+        replace_text(self.path / ENVIRONMENT, json.dumps({**collect_environment(), **facts}, indent=2) + "\n")
+
+    def _write_config(self, config: dict[str, Any]) -> None:
+        replace_text(self.path / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    @staticmethod
+    def _write_lines(file: Path, lines: list[str]) -> None:
+        replace_text(file, "".join(f"{line}\n" for line in lines))
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes a file beside its place, so that it is on disk, and moves it there. UserError where that fails."""
-    beside = file.with_name(f".{file.name}.new")
+    """Write a file in one step: beside its place, flushed to disk, then renamed. UserError if that fails."""
+    temporary = file.with_name(f".{file.name}.new")
     try:
-        with beside.open("w", encoding="utf-8") as handle:
+        with temporary.open("w", encoding="utf-8") as handle:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
-        beside.replace(file)
+        temporary.replace(file)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise UserError(f"{file}: cannot be written ({error.strerror})") from error
-
-
-def as_yaml(config: dict[str, Any]) -> str:
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

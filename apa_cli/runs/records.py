@@ -1,205 +1,256 @@
-"""A run's files, read back."""
+"""Runs read back: a run, or one checkpoint of it, as one object."""
 
 from __future__ import annotations
 
+import copy
 import difflib
-import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from apa_cli.errors import ConfigError, UserError
-
-
-def located_run(name: str) -> tuple[Path, Path | None]:
-    """The directory of the run that run=NAME names, and the checkpoint if NAME is one. ConfigError for any other."""
-    path = Path(name).expanduser()
-    is_checkpoint = path.parent.name == "checkpoints" and (path / "state.json").is_file()
-    directory = path.parent.parent if is_checkpoint else path
-    for file in ("config.yaml", "environment.json", "metrics.jsonl"):
-        if not (directory / file).is_file():
-            why = f"there is no {file}{nearest(path)}"
-            if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-                why = f"a model alone is given by model.path={path}"
-                if (path.parent / "metrics.jsonl").is_file():
-                    why = f"its run is {path.parent}, and {why}"
-            raise ConfigError(f"run: {path} is no run of apa-train and no checkpoint of one ({why})")
-    return directory, path if is_checkpoint else None
-
-
-def nearest(path: Path) -> str:
-    """The folder beside one that is missing whose name is most like its own, as the end of a message; else nothing."""
-    if path.exists() or not path.parent.is_dir():
-        return ""
-    beside = sorted(each.name for each in path.parent.iterdir() if each.is_dir())
-    close = difflib.get_close_matches(path.name, beside, 1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
-
-
-def recorded_config(directory: Path) -> dict[str, Any]:
-    """A run's configuration with the models that its stages made filled in. ConfigError if it cannot be read."""
-    try:
-        config = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
-        made = json.loads((directory / "environment.json").read_text(encoding="utf-8"))
-        model, reward = config["model"], config["reward"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(f"run: config.yaml or environment.json of {directory} cannot be read") from error
-    if "policy" not in made:
-        model = directory / "model"
-        raise ConfigError(f"run: {directory} is no run of apa-train; give model.path={model} instead of it")
-    model["path"] = model["path"] or made["policy"]
-    if "path" in reward:
-        reward["path"] = reward["path"] or made["reward"]
-    return config
-
-
-def rows_until(file: Path, iteration: int) -> list[str]:
-    """The lines of a .jsonl file up to an iteration; a last one that was half-written is none of them.
-
-    UserError where any other cannot be read.
-    """
-    *lines, _ = file.read_bytes().split(b"\n")  # what follows the last line end is half a line, or nothing
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            if json.loads(line)["iteration"] <= iteration:
-                rows.append(line.decode())
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"resume: line {number} of {file} cannot be read") from error
-    return rows
-
-
-def records(file: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a reply may hold other line ends than its own."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+from apa_cli.runs.files import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    SAMPLES,
+    STATE,
+    list_checkpoints,
+    read_config,
+    read_object,
+    read_result,
+    read_rows,
+    read_state,
+)
+from apa_cli.runs.old_names import translate_old_names
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run: its directory, its resolved configuration and its metrics, one dict per iteration in order."""
+class RecordedRun:
+    """A run's directory, and perhaps one checkpoint in it, read back.
+
+    Each file is read once, when it is first asked for; the values are shared, so copy what you change.
+    """
 
     directory: Path
-    config: dict
-    metrics: list[dict]
+    checkpoint: Path | None = None
+
+    @classmethod
+    def find(cls, name: str) -> RecordedRun:
+        """Return the run of apa-train, or the checkpoint of one, that `run=NAME` names.
+
+        ConfigError, with the nearest folder, if NAME is neither, or if its configuration cannot be read.
+        """
+        path = Path(name).expanduser()
+        is_checkpoint = path.parent.name == "checkpoints" and (path / STATE).is_file()
+        run = cls(path.parent.parent, path) if is_checkpoint else cls(path)
+        for file in (CONFIG, ENVIRONMENT, METRICS):
+            if not (run.directory / file).is_file():
+                raise ConfigError(
+                    f"run: {path} is no run of apa-train and no checkpoint of one ({_explain_missing(file, path)})"
+                )
+        run.check_trained()
+        return run
+
+    @classmethod
+    def read(cls, directory: Path) -> RecordedRun:
+        """Return the run in `directory`, its configuration and metrics read.
+
+        UserError, naming the file, if one is missing or cannot be read.
+        """
+        run = cls(Path(directory))
+        for name in (CONFIG, METRICS):
+            if not (run.directory / name).is_file():
+                raise UserError(f"{run.directory}: not a run, it has no {name}")
+        _ = run.config_yaml, run.environment, run.metrics
+        return run
+
+    def check_trained(self) -> None:
+        """Raise ConfigError unless config.yaml and environment.json are readable, and those of a run of apa-train."""
+        try:
+            is_trained = "policy" in self.environment
+            _ = self.config_yaml["model"]["path"], dict(self.config_yaml["reward"])
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"run: {CONFIG} or {ENVIRONMENT} of {self.directory} cannot be read") from error
+        if not is_trained:
+            model = self.directory / "model"
+            raise ConfigError(f"run: {self.directory} is no run of apa-train; give model.path={model} instead of it")
+
+    # --- files ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config_yaml(self) -> dict[str, Any]:
+        """config.yaml with the key names of today. UserError if it cannot be read."""
+        return translate_old_names(read_config(self.directory))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config_yaml`, with the paths of the models that the stages made, which environment.json names, filled in."""
+        config = copy.deepcopy(self.config_yaml)
+        model, reward = config["model"], config["reward"]
+        model["path"] = model["path"] or self.environment["policy"]
+        if "path" in reward:
+            reward["path"] = reward["path"] or self.environment["reward"]
+        return config
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """environment.json; empty if there is none. UserError if it cannot be read."""
+        file = self.directory / ENVIRONMENT
+        return read_object(file) if file.is_file() else {}
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl, one per iteration, in order. UserError if there is none, or one cannot be read.
+
+        If a resumed run repeated an iteration, the later row counts.
+        """
+        file = self.directory / METRICS
+        rows = {row["iteration"]: row for row in read_rows(file, ("iteration", "samples"))}
+        if not rows:
+            raise UserError(f"{file}: nothing recorded yet")
+        return [rows[iteration] for iteration in sorted(rows)]
+
+    @cached_property
+    def samples(self) -> list[dict[str, Any]]:
+        """Rows of samples.jsonl: the responses to the evaluation prompts, one evaluation after the other."""
+        return read_rows(self.directory / SAMPLES)
+
+    @cached_property
+    def result(self) -> dict[str, Any] | None:
+        """result.json, the last figures of a finished run; None if the run has not finished."""
+        return read_result(self.directory)
+
+    @property
+    def model_folder(self) -> Path:
+        """The trained model that a run writes at its end. UserError if it has not finished."""
+        folder = self.directory / "model"
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"run: {self.directory} has not finished, so it has no model/; name one of its checkpoints instead"
+            )
+        return folder
+
+    @property
+    def iteration(self) -> int:
+        """The iteration after which the policy is as it is: the checkpoint's, or the last one recorded."""
+        last = self.metrics[-1] if self.checkpoint is None else read_state(self.checkpoint)
+        return int(last["iteration"])
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The id of the run's wandb run, as the last checkpoint has it; None if there is none."""
+        checkpoints = list_checkpoints(self.directory / "checkpoints")
+        return read_state(checkpoints[-1])["wandb_id"] if checkpoints else None
+
+    # --- configuration --------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        return str(self.config.get("name") or self.directory.name)
+        return str(self.config_yaml.get("name") or self.directory.name)
 
     @property
     def seed(self) -> int | None:
-        return self.config.get("seed")
-
-    @property
-    def algorithm(self) -> str:
-        """The algorithm as its class is spelt, for example "APA"; "?" where the configuration has none."""
-        section = self.config.get("algo")
-        target = section.get("_target_") if isinstance(section, dict) else None
-        return str(target).rpartition(".")[2] if target else "?"
+        return self.config_yaml.get("seed")
 
     @property
     def lambda_(self) -> float | None:
-        """λ, or None for an algorithm without one."""
-        return self.config.get("lambda")
+        """λ; None for an algorithm without it."""
+        return self.config_yaml.get("lambda")
 
     @property
-    def evaluations(self) -> list[dict]:
-        """The iterations after which there was an evaluation; iteration 0 is the SFT model's."""
-        return [line for line in self.metrics if line.get("eval/reward_mean") is not None]
+    def lambda_meaning(self) -> str | None:
+        """The meaning of λ in the run's algorithm, as environment.json has it; None if it has none."""
+        return self._algorithm.get("lambda_meaning")
 
     @property
-    def sft(self) -> dict | None:
-        """The evaluation of the SFT model, before any update; None where there was none."""
-        return next((line for line in self.evaluations if line["iteration"] == 0), None)
+    def label(self) -> str:
+        """The algorithm's label, or else the name of its class; "?" if the configuration has none."""
+        section = self.config_yaml.get("algo")
+        target = section.get("_target_") if isinstance(section, dict) else None
+        return self._algorithm.get("label") or (str(target).rpartition(".")[2] if target else "?")
 
     @property
-    def final(self) -> dict | None:
-        """The last evaluation; None where there was none."""
+    def color(self) -> str | None:
+        """The algorithm's colour in plots, as environment.json has it; None if it has none."""
+        return self._algorithm.get("color")
+
+    @property
+    def _algorithm(self) -> dict[str, Any]:
+        section = self.environment.get("algorithm")
+        return section if isinstance(section, dict) else {}
+
+    # --- metrics --------------------------------------------------------------------------------------------
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Rows of the iterations after which there was an evaluation; iteration 0 is the SFT model's."""
+        return [row for row in self.metrics if row.get("eval/reward_mean") is not None]
+
+    @property
+    def sft(self) -> dict[str, Any] | None:
+        """The evaluation of the SFT model, before any update; None if there was none."""
+        return next((row for row in self.evaluations if row["iteration"] == 0), None)
+
+    @property
+    def final(self) -> dict[str, Any] | None:
+        """The last evaluation; None if there was none."""
         return self.evaluations[-1] if self.evaluations else None
 
     @property
-    def samples(self) -> int:
-        """Responses seen in all."""
+    def sample_count(self) -> int:
+        """Responses sampled in all."""
         return int(self.metrics[-1]["samples"])
 
     @property
     def minutes(self) -> float | None:
-        """Minutes of sampling, scoring and updating together; None where times were not recorded."""
+        """Minutes of sampling, scoring and updating together; None if no times were recorded."""
         keys = ("time/rollout_s", "time/score_s", "time/update_s")
-        times = [line[key] for line in self.metrics for key in keys if line.get(key) is not None]
+        times = [row[key] for row in self.metrics for key in keys if row.get(key) is not None]
         return sum(times) / 60 if times else None
 
-    def series(self, key: str) -> dict[int, float]:
-        """The values of one metric by samples, where it was recorded."""
-        return {int(line["samples"]): line[key] for line in self.metrics if line.get(key) is not None}
+    def get_series(self, key: str) -> dict[int, float]:
+        """Return the recorded values of one metric, by the responses sampled until then."""
+        return {int(row["samples"]): row[key] for row in self.metrics if row.get(key) is not None}
 
-    def last(self, key: str) -> float | None:
-        """The last recorded value of a metric."""
-        return next((line[key] for line in reversed(self.metrics) if line.get(key) is not None), None)
+    def get_last(self, key: str) -> float | None:
+        """Return the last recorded value of a metric; None if there is none."""
+        return next((row[key] for row in reversed(self.metrics) if row.get(key) is not None), None)
+
+
+# --- search -------------------------------------------------------------------------------------------------
 
 
 def is_run(directory: Path) -> bool:
-    """Whether `directory` has the two files that make it a run."""
-    return (directory / "config.yaml").is_file() and (directory / "metrics.jsonl").is_file()
+    """Return True if `directory` has the two files that make it a run."""
+    return (directory / CONFIG).is_file() and (directory / METRICS).is_file()
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """`directory` itself if it is a run, else the runs anywhere in it, sorted; UserError if there is none."""
+    """Return `directory` if it is a run, else the runs anywhere in it, sorted. UserError if there is none."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such folder")
     if is_run(directory):
         return [directory]
-    found = sorted(path.parent for path in directory.rglob("metrics.jsonl") if is_run(path.parent))
-    if not found:
-        raise UserError(f"{directory}: no run in it (a run has config.yaml and metrics.jsonl)")
-    return found
+    runs = sorted(path.parent for path in directory.rglob(METRICS) if is_run(path.parent))
+    if not runs:
+        raise UserError(f"{directory}: no run in it (a run has {CONFIG} and {METRICS})")
+    return runs
 
 
-def read_run(directory: Path) -> Run:
-    """The run in `directory`; UserError, with the path, if it is no run or cannot be read."""
-    directory = Path(directory)
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory}: not a run, it has no {name}")
-    return Run(directory, _read_config(directory / "config.yaml"), _read_metrics(directory / "metrics.jsonl"))
+def suggest_nearest(path: Path) -> str:
+    """Return "; did you mean …?" with the folder beside the missing `path` whose name is nearest; else ""."""
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    folders = sorted(each.name for each in path.parent.iterdir() if each.is_dir())
+    close = difflib.get_close_matches(path.name, folders, 1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _read_config(path: Path) -> dict:
-    import yaml
-
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a configuration")
-    return config
-
-
-def _read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl in order of iteration.
-
-    Of an iteration that a resumed run repeated the later line counts. A last line cut short (the run is
-    being written, or was killed) is left out.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable ({error})") from error
-    by_iteration = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            metrics = json.loads(line)
-            iteration, _ = int(metrics["iteration"]), int(metrics["samples"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise UserError(f'{path}, line {number}: not JSON with "iteration" and "samples"') from error
-        by_iteration[iteration] = metrics
-    if not by_iteration:
-        raise UserError(f"{path}: nothing recorded yet")
-    return [by_iteration[iteration] for iteration in sorted(by_iteration)]
+def _explain_missing(file: str, path: Path) -> str:
+    """Return the reason why `path`, whose run lacks `file`, is no run."""
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return f"there is no {file}{suggest_nearest(path)}"
+    reason = f"a model alone is given by model.path={path}"
+    return f"its run is {path.parent}, and {reason}" if (path.parent / METRICS).is_file() else reason

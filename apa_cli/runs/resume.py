@@ -1,4 +1,4 @@
-"""Which settings a resumed run may change, and the overrides that continue it."""
+"""Settings that a resumed run may change, and the overrides that continue a run."""
 
 from __future__ import annotations
 
@@ -11,47 +11,54 @@ MAY_DIFFER = (
     "tracking", "evaluation", "checkpoint", "guard", "stop_at_kl", "launch", "run", "export", "chat",
     "bench",
 )  # fmt: skip
-"""Top-level keys in which a resumed run may differ from the one it continues."""
+"""Top-level keys and sections in which a resumed run may differ from the one it continues."""
+
+MUST_MATCH = ("evaluation.seed",)
+"""Keys in these sections that must stay: evaluations of one run are compared on the same random numbers."""
 
 RESUME, FORK, AUTO = "resume", "fork", "auto"
 
-CODE = ("target", "trust_remote_code")
-"""Names of keys that make a run execute code of the user's; see `code_in`."""
+CODE_KEYS = ("target", "trust_remote_code")
+"""Names of keys that make a run execute code of the user's; see `find_code`."""
 
-WORDS_WITH_A_MEANING = {"null", "true", "false", "yes", "no", "on", "off", "inf", "nan"}
-"""What the command line does not read as text unless it is quoted."""
+YAML_CONSTANTS = {"null", "true", "false", "yes", "no", "on", "off", "inf", "nan"}
+"""Values that the command line does not read as text unless they are quoted."""
+
+Difference = tuple[str, Any, Any]
+"""(dotted key, old value, new value)."""
 
 
-def code_in(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) of every key by which a configuration runs code that is not the package's.
+def find_code(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return (dotted key, value) of every key by which a configuration runs code that is not the package's.
 
-    A file in a run's directory must not make a command run code: these are asked for on the command line again.
+    A file in a run's directory must not make a command run code, so these keys are asked for on the command line
+    again. A list that contains such a key is returned as a whole.
     """
-    found = []
+    code = []
     for key, value in config.items():
-        inner = value if isinstance(value, list) else [value]
-        parts = [part for part in inner if isinstance(part, dict)]
+        parts = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, dict)]
         if parts:
-            within = [pair for part in parts for pair in code_in(part, f"{prefix}{key}.")]
-            found += within if isinstance(value, dict) or not within else [(f"{prefix}{key}", value)]
-        elif key in CODE and value:
-            found.append((f"{prefix}{key}", value))
-    return found
+            nested = [pair for part in parts for pair in find_code(part, f"{prefix}{key}.")]
+            code += nested if isinstance(value, dict) or not nested else [(f"{prefix}{key}", value)]
+        elif key in CODE_KEYS and value:
+            code.append((f"{prefix}{key}", value))
+    return code
 
 
-def resume_words(config: dict[str, Any], path: Path) -> list[str]:
-    """The words with which the run in `path` goes on."""
-    return [f"{RESUME}={path}", *(f"{key}={worded(value)}" for key, value in code_in(config))]
+def build_resume_overrides(config: dict[str, Any], path: Path) -> list[str]:
+    """Return the overrides with which the run in `path` goes on."""
+    code = find_code(config)
+    return [f"{RESUME}={path}", *(f"{key}={format_override_value(value)}" for key, value in code)]
 
 
-def worded(value: Any) -> str:
-    """A value of a configuration as a word of the command line gives it."""
+def format_override_value(value: Any) -> str:
+    """Return a value of a configuration as an override of the command line gives it."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {worded(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {format_override_value(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list):
-        return f"[{', '.join(map(worded, value))}]"
+        return f"[{', '.join(map(format_override_value, value))}]"
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value) and value.lower() not in WORDS_WITH_A_MEANING
+        plain = re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value) and value.lower() not in YAML_CONSTANTS
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         return value if plain else f"'{quoted}'"
     if value is None:
@@ -59,27 +66,36 @@ def worded(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def covers(key: str, dotted: str) -> bool:
-    """Whether `key` is that dotted key, or a section it is in."""
-    return dotted == key or dotted.startswith(f"{key}.")
+def is_within(key: str, section: str) -> bool:
+    """Return True if the dotted `key` is `section`, or lies in it."""
+    return key == section or key.startswith(f"{section}.")
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) wherever two configurations differ, save in what may.
+def find_differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
+    """Return the differences between two configurations, except those of MAY_DIFFER.
 
-    Where `lambda` differs, the key of the algorithm that it sets does too, and is not counted again.
+    Where `lambda` differs, so does the key of the algorithm that it sets, which is not counted again.
     """
-    found = _differences(*({k: v for k, v in side.items() if k not in MAY_DIFFER} for side in (old, new)))
-    pair = next(((before, after) for key, before, after in found if key == "lambda"), None)
-    return [part for part in found if not (part[0].startswith("algo.") and part[1:] == pair)]
+    differences = [difference for difference in _compare(old, new) if not _may_differ(difference[0])]
+    of_lambda = next(((before, after) for key, before, after in differences if key == "lambda"), None)
+    return [
+        (key, before, after)
+        for key, before, after in differences
+        if not (is_within(key, "algo") and (before, after) == of_lambda)
+    ]
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    found = []
+def _may_differ(key: str) -> bool:
+    return key.partition(".")[0] in MAY_DIFFER and key not in MUST_MATCH
+
+
+def _compare(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[Difference]:
+    """Return all differences between two nested configurations."""
+    differences: list[Difference] = []
     for key in dict.fromkeys([*old, *new]):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += _differences(before, after, f"{prefix}{key}.")
+            differences += _compare(before, after, f"{prefix}{key}.")
         elif before != after:
-            found.append((f"{prefix}{key}", before, after))
-    return found
+            differences.append((f"{prefix}{key}", before, after))
+    return differences

@@ -1,4 +1,4 @@
-"""Stage models on demand: built once, kept under a name made of what shapes them, shared by all runs."""
+"""The cache of stage models: each is trained once, named after its inputs, and shared by all runs."""
 
 from __future__ import annotations
 
@@ -16,142 +16,143 @@ from filelock import FileLock
 
 from apa_cli import models, stages
 from apa_cli.settings import Config
-from apa_cli.stages.fitting import Workplace
-from apa_cli.stages.reward_model import run_reward
-from apa_cli.stages.sft import run_sft
+from apa_cli.stages.fitting import ProgressFunction, SayFunction, StageContext
+from apa_cli.stages.reward_model import train_reward_model
+from apa_cli.stages.sft import train_sft_model
 from apa_cli.types import Example
 
-Say = Callable[[str], None]
-Progress = Callable[[int, int, float], None]
 
-
-def resolved(
+def fill_model_paths(
     config: Config,
     train: list[Example],
     held_out: list[Example],
     device: torch.device,
-    say: Say,
-    progress: Progress,
+    say: SayFunction,
+    report_progress: ProgressFunction,
 ) -> Config:
-    """The configuration with `model.path` and the reward's model filled in, their stages run where needed.
+    """Return the configuration with `model.path` and the reward's model filled in, running the stages that are missing.
 
     The stages depend on the model, the data, their own settings and `stages.seed`, never on the run's seed.
     """
-    path = sft_model(config, train, held_out, device, say, progress)
+    path = find_or_train_sft_model(config, train, held_out, device, say, report_progress)
     config = replace(config, model=replace(config.model, path=path))
-    if config.reward.lacks_model:
-        config = replace(
-            config,
-            reward=config.reward.with_model(reward_model(config, train, held_out, device, say, progress)),
-        )
+    if config.reward.needs_trained_model:
+        reward_path = find_or_train_reward_model(config, train, held_out, device, say, report_progress)
+        config = replace(config, reward=config.reward.use_trained_model(reward_path))
     return config
 
 
-def sft_model(
+def find_or_train_sft_model(
     config: Config,
     train: list[Example],
     held_out: list[Example],
     device: torch.device,
-    say: Say,
-    progress: Progress,
+    say: SayFunction,
+    report_progress: ProgressFunction,
 ) -> str:
-    """`model.path`, or the folder of the SFT stage's model."""
+    """Return `model.path`, or if that is null the folder of the SFT stage's model."""
     if config.model.path is not None:
         return config.model.path
 
     def build(folder: Path) -> dict[str, float]:
         say("building the SFT model (once; later runs take it from the cache)")
-        return run_sft(config, train, held_out, config.stages.seed, Workplace(device, folder, say, progress))
+        context = StageContext(device, folder, say, report_progress)
+        return train_sft_model(config, train, held_out, config.stages.seed, context)
 
     key = {
-        "model": _plain(asdict(config.model)),
+        "model": _unwrap_enums(asdict(config.model)),
         "lora": asdict(config.lora),
-        "form": config.dataset.prompt_form.value,
-        "settings": _plain(asdict(config.sft)),
+        "form": config.dataset.prompt_style.value,
+        "settings": _unwrap_enums(asdict(config.sft)),
     }
-    return str(cached(config, "sft", key, [train, held_out], build, say))
+    return str(find_or_build(config, "sft", key, [train, held_out], build, say))
 
 
-def reward_model(
+def find_or_train_reward_model(
     config: Config,
     train: list[Example],
     held_out: list[Example],
     device: torch.device,
-    say: Say,
-    progress: Progress,
+    say: SayFunction,
+    report_progress: ProgressFunction,
 ) -> str:
-    """The folder of the reward stage's model, on the trunk of `config.model.path`."""
+    """Return the folder of the reward stage's model, which has the trunk of `model.path`."""
 
     def build(folder: Path) -> dict[str, float]:
         say("training the reward model (once; later runs take it from the cache)")
-        return run_reward(config, train, held_out, config.stages.seed, Workplace(device, folder, say, progress))
+        context = StageContext(device, folder, say, report_progress)
+        return train_reward_model(config, train, held_out, config.stages.seed, context)
 
     key = {
-        "model": identity(config.model.path),
-        "options": _plain(asdict(replace(config.model, path=None))),
+        "model": identify_model(config.model.resolved_path),
+        "options": _unwrap_enums(asdict(replace(config.model, path=None))),
         "lora": asdict(config.lora),
-        "settings": _plain(asdict(config.reward_model)),
+        "settings": _unwrap_enums(asdict(config.reward_model)),
     }
-    return str(cached(config, "reward", key, [train, held_out], build, say))
+    return str(find_or_build(config, "reward", key, [train, held_out], build, say))
 
 
-def cached(
+def find_or_build(
     config: Config,
     stage: str,
     key: dict[str, Any],
     data: list[list[Example]],
     build: Callable[[Path], dict[str, float]],
-    say: Say,
+    say: SayFunction,
 ) -> Path:
-    """The folder of a stage's model: an earlier one with the same key, or a new one, put in place when complete."""
+    """Return the folder of a stage's model: the cached one with the same key, or a new one.
+
+    `build(folder)` fills a new folder and returns the stage's metrics. The folder gets its final name once it is
+    complete, and a file lock keeps concurrent runs from building the same model twice.
+    """
     root = Path(config.stages.cache_dir).expanduser()
-    key = {**key, "seed": config.stages.seed, "data": digest_of_data(*data), "code": digest_of_code()}
+    key = {**key, "seed": config.stages.seed, "data": hash_examples(*data), "code": hash_code()}
     text = json.dumps(key, sort_keys=True)
     folder = root / f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if (folder / "stage.json").is_file():
             result = json.loads((folder / "stage.json").read_text())["result"]
-            facts = ", ".join(f"{name} {value:.3g}" for name, value in result.items())
-            say(f"{stage} model from the cache: {folder} ({facts})")
+            metrics = ", ".join(f"{name} {value:.3g}" for name, value in result.items())
+            say(f"{stage} model from the cache: {folder} ({metrics})")
             return folder
-        half_built = Path(tempfile.mkdtemp(dir=root, prefix=f"{folder.name}-"))
+        unfinished = Path(tempfile.mkdtemp(dir=root, prefix=f"{folder.name}-"))
         try:
-            result = build(half_built)
-            (half_built / "stage.json").write_text(json.dumps({"key": key, "result": result}, indent=2) + "\n")
-            half_built.rename(folder)
+            result = build(unfinished)
+            (unfinished / "stage.json").write_text(json.dumps({"key": key, "result": result}, indent=2) + "\n")
+            unfinished.rename(folder)
         finally:
-            shutil.rmtree(half_built, ignore_errors=True)
-        say(f"{stage} model kept in {folder}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+        say(f"{stage} model saved in the cache: {folder}")
     return folder
 
 
-def digest_of_data(*parts: list[Example]) -> str:
-    """A digest of every prompt, as text and as messages, and reply."""
+def hash_examples(*splits: list[Example]) -> str:
+    """Return a digest of every example's prompt, as text and as messages, and replies."""
     digest = hashlib.sha256()
-    for part in parts:
-        for example in part:
+    for split in splits:
+        for example in split:
             digest.update(json.dumps([example.prompt, example.chosen, example.rejected, example.messages]).encode())
         digest.update(b"\0")
     return digest.hexdigest()
 
 
-def identity(model: str) -> list[Any]:
-    """What tells one version of a model from another: a hub id, or a folder's files with their sizes and times."""
+def identify_model(model: str) -> list[Any]:
+    """Return what distinguishes versions of a model: its hub id, or its folder and each file's name, size and mtime."""
     folder = Path(model).expanduser()
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     return [model, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
 
-def digest_of_code() -> str:
-    """A digest of the modules that shape a stage's model."""
+def hash_code() -> str:
+    """Return a digest of the modules that determine a stage's model; this one, the cache, does not."""
     digest = hashlib.sha256()
     for package in (models, stages):
-        for file in sorted(Path(package.__file__).parent.glob("*.py")):
+        for file in sorted(Path(str(package.__file__)).parent.glob("*.py")):
             if file.name != Path(__file__).name:
                 digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
+def _unwrap_enums(values: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(value, "value", value) for name, value in values.items()}

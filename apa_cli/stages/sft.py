@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy on the tokens of the chosen replies, each ended by EOS."""
+"""Supervised fine-tuning (SFT): cross-entropy on the tokens of the chosen replies, each ended by EOS."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.errors import UserError
-from apa_cli.models.forward import checkpoint_activations, compute_precision, recomputing
-from apa_cli.models.loading import build_policy, load_policy, load_tokenizer, save_model, train_tokenizer, train_top
-from apa_cli.models.lora import POLICY, add_adapter
+from apa_cli.models.forward import autocast_to, checkpoint_activations, enable_activation_checkpointing
+from apa_cli.models.loading import build_policy, load_policy, load_tokenizer, save_model, train_tokenizer
+from apa_cli.models.lora import POLICY_ADAPTER, add_adapter
 from apa_cli.models.prompting import PromptFormat
-from apa_cli.randomness import Stream, torch_seed
-from apa_cli.rollout.engine import left_padded
+from apa_cli.models.structure import freeze_all_but_top, move_to_device
+from apa_cli.randomness import Stream, derive_torch_seed
+from apa_cli.rollout.engine import pad_left
 from apa_cli.settings import Config, ModelSettings
-from apa_cli.stages.fitting import Workplace, fit
+from apa_cli.stages.fitting import StageContext, fit
 from apa_cli.tensor_ops import masked_mean, masked_sum, token_logprobs
 from apa_cli.types import Example
 
+TokenRow = tuple[list[int], list[bool]]
+"""Token ids of a prompt and its reply, and a flag for each token: True if it is the reply's."""
 
-def reply_logprobs(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], pad: int) -> tuple[Tensor, Tensor]:
-    """log p [B, R] of the last R tokens of each row, R the longest reply's, and the mask of those that are a reply's.
 
-    Rows are padded on the left, so that replies end together and the output head sees little else.
+def compute_reply_logprobs(model: PreTrainedModel, rows: list[TokenRow], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return log p [B, R] of the last R tokens of each row, and their mask [B, R], true on the reply's tokens.
+
+    R is the length of the longest reply. Rows are padded on the left, so that all replies end in the last column and
+    the output head computes only R + 1 positions.
     """
-    ids, attention = left_padded([ids for ids, _ in rows], pad, model.device)
-    targets, _ = left_padded([[int(flag) for flag in flags] for _, flags in rows], 0, model.device)
-    longest = int(targets.sum(1).max())
+    ids, attention = pad_left([ids for ids, _ in rows], pad_id, model.device)
+    flags, _ = pad_left([[int(flag) for flag in flags] for _, flags in rows], 0, model.device)
+    longest = int(flags.sum(1).max())
     output = model(
         input_ids=ids,
         attention_mask=attention,
@@ -36,69 +41,78 @@ def reply_logprobs(model: PreTrainedModel, rows: list[tuple[list[int], list[bool
         use_cache=False,
         logits_to_keep=longest + 1,
     )
-    return token_logprobs(output.logits[:, :-1], ids[:, -longest:]), targets[:, -longest:].bool()
+    return token_logprobs(output.logits[:, :-1], ids[:, -longest:]), flags[:, -longest:].bool()
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, rows: list[tuple[list[int], list[bool]]], pad: int, batch: int) -> float:
-    """exp of the mean negative log-prob of the replies' tokens."""
+def compute_perplexity(model: PreTrainedModel, rows: list[TokenRow], pad_id: int, batch_size: int) -> float:
+    """Return exp(−mean log p) over the replies' tokens."""
     total, count = 0.0, 0
-    for start in range(0, len(rows), batch):
-        logprobs, mask = reply_logprobs(model, rows[start : start + batch], pad)
+    for start in range(0, len(rows), batch_size):
+        logprobs, mask = compute_reply_logprobs(model, rows[start : start + batch_size], pad_id)
         total, count = total + float(masked_sum(logprobs, mask)), count + int(mask.sum())
     return math.exp(-total / max(count, 1))
 
 
-def run_sft(
-    config: Config, train: list[Example], held_out: list[Example], seed: int, place: Workplace
+def train_sft_model(
+    config: Config, train: list[Example], held_out: list[Example], seed: int, context: StageContext
 ) -> dict[str, float]:
-    """Fine-tunes `model.path`, or a new model of `model.architecture`, and writes it to `place.folder`.
+    """Fine-tune `model.path`, or a new model of `model.architecture`, and save it in `context.model_folder`.
 
-    Returns perplexity on the held-out replies before and after.
+    Return the perplexity on the held-out replies before and after, the number of replies, and the step of the saved
+    weights. Raise UserError if the data set has no chosen replies.
     """
     settings = config.sft
     train = [example for example in train if example.chosen is not None]
     held_out = [example for example in held_out if example.chosen is not None][: settings.held_out]
     if not train or not held_out:
         raise UserError("sft: the data set has no chosen replies to learn from; give model.path an SFT model instead")
-    model, tokenizer = starting_model(config.model, train, seed, frozen_base=config.lora.rank > 0)
-    trainable(model, config, torch_seed(seed, Stream.initialization, 1))
-    model.to(place.device)
-    form, pad = PromptFormat(tokenizer, config.dataset.prompt_form), tokenizer.pad_token_id
-    rows, test_rows = ([form.target(example, settings.max_tokens) for example in part] for part in (train, held_out))
+    model, tokenizer = load_or_build_model(config.model, train, seed, frozen_base=config.lora.rank > 0)
+    configure_trainable_weights(model, config, derive_torch_seed(seed, Stream.initialization, 1))
+    move_to_device(model, context.device)
+    prompt_format, pad_id = PromptFormat(tokenizer, config.dataset.prompt_style), tokenizer.pad_token_id
+    rows, held_out_rows = (
+        [prompt_format.encode_target(example, settings.max_tokens) for example in examples]
+        for examples in (train, held_out)
+    )
 
-    def loss(indices: list[int]) -> Tensor:
-        with compute_precision(place.device, config.model.dtype), recomputing(model):
-            logprobs, mask = reply_logprobs(model, [rows[i] for i in indices], pad)
+    def compute_loss(indices: list[int]) -> Tensor:
+        with autocast_to(context.device, config.model.dtype), checkpoint_activations(model):
+            logprobs, mask = compute_reply_logprobs(model, [rows[i] for i in indices], pad_id)
         return -masked_mean(logprobs, mask)
 
     def measure() -> dict[str, float]:
-        with compute_precision(place.device, config.model.dtype):
-            value = perplexity(model, test_rows, pad, settings.batch_size)
-        return {"eval/loss": math.log(value), "eval/perplexity": value}
+        with autocast_to(context.device, config.model.dtype):
+            perplexity = compute_perplexity(model, held_out_rows, pad_id, settings.batch_size)
+        return {"eval/loss": math.log(perplexity), "eval/perplexity": perplexity}
 
     before = measure()["eval/perplexity"]
-    best = fit(model, loss, measure, [len(ids) for ids, _ in rows], settings, seed, place)
+    best = fit(model, compute_loss, measure, [len(ids) for ids, _ in rows], settings, seed, context)
     after = best["eval/perplexity"]
-    place.say(f"SFT on {len(rows)} replies: perplexity on {len(test_rows)} held-out replies {before:.2f} → {after:.2f}")
-    save_model(model, tokenizer, place.folder)
+    context.say(
+        f"SFT on {len(rows)} replies: perplexity on {len(held_out_rows)} held-out replies {before:.2f} → {after:.2f}"
+    )
+    save_model(model, tokenizer, context.model_folder)
     return {"perplexity_before": before, "perplexity_after": after, "replies": len(rows), "step": best["iteration"]}
 
 
-def trainable(model: PreTrainedModel, config: Config, seed: int) -> None:
-    """Sets which weights of a stage's model are trained, as `lora` and `model` say."""
+def configure_trainable_weights(model: PreTrainedModel, config: Config, seed: int) -> None:
+    """Add the LoRA adapter or freeze layers, and enable activation checkpointing, as `lora` and `model` say."""
     if config.lora.rank:
-        add_adapter(model, config.lora, POLICY, seed)
+        add_adapter(model, config.lora, POLICY_ADAPTER, seed)
     elif config.model.trainable_layers is not None:
-        train_top(model, config.model.trainable_layers)
+        freeze_all_but_top(model, config.model.trainable_layers)
     if config.model.gradient_checkpointing:
-        checkpoint_activations(model)
+        enable_activation_checkpointing(model)
 
 
-def starting_model(
+def load_or_build_model(
     settings: ModelSettings, train: list[Example], seed: int, frozen_base: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model to fine-tune: loaded from `model.path`, or new, with a tokenizer trained on the data."""
+    """Load the model in `model.path`, or build a new one with the given tokenizer or one trained on `train`.
+
+    With `frozen_base` (for LoRA) a loaded model is in the compute dtype.
+    """
     if settings.path is not None:
         return load_policy(settings, settings.path, frozen_base), load_tokenizer(settings, settings.path)
     if settings.tokenizer is not None:
@@ -108,4 +122,4 @@ def starting_model(
         tokenizer = train_tokenizer(texts, settings.tokenizer_vocabulary)
     else:
         raise UserError("model.tokenizer_vocabulary: a size is needed to train a tokenizer")
-    return build_policy(settings, tokenizer, torch_seed(seed, Stream.initialization)), tokenizer
+    return build_policy(settings, tokenizer, derive_torch_seed(seed, Stream.initialization)), tokenizer

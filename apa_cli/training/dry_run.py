@@ -1,4 +1,7 @@
-"""What a run will do, before it does it: batch arithmetic, models with their memory, number of passes."""
+"""Start-up lines of a run: batch arithmetic, learning rates, meaning of λ, models with their memory, forward passes.
+
+apa-train prints them before it begins; with dry_run=true it stops there.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from apa_cli.models.loading import TORCH_DTYPES, load_config, parameter_count, train_top
-from apa_cli.models.lora import POLICY, add_adapter
-from apa_cli.rewards.base import Part
+from apa_cli.models.loading import TORCH_DTYPES, load_model_config
+from apa_cli.models.lora import POLICY_ADAPTER, add_adapter
+from apa_cli.models.structure import count_parameters, freeze_all_but_top
+from apa_cli.rewards.base import NamedReward
 from apa_cli.settings import Config, CriticKind, Quantization
 
 TRAINED_BYTES = 16
@@ -19,134 +23,53 @@ FROZEN_BYTES = {Quantization.int8: 1, Quantization.int4: 0.5}
 """Bytes per parameter of a quantized base."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """Parameters of a model on the meta device: all, those of its trunk, and those that are trained."""
-
-    whole: int
-    trunk: int
-    trained: int
-    trained_trunk: int
-    """Trained parameters of a copy of the trunk as a critic has it: all of them, or an adapter's."""
-
-
-def sizes(config: Config, architecture: PretrainedConfig) -> Size:
-    """Counted without allocating anything."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
-        whole, trunk = parameter_count(model), parameter_count(model.base_model)
-        if config.lora.rank:
-            add_adapter(model, config.lora, POLICY, 0)
-        elif config.model.trainable_layers is not None:
-            train_top(model, config.model.trainable_layers)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Size(whole, trunk, trained, trained if config.lora.rank else trunk)
-
-
-def run_plan(config: Config, processes: int = 1) -> list[str]:
-    """The plan as lines of text."""
-    run, needs = config.run, config.algo.needs()
-    steps = run.update_epochs * run.rollout_batch_size // run.minibatch_size
-    own = run.minibatch_size // processes
-    microbatch = min(run.microbatch_size, own)
-    shares = f"{processes} processes × " if processes > 1 else ""
-    prompts = run.rollout_batch_size // run.samples_per_prompt
-    lines = [
-        f"batches: {run.iterations} iterations × {run.rollout_batch_size} responses "
-        f"({prompts} prompts × {run.samples_per_prompt}) "
-        f"= {run.iterations * run.rollout_batch_size} responses",
-        f"updates: {run.update_epochs} epochs × {run.rollout_batch_size // run.minibatch_size} minibatches of {run.minibatch_size} = "
-        f"{steps} optimiser "
-        f"steps per iteration, {steps * run.iterations} in all, each of {shares}{-(-own // microbatch)} × {microbatch} "
-        "responses",
+def describe_run(config: Config, world_size: int = 1) -> list[str]:
+    """Return the lines that describe what the run will do in `world_size` processes."""
+    return [
+        *describe_batches(config, world_size),
+        describe_learning_rates(config),
+        *describe_lambda(config),
         f"responses: up to {config.sampling.max_new_tokens} tokens after prompts of up to "
         f"{config.sampling.max_prompt_tokens}",
-        *model_lines(config, needs.critics),
-        passes(config, steps),
+        *describe_models(config),
+        describe_passes(config),
     ]
-    return lines
 
 
-def model_bytes(config: Config, size: Size) -> dict[str, float]:
-    """Bytes of each model that the run loads, the reward excepted: weights, gradients and AdamW's moments of what is
-    trained, weights of what is not. Activations are not counted. What shares another's weights is there with the rest.
-    """
-    itemsize = TORCH_DTYPES[config.model.dtype].itemsize
-    base_bytes = FROZEN_BYTES.get(config.model.quantization, itemsize) if config.lora.rank else 4
-
-    def memory(whole: int, trained: int) -> float:
-        return trained * TRAINED_BYTES + (whole - trained) * base_bytes
-
-    adapter = size.trained if config.lora.rank else 0
-    found = {"policy": memory(size.whole + adapter, size.trained)}
-    for name in config.algo.needs().critics:
-        if config.critic.kind is CriticKind.separate:
-            found[f"critic {name}"] = memory(critic_parameters(config, size), size.trained_trunk)
-        elif config.critic.kind is CriticKind.adapter:
-            found[f"critic {name}"] = size.trained * TRAINED_BYTES
-    if not config.lora.rank:
-        found["reference"] = size.whole * itemsize
-    if config.reference.refresh_every:
-        found["moving reference"] = size.whole * itemsize
-    return found
+def describe_batches(config: Config, world_size: int) -> list[str]:
+    """Return the arithmetic of iterations, responses, minibatches and microbatches."""
+    run = config.run
+    minibatches = run.rollout_batch_size // run.minibatch_size
+    steps = run.update_epochs * minibatches
+    share = run.minibatch_size // world_size
+    microbatch = min(run.microbatch_size, share)
+    processes = f"{world_size} processes × " if world_size > 1 else ""
+    return [
+        f"batches: {run.iterations} iterations × {run.rollout_batch_size} responses "
+        f"({run.rollout_batch_size // run.samples_per_prompt} prompts × {run.samples_per_prompt}) "
+        f"= {run.iterations * run.rollout_batch_size} responses",
+        f"updates: {run.update_epochs} epochs × {minibatches} minibatches of {run.minibatch_size} = {steps} optimiser "
+        f"steps per iteration, {steps * run.iterations} in all, each of {processes}{-(-share // microbatch)} × "
+        f"{microbatch} responses",
+    ]
 
 
-def critic_parameters(config: Config, size: Size) -> int:
-    """Parameters of a critic with a network of its own, its head not counted."""
-    return size.trunk + (size.trained_trunk if config.lora.rank else 0)
+def describe_learning_rates(config: Config) -> str:
+    """Return the learning rates with their schedule, the critic's if there is a critic."""
+    settings = config.optimizer
+    critic = f", critic {settings.critic_lr:g}" if config.algo.needs().critics else ""
+    schedule = f"{settings.lr_scheduler.value}, warm-up {settings.warmup_ratio * 100:g} % of the steps"
+    return f"learning rates: policy {settings.lr:g}{critic} ({schedule})"
 
 
-def model_lines(config: Config, critics: tuple[str, ...]) -> list[str]:
-    """One line per model that the run loads: parameters and bytes while training, activations not counted."""
-    architecture = load_config(config.model, config.model.path)
-    size = sizes(config, architecture)
-    memory = {name: bytes_words(value) for name, value in model_bytes(config, size).items()}
-    source = config.model.path or "built by the SFT stage"
-
-    def words(name: str, whole: int, trained: int) -> str:
-        return f"{_count(whole)} parameters, {_count(trained)} of them trained, {memory[name]} with optimizer"
-
-    lines = [f"policy: {architecture.model_type}, {words('policy', size.whole, size.trained)} ({source})"]
-    for name in critics:
-        critic = f"critic {name}"
-        if config.critic.kind is CriticKind.separate:
-            whole = critic_parameters(config, size)
-            lines.append(f"{critic}: {words(critic, whole, size.trained_trunk)} (a network of its own)")
-        elif config.critic.kind is CriticKind.adapter:
-            parameters = _count(size.trained)
-            lines.append(f"{critic}: an adapter on the policy's base, {parameters} parameters, {memory[critic]}")
-        else:
-            lines.append(f"{critic}: a head on the policy's trunk")
-    whole = size.whole
-    if config.lora.rank:
-        lines.append("reference: the policy's base, its adapter switched off")
-    else:
-        lines.append(
-            f"reference: {_count(whole)} parameters, {memory['reference']} (frozen, {config.model.dtype.value})"
-        )
-    if config.reference.refresh_every:
-        lines.append(
-            f"moving reference: {_count(whole)} parameters, {memory['moving reference']} (refreshed every "
-            f"{config.reference.refresh_every} iterations)"
-        )
-    lines.append(f"reward: {reward_words(config.reward)}")
-    lines += [f"reward in evaluation, {part.name}: {reward_words(part.reward)}" for part in config.evaluation.rewards]
-    return lines
+def describe_lambda(config: Config) -> list[str]:
+    """Return a line with λ and its meaning in this algorithm; none if the algorithm has no λ."""
+    meaning = config.algo.lambda_meaning
+    return [] if meaning is None else [f"lambda {config.raw['lambda']:g}: {meaning}"]
 
 
-def reward_words(reward: Any) -> str:
-    """A reward in a few words."""
-    parts = [part for part in getattr(reward, "parts", ()) if isinstance(part, Part)]
-    if parts:
-        return " + ".join(f"{part.weight:g} × ({part.name}: {reward_words(part.reward)})" for part in parts)
-    if reward.lacks_model:
-        return "a model built by the reward stage"
-    places = [getattr(reward, "path", None), getattr(reward, "target", None), *getattr(reward, "paths", ())]
-    return f"{type(reward).__name__} {', '.join(filter(None, places))}".strip()
-
-
-def passes(config: Config, steps: int) -> str:
-    """Sequences that go through each model in one iteration."""
+def describe_passes(config: Config) -> str:
+    """Return how many sequences go through each model in one iteration."""
     n, needs, epochs = config.run.rollout_batch_size, config.algo.needs(), config.run.update_epochs
     before = [f"reference {n}", *(f"critic {n}" for _ in needs.critics)]
     if needs.old_logprobs:
@@ -157,9 +80,121 @@ def passes(config: Config, steps: int) -> str:
     )
 
 
-def _count(parameters: int) -> str:
+# --- models -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts of the policy, from which those of its critics and its reference follow."""
+
+    whole: int
+    """All parameters, a LoRA adapter excepted."""
+    trunk: int
+    """The same without the output head."""
+    trained: int
+    trained_trunk: int
+    """Trained parameters of a critic that is a copy of the trunk: all, or an adapter's."""
+
+
+def measure_model_size(config: Config, architecture: PretrainedConfig) -> ModelSize:
+    """Return the parameter counts, from a model on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture)
+        whole, trunk = count_parameters(model), count_parameters(model.base_model)
+        if config.lora.rank:
+            add_adapter(model, config.lora, POLICY_ADAPTER, 0)
+        elif config.model.trainable_layers is not None:
+            freeze_all_but_top(model, config.model.trainable_layers)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return ModelSize(whole, trunk, trained, trained if config.lora.rank else trunk)
+
+
+def count_critic_parameters(config: Config, size: ModelSize) -> int:
+    """Return the parameters of a critic with a network of its own, without its head."""
+    return size.trunk + (size.trained_trunk if config.lora.rank else 0)
+
+
+def estimate_model_bytes(config: Config, size: ModelSize) -> dict[str, float]:
+    """Return the bytes of each model that the run loads, except the reward; a model that shares weights counts where
+    they are.
+
+    Trained weights count with gradient and AdamW's moments. Activations are not counted.
+    """
+    itemsize = TORCH_DTYPES[config.model.dtype].itemsize
+    base_bytes = FROZEN_BYTES.get(config.model.quantization, itemsize) if config.lora.rank else 4
+
+    def add_up(whole: int, trained: int) -> float:
+        return trained * TRAINED_BYTES + (whole - trained) * base_bytes
+
+    adapter = size.trained if config.lora.rank else 0
+    sizes = {"policy": add_up(size.whole + adapter, size.trained)}
+    for name in config.algo.needs().critics:
+        if config.critic.kind is CriticKind.separate:
+            sizes[f"critic {name}"] = add_up(count_critic_parameters(config, size), size.trained_trunk)
+        elif config.critic.kind is CriticKind.adapter:
+            sizes[f"critic {name}"] = size.trained * TRAINED_BYTES
+    if not config.lora.rank:
+        sizes["reference"] = size.whole * itemsize
+    if config.reference.refresh_every:
+        sizes["moving reference"] = size.whole * itemsize
+    return sizes
+
+
+def describe_models(config: Config) -> list[str]:
+    """Return a line per model that the run loads: parameters, and bytes while training without activations."""
+    architecture = load_model_config(config.model, config.model.path)
+    size = measure_model_size(config, architecture)
+    memory = {name: format_bytes(value) for name, value in estimate_model_bytes(config, size).items()}
+    source = config.model.path or "built by the SFT stage"
+    policy = describe_trained(size.whole, size.trained, memory["policy"])
+    lines = [f"policy: {architecture.model_type}, {policy} ({source})"]
+    lines += [describe_critic(config, f"critic {name}", size, memory) for name in config.algo.needs().critics]
+    whole = format_count(size.whole)
+    if config.lora.rank:
+        lines.append("reference: the policy's base without its adapter")
+    else:
+        lines.append(f"reference: {whole} parameters, {memory['reference']} (frozen, {config.model.dtype.value})")
+    if config.reference.refresh_every:
+        lines.append(
+            f"moving reference: {whole} parameters, {memory['moving reference']} (refreshed every "
+            f"{config.reference.refresh_every} iterations)"
+        )
+    lines.append(f"reward: {describe_reward(config.reward)}")
+    rewards = config.evaluation.rewards
+    return lines + [f"reward in evaluation, {part.name}: {describe_reward(part.reward)}" for part in rewards]
+
+
+def describe_trained(whole: int, trained: int, memory: str) -> str:
+    """Return the parameters and the memory of a model that is trained at least in part."""
+    return f"{format_count(whole)} parameters, {format_count(trained)} of them trained, {memory} with optimizer"
+
+
+def describe_critic(config: Config, name: str, size: ModelSize, memory: dict[str, str]) -> str:
+    """Return a critic's line, by its kind."""
+    if config.critic.kind is CriticKind.separate:
+        critic = describe_trained(count_critic_parameters(config, size), size.trained_trunk, memory[name])
+        return f"{name}: {critic} (a network of its own)"
+    if config.critic.kind is CriticKind.adapter:
+        return f"{name}: an adapter on the policy's base, {format_count(size.trained)} parameters, {memory[name]}"
+    return f"{name}: a head on the policy's trunk"
+
+
+def describe_reward(reward: Any) -> str:
+    """Return a reward in a few words."""
+    parts = [part for part in getattr(reward, "parts", ()) if isinstance(part, NamedReward)]
+    if parts:
+        return " + ".join(f"{part.weight:g} × ({part.name}: {describe_reward(part.reward)})" for part in parts)
+    if reward.needs_trained_model:
+        return "a model built by the reward stage"
+    sources = [getattr(reward, "path", None), getattr(reward, "target", None), *getattr(reward, "paths", ())]
+    return f"{type(reward).__name__} {', '.join(filter(None, sources))}".strip()
+
+
+def format_count(parameters: int) -> str:
+    """Return a number of parameters in millions or billions."""
     return f"{parameters / 1e6:.1f} M" if parameters < 1e9 else f"{parameters / 1e9:.2f} G"
 
 
-def bytes_words(size: float) -> str:
+def format_bytes(size: float) -> str:
+    """Return a number of bytes in MiB or GiB."""
     return f"{size / 2**20:.0f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"

@@ -1,36 +1,74 @@
-"""Numbers that are not finite: where they are, and the responses that they came with, kept to be looked at."""
+"""Dumps of the responses that came with numbers that are not finite, in a run's faults/."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from apa_cli.distributed.world import World
+from apa_cli.errors import UserError
 from apa_cli.types import Batch, Rollout
 
-MOST_KEPT = 20
-"""Batches that a run keeps; of those after them it only says what was wrong."""
+MAX_DUMPS = 20
+"""Dumps that a run writes; later faults are only reported."""
+MODEL_OUTPUTS = ("sampler_logprobs", "init_logprobs", "ref_logprobs", "old_logprobs", "values")
+"""Fields of a rollout that models compute."""
+ALGORITHM_OUTPUTS = ("advantages", "returns", "log_normalizer")
+"""Fields of a batch that an algorithm computes from scores."""
 
 
-def not_finite(part: Rollout | Batch, names: tuple[str, ...]) -> tuple[str, Tensor] | None:
-    """The first of these tensors [N, T] with a true token that is not finite, in words, and the rows [B] with one."""
-    for name, tensor in tensors(part):
+@dataclass(frozen=True)
+class FaultDump:
+    """Checks for numbers that are not finite, and the dumps of the responses that came with them."""
+
+    folder: Path
+    world: World
+
+    def check_rollout(self, iteration: int, rollout: Rollout) -> None:
+        """Raise UserError, after a dump, for log-probs or values that are not finite: a model is broken."""
+        self._check(iteration, find_nonfinite(rollout, MODEL_OUTPUTS), rollout, None)
+
+    def check_batch(self, iteration: int, rollout: Rollout, batch: Batch) -> None:
+        """Raise UserError, after a dump, for advantages or returns that are not finite: a score was too large."""
+        self._check(iteration, find_nonfinite(batch, ALGORITHM_OUTPUTS), rollout, batch)
+
+    def _check(self, iteration: int, fault: tuple[str, Tensor] | None, rollout: Rollout, batch: Batch | None) -> None:
+        if fault is not None:
+            message, rows = f"iteration {iteration}: {fault[0]}", fault[1]
+            dump = self.write(f"iteration_{iteration:06d}", message, rollout, batch, rows)
+            raise UserError(f"{message}; nothing was changed by this iteration{dump}")
+
+    def write(self, name: str, message: str, rollout: Rollout, batch: Batch | None, rows: Tensor) -> str:
+        """Dump the responses of a fault on the main rank; return the end of an error message that names the file."""
+        file = None
+        if self.world.is_main:
+            file = write_dump(self.folder, name, message, rollout, batch, rows)
+        self.world.barrier()  # other ranks that end now would end the main one while it writes
+        return "" if file is None else f"; the responses are in {file}"
+
+
+def find_nonfinite(part: Rollout | Batch, names: tuple[str, ...]) -> tuple[str, Tensor] | None:
+    """Return a description of the first number in these [N, T] fields that is not finite, and the rows [B] of its
+    tensor that have one; None if all are finite. Positions outside the mask are not looked at.
+    """
+    for name, tensor in iterate_tensors(part):
         if name.partition(".")[0] in names:
             wrong = ~tensor.isfinite() & part.mask
             if bool(wrong.any()):
                 row, token = wrong.nonzero()[0].tolist()
-                what = f"{name} is {float(tensor[row, token])} at token {token} of response {row}"
-                return what, wrong.any(-1).nonzero().squeeze(-1)
+                message = f"{name} is {float(tensor[row, token])} at token {token} of response {row}"
+                return message, wrong.any(-1).nonzero().squeeze(-1)
     return None
 
 
-def tensors(part: Rollout | Batch) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by its name, those by name within one as `values.value`."""
+def iterate_tensors(part: Rollout | Batch) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor with its field's name; an entry of a mapping is named as in `values.value`."""
     for field in fields(part):
         value = getattr(part, field.name)
         if isinstance(value, Tensor):
@@ -39,27 +77,29 @@ def tensors(part: Rollout | Batch) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{field.name}.{key}", entry) for key, entry in value.items() if isinstance(entry, Tensor))
 
 
-def keep(folder: Path, name: str, what: str, rollout: Rollout, batch: Batch | None, rows: Tensor) -> Path | None:
-    """Writes these rows of a rollout batch to `folder`: NAME.json in words, NAME.safetensors with every tensor.
+def write_dump(
+    folder: Path, name: str, message: str, rollout: Rollout, batch: Batch | None, rows: Tensor
+) -> Path | None:
+    """Write rows of a rollout batch to `folder`: NAME.json for people, NAME.safetensors with every tensor.
 
-    Returns the former's path; None where there are `MOST_KEPT` already.
+    Returns the path of the former, or None if there are `MAX_DUMPS` already.
     """
     folder.mkdir(exist_ok=True)
-    if len(list(folder.glob("*.json"))) >= MOST_KEPT:
+    if len(list(folder.glob("*.json"))) >= MAX_DUMPS:
         return None
-    kept: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for prefix, part in (("rollout", rollout), ("batch", batch)):
         if part is not None:
-            kept |= {f"{prefix}.{key}": tensor[rows].cpu().contiguous() for key, tensor in tensors(part)}
-    save_file(kept, folder / f"{name}.safetensors")
-    responses = [described(rollout, row) for row in rows.tolist()]
+            tensors |= {f"{prefix}.{key}": tensor[rows].cpu().contiguous() for key, tensor in iterate_tensors(part)}
+    save_file(tensors, folder / f"{name}.safetensors")
+    responses = [describe_response(rollout, row) for row in rows.tolist()]
     file = folder / f"{name}.json"
-    file.write_text(json.dumps({"what": what, "responses": responses}, indent=2, ensure_ascii=False) + "\n")
+    file.write_text(json.dumps({"what": message, "responses": responses}, indent=2, ensure_ascii=False) + "\n")
     return file
 
 
-def described(rollout: Rollout, row: int) -> dict[str, Any]:
-    """One response in words, with its row in the rollout batch."""
+def describe_response(rollout: Rollout, row: int) -> dict[str, Any]:
+    """Return a response's text, score and ending, with its row in the rollout batch."""
     score = None if rollout.scores is None else float(rollout.scores[row])
     return {
         "row": row,

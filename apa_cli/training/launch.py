@@ -1,4 +1,4 @@
-"""Starting, continuing and ending one run of a command in its directory."""
+"""Start, continuation and end of a run of apa-train, apa-sft or apa-reward in its directory."""
 
 from __future__ import annotations
 
@@ -7,255 +7,327 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from apa_cli.distributed.spawn import given, keep_log, started, take_part, wanted
-from apa_cli.distributed.world import ALONE, World
+from apa_cli.distributed.spawn import (
+    count_processes,
+    detect_launcher,
+    redirect_output,
+    run_under_launcher,
+    spawn_processes,
+)
+from apa_cli.distributed.world import SINGLE_PROCESS, World
 from apa_cli.errors import ConfigError
 from apa_cli.hardware import cpu_matmul as matmul
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory, replace_text
-from apa_cli.runs.resume import AUTO, FORK, RESUME, differences, resume_words
-from apa_cli.runs.stopping import Stopped, Stopping
+from apa_cli.runs.files import read_config
+from apa_cli.runs.resume import AUTO, FORK, RESUME, build_resume_overrides, find_differences
+from apa_cli.runs.stopping import GracefulStop, RunStopped
 from apa_cli.settings import Config
-from apa_cli.stages.cache import sft_model
-from apa_cli.stages.fitting import Workplace
-from apa_cli.stages.reward_model import run_reward
-from apa_cli.stages.sft import run_sft
-from apa_cli.training.build import build_trainer, launch, load_examples, stage_progress
-from apa_cli.training.dry_run import run_plan
+from apa_cli.stages.cache import find_or_train_sft_model
+from apa_cli.stages.fitting import StageContext
+from apa_cli.stages.reward_model import train_reward_model
+from apa_cli.stages.sft import train_sft_model
+from apa_cli.training.build import build_trainer, load_examples, make_stage_reporter, set_up_device
+from apa_cli.training.dry_run import describe_run
 from apa_cli.training.trainer import Trainer
 
-SWEEP_AGAIN = f"the same words and {RESUME}={AUTO}"
+SWEEP_RESUME = f"the same overrides and {RESUME}={AUTO}"
 
 
-def start(config: Config, path: Path, sweep: str | None) -> None:
-    """apa-train: runs one job in `path`, or continues the run that `config.run.resume` names in its own directory.
+# --- apa-train ----------------------------------------------------------------------------------------------
 
-    Raises `Stopped` where a signal or `stop_after` ended it before its last iteration.
+
+def start_training(config: Config, path: Path, sweep: str | None) -> None:
+    """Run one apa-train job in `path`, or continue the run that `config.run.resume` names in its own directory.
+
+    `sweep` is the name of the sweep that the job belongs to. Raises `RunStopped` if a signal or `stop_after` ends the
+    run before its last iteration.
     """
     if config.run.dry_run:
-        print("\n".join(run_plan(config)))
+        print("\n".join(describe_run(config)))
         remove_if_empty(path)
         return
-    if given():
-        take_part(config.launch, attend, config, path, sweep)
-    elif (count := wanted(config.launch)) > 1:
-        check_shares(config, count)
-        started(config.launch, count, attend, config, path, sweep)
+    if detect_launcher():
+        run_under_launcher(config.launch, run_job, config, path, sweep)
+    elif (count := count_processes(config.launch)) > 1:
+        check_minibatch_divides(config, count)
+        spawn_processes(config.launch, count, run_job, config, path, sweep)
     else:
-        attend(ALONE, config, path, sweep)
+        run_job(SINGLE_PROCESS, config, path, sweep)
 
 
-def attend(world: World, config: Config, path: Path, sweep: str | None) -> None:
-    """A run as one of its processes lives it: it may be stopped, and then says how it goes on."""
-    check_shares(config, world.size)
-    with Stopping(config.run.stop_after) as stopping:
-        if stopping.out_of_time:
+def run_job(world: World, config: Config, path: Path, sweep: str | None) -> None:
+    """Run one job on this rank; if it is stopped, the error names the command that continues it."""
+    check_minibatch_divides(config, world.size)
+    with GracefulStop(config.run.stop_after) as stopping:
+        if stopping.is_out_of_time:
             remove_if_empty(path)
-            raise Stopped(f"stop_after={config.run.stop_after}: no time is left to begin", stopping.status())
+            raise RunStopped(f"stop_after={config.run.stop_after}: no time is left to begin", stopping.exit_status)
         try:
-            run(world, config, path, sweep, stopping)
-        except Stopped as stopped:
-            where = directory_of(config, path, sweep)
-            how = SWEEP_AGAIN if sweep else resume_command("apa-train", config, where)
-            raise Stopped(f"{stopped}; go on with: {how}", stopped.status) from None
+            train_in_directory(world, config, path, sweep, stopping)
+        except RunStopped as stopped:
+            run_path = resolve_directory(config, path, sweep)
+            command = SWEEP_RESUME if sweep else format_resume_command("apa-train", config, run_path)
+            raise RunStopped(f"{stopped}; continue with: {command}", stopped.status) from None
         except KeyboardInterrupt as error:
             if sweep:
-                error.args = (f"{error}; go on with: {SWEEP_AGAIN}",)
+                error.args = (f"{error}; continue with: {SWEEP_RESUME}",)
             raise
-        if sweep and stopping.requested:
-            raise Stopped(
-                f"stopped by {stopping.requested} between two runs of the sweep; go on with: {SWEEP_AGAIN}",
-                stopping.status(),
+        if sweep and stopping.signal_name:
+            raise RunStopped(
+                f"stopped by {stopping.signal_name} between two runs of the sweep; continue with: {SWEEP_RESUME}",
+                stopping.exit_status,
             )
 
 
-def run(world: World, config: Config, given_path: Path, sweep: str | None, stopping: Stopping) -> None:
-    """One job, from its directory to its results."""
-    with ExitStack() as held:
-        path, found, finished = world.from_main(lambda: taken(held, config, given_path, sweep))
-        if path != given_path:
-            remove_if_empty(given_path)  # named by the clock, which another process read a second later
+def train_in_directory(
+    world: World, config: Config, requested_path: Path, sweep: str | None, stopping: GracefulStop
+) -> None:
+    """Claim the run's directory, build its trainer, restore a checkpoint if there is one, and train to the end."""
+    with ExitStack() as stack:
+        claim = partial(claim_directory, stack, config, requested_path, sweep, describe_if_trained)
+        path, candidates, finished = world.broadcast_from_main(claim)
+        if path != requested_path:
+            remove_if_empty(requested_path)  # named by the clock, which another rank read a second later
         if finished:
             return
-        keep_log(world, path / "logs")
+        redirect_output(world, path / "logs")
         directory, trainer = RunDirectory(path), None
         with Console(path / "run.log" if world.is_main else None, config.run.iterations) as console:
-            try:
-                checkpoint = world.from_main(lambda: checkpoints.latest_good(found, console.say) if found else None)
-                trainer = build_trainer(config, path, sweep, checkpoint, console, world)
-                trainer.stopping = stopping
-                if checkpoint is not None:
-                    world.from_main(partial(take_over, trainer, checkpoint.parent.parent))
-                trainer.train()
-            except BaseException as error:
-                if trainer is not None:
-                    trainer.tracker.finish(failed=not isinstance(error, Stopped))
-                if world.is_main and not directory.checkpoints.exists():
-                    directory.release()
-                raise
+            with release_on_failure(directory) if world.is_main else nullcontext():
+                try:
+                    checkpoint = world.broadcast_from_main(partial(select_checkpoint, candidates, console))
+                    trainer = build_trainer(config, path, sweep, checkpoint, console, world)
+                    trainer.stopping = stopping
+                    if checkpoint is not None:
+                        world.broadcast_from_main(partial(restore_records, trainer, checkpoint.parent.parent))
+                    trainer.train()
+                except BaseException as error:
+                    if trainer is not None:
+                        trainer.tracker.finish(failed=not isinstance(error, RunStopped))
+                    raise
             trainer.tracker.finish()
-    # The next job of a sweep runs in this process: leave it nothing.
     del trainer
+    release_memory()
+
+
+def check_minibatch_divides(config: Config, world_size: int) -> None:
+    """Raise ConfigError unless every rank gets as many sequences of a minibatch."""
+    if config.run.minibatch_size % world_size:
+        raise ConfigError(
+            f"minibatch_size: {config.run.minibatch_size} is not a multiple of the {world_size} processes"
+        )
+
+
+def describe_if_trained(config: Config, directory: RunDirectory) -> str | None:
+    """Return a short description of the run in the directory if it has done all its iterations, else None."""
+    done = directory.final_iteration
+    return f"finished ({done} iterations)" if done is not None and done >= config.run.iterations else None
+
+
+def restore_records(trainer: Trainer, source_path: Path) -> None:
+    """Bring the records to the iteration that `trainer` was restored to.
+
+    The run's own records are cut back; another run's, of which this one is a fork, are copied.
+    """
+    config, directory, iteration = trainer.config, trainer.directory, trainer.progress.iteration
+    source = RunDirectory(source_path)
+    changes = [f"{key} {old!r} → {new!r}" for key, old, new in find_differences(read_config(source.path), config.raw)]
+    if source.path == directory.path:
+        truncate_run(directory, config, iteration)
+        trainer.console.say(f"continues after iteration {iteration}")
+    else:
+        directory.copy_records(source, iteration)
+        trainer.console.say(f"forked from {source.path} after iteration {iteration}")
+    if changes:
+        trainer.console.say(f"from iteration {iteration + 1} on: {', '.join(changes)}")
+
+
+# --- a run's directory --------------------------------------------------------------------------------------
+
+
+def claim_directory(
+    stack: ExitStack,
+    config: Config,
+    requested_path: Path,
+    sweep: str | None,
+    describe_if_finished: Callable[[Config, RunDirectory], str | None],
+) -> tuple[Path, list[Path], bool]:
+    """Lock the run's directory until `stack` closes, and take it for a new run or check that its run can go on.
+
+    Returns the directory, the checkpoints to continue from (oldest first, empty for a new run), and True if
+    resume=auto finds the run finished. Raises UserError if the directory is in use, ConfigError if the configuration
+    is not the run's.
+    """
+    path = resolve_directory(config, requested_path, sweep)
+    directory = RunDirectory(path)
+    stack.enter_context(directory.lock())
+    candidates = find_checkpoints(config, path)
+    if config.run.resume == AUTO and (description := describe_if_finished(config, directory)):
+        print(f"{path}: {description}, nothing is left to do", flush=True)
+        return path, candidates, True
+    if candidates:
+        directory.check_resume(config.raw)
+        return path, candidates, False
+    if config.run.resume == AUTO and not directory.result.exists():
+        directory.clear()
+    directory.claim(config.raw)
+    if config.run.fork is not None:
+        candidates = checkpoints.locate_checkpoints(config.run.fork)[1]
+    return path, candidates, False
+
+
+def resolve_directory(config: Config, path: Path, sweep: str | None) -> Path:
+    """Return `path`, or the directory of the run that resume=PATH names. Raises UserError if it has no checkpoint."""
+    resume = config.run.resume
+    if resume in (None, AUTO):
+        return path
+    if sweep is not None:
+        raise ConfigError(f"resume: a sweep is resumed as a whole; repeat its overrides with resume={AUTO}")
+    return checkpoints.locate_checkpoints(resume)[0]
+
+
+def find_checkpoints(config: Config, path: Path) -> list[Path]:
+    """Return the checkpoints in `path` that the run can continue from, oldest first; none for a new run."""
+    resume = config.run.resume
+    if resume is None:
+        return []
+    if resume == AUTO:
+        return checkpoints.list_checkpoints(path / "checkpoints")
+    return checkpoints.locate_checkpoints(resume)[1]
+
+
+def select_checkpoint(candidates: list[Path], console: Console) -> Path | None:
+    """Return the last undamaged one of the checkpoints; None if there are none to choose from."""
+    return checkpoints.select_latest_intact(candidates, console.say) if candidates else None
+
+
+def truncate_run(directory: RunDirectory, config: Config, iteration: int) -> None:
+    """Delete the checkpoints and records of a run after `iteration`, from which it continues."""
+    checkpoints.remove_later_checkpoints(directory.checkpoints, iteration)
+    directory.truncate_records(config.raw, iteration)
+
+
+@contextmanager
+def release_on_failure(directory: RunDirectory) -> Iterator[None]:
+    """Free the directory's name if the block fails before the first checkpoint."""
+    try:
+        yield
+    except BaseException:
+        if not directory.checkpoints.exists():
+            directory.release()
+        raise
+
+
+def format_resume_command(command: str, config: Config, path: Path) -> str:
+    """Return the command that continues the run in `path`."""
+    overrides = build_resume_overrides(config.raw, path)
+    folders = [value for flag, value in itertools.pairwise(sys.argv) if flag in ("--config-dir", "-cd")]
+    return shlex.join([command, *overrides, *(["--config-dir", folders[0]] if folders else [])])
+
+
+def remove_if_empty(path: Path) -> None:
+    """Remove the directory that Hydra makes for a job of a sweep beforehand, if nothing was written to it."""
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+
+
+def release_memory() -> None:
+    """Free the memory of a finished job: the next job of a sweep runs in the same process."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def check_shares(config: Config, processes: int) -> None:
-    """Each process gets as many sequences of a minibatch. ConfigError naming the numbers."""
-    if config.run.minibatch_size % processes:
-        raise ConfigError(f"minibatch_size: {config.run.minibatch_size} is not a multiple of the {processes} processes")
-
-
-def taken(held: ExitStack, config: Config, path: Path, sweep: str | None) -> tuple[Path, list[Path], bool]:
-    """The run's directory, kept for this process while `held` lasts; the checkpoints it can go on from; whether it
-    has finished."""
-    path = directory_of(config, path, sweep)
-    directory = RunDirectory(path)
-    held.enter_context(directory.held())
-    found = found_in(config, path)
-    done = directory.iterations_done()
-    if config.run.resume == AUTO and done is not None and done >= config.run.iterations:
-        print(f"{path}: finished ({done} iterations), nothing is left to do", flush=True)
-        return path, found, True
-    begin(directory, config, found)
-    if not found and config.run.fork is not None:
-        found = checkpoints.located(config.run.fork)[1]
-    return path, found, False
-
-
-def directory_of(config: Config, path: Path, sweep: str | None) -> Path:
-    """`path`, or the directory of the run that resume=PATH names. UserError where it has no checkpoint."""
-    resume = config.run.resume
-    if resume in (None, AUTO):
-        return path
-    if sweep is not None:
-        raise ConfigError(f"resume: a sweep is resumed as one, with its own words and resume={AUTO}")
-    return checkpoints.located(resume)[0]
-
-
-def found_in(config: Config, path: Path) -> list[Path]:
-    """The checkpoints in `path` that the run can go on from; none: it begins there."""
-    resume = config.run.resume
-    if resume is None:
-        return []
-    return checkpoints.all_in(path / "checkpoints") if resume == AUTO else checkpoints.located(resume)[1]
-
-
-def begin(directory: RunDirectory, config: Config, found: list[Path]) -> None:
-    """Takes a new directory, or makes sure that the run in it is the one that is to go on."""
-    if found:
-        directory.check_resume(config.raw)
-        return
-    if config.run.resume == AUTO and not directory.result.exists():
-        directory.clear()
-    directory.claim(config.raw)
-
-
-def take_over(trainer: Trainer, source_path: Path) -> None:
-    """The records up to where the state of `trainer` was saved: the run's own cut back, or another's copied."""
-    config, directory, iteration = trainer.config, trainer.directory, trainer.progress.iteration
-    source = RunDirectory(source_path)
-    changed = [f"{key} {old!r} → {new!r}" for key, old, new in differences(source.recorded(), config.raw)]
-    if source.path == directory.path:
-        checkpoints.drop_after(directory.checkpoints, iteration)
-        directory.cut_back(config.raw, iteration)
-        trainer.console.say(f"goes on after iteration {iteration}")
-    else:
-        directory.copy_records(source, iteration)
-        trainer.console.say(f"forked from {source.path} after iteration {iteration}")
-    if changed:
-        trainer.console.say(f"from iteration {iteration + 1} on: {', '.join(changed)}")
-
-
-def resume_command(command: str, config: Config, path: Path) -> str:
-    """The words with which the run in `path` goes on."""
-    words = resume_words(config.raw, path)
-    folder = [word for flag, word in itertools.pairwise(sys.argv) if flag in ("--config-dir", "-cd")]
-    return shlex.join([command, *words, *(["--config-dir", folder[0]] if folder else [])])
+# --- apa-sft, apa-reward ------------------------------------------------------------------------------------
 
 
 def start_sft(config: Config, path: Path) -> None:
-    """apa-sft: fine-tunes `model.path`, or a new model of `model.architecture`."""
+    """Fine-tune `model.path`, or a new model of `model.architecture` (apa-sft)."""
 
-    def build(place: Workplace) -> dict[str, float]:
-        return run_sft(config, *load_examples(config, place.say), config.run.seed, place)
+    def build(context: StageContext) -> dict[str, float]:
+        return train_sft_model(config, *load_examples(config, context.say), config.run.seed, context)
 
     run_stage("apa-sft", config, path, build, "SFT", "model.path")
 
 
 def start_reward(config: Config, path: Path) -> None:
-    """apa-reward: trains on the trunk of `model.path`, or of the SFT stage's model."""
+    """Train a reward model on the trunk of `model.path`, or of the SFT stage's model (apa-reward)."""
 
-    def build(place: Workplace) -> dict[str, float]:
-        data = load_examples(config, place.say)
-        start = sft_model(config, *data, place.device, place.say, place.progress)
-        return run_reward(replace(config, model=replace(config.model, path=start)), *data, config.run.seed, place)
+    def build(context: StageContext) -> dict[str, float]:
+        data = load_examples(config, context.say)
+        start = find_or_train_sft_model(config, *data, context.device, context.say, context.report_progress)
+        return train_reward_model(
+            replace(config, model=replace(config.model, path=start)), *data, config.run.seed, context
+        )
 
     run_stage("apa-reward", config, path, build, "reward model", "reward.path")
 
 
 def run_stage(
-    command: str, config: Config, path: Path, build: Callable[[Workplace], dict[str, float]], name: str, key: str
+    command: str, config: Config, path: Path, build: Callable[[StageContext], dict[str, float]], name: str, key: str
 ) -> None:
-    """Runs a stage as a command of its own: model/, result.json, and what every run's directory holds.
+    """Run a stage as a command of its own; `build` trains and saves the model and returns its figures.
 
-    metrics.jsonl has a line per evaluation, its `iteration` the optimiser step.
+    The directory gets model/, result.json, and the files of every run; metrics.jsonl has a line per evaluation, with
+    the optimiser step as its `iteration`. `name` is the stage's in messages, `key` the one that takes its model.
     """
-    for own in (FORK, "stop_after", "dry_run"):
-        if getattr(config.run, own) not in (None, False):
-            raise ConfigError(f"{own}: only apa-train takes it")
-    path = directory_of(config, path, None)
-    directory = RunDirectory(path)
-    with Stopping(None) as stopping, directory.held():
-        found = found_in(config, path)
-        if config.run.resume == AUTO and directory.result.is_file():
-            print(f"{path}: finished, nothing is left to do", flush=True)
+    for option in (FORK, "stop_after", "dry_run"):
+        if getattr(config.run, option) not in (None, False):
+            raise ConfigError(f"{option}: only apa-train takes it")
+    with GracefulStop(None) as stopping, ExitStack() as stack:
+        path, candidates, finished = claim_directory(stack, config, path, None, describe_if_fitted)
+        if finished:
             return
-        begin(directory, config, found)
+        directory = RunDirectory(path)
         try:
-            with Console(path / "run.log", 0) as console:
-                resume = checkpoints.latest_good(found, console.say) if found else None
-                if resume is not None:
-                    step = checkpoints.iteration_of(resume)
-                    checkpoints.drop_after(directory.checkpoints, step)
-                    directory.cut_back(config.raw, step)
-                device = launch(config.launch)
-                directory.write_environment(
-                    device=str(device), threads=torch.get_num_threads(), matmul=matmul.used().value
-                )
-                place = Workplace(
-                    device=device,
-                    folder=path / "model",
-                    say=console.say,
-                    progress=stage_progress(console, name),
-                    record=lambda row: directory.record(directory.metrics, [row]),
-                    checkpoints=directory.checkpoints,
-                    resume=resume,
-                    stopping=stopping,
-                )
-                result = build(place)
+            with release_on_failure(directory), Console(path / "run.log", 0) as console:
+                checkpoint = select_checkpoint(candidates, console)
+                if checkpoint is not None:
+                    truncate_run(directory, config, checkpoints.parse_iteration(checkpoint))
+                result = build(make_stage_context(config, directory, console, name, checkpoint, stopping))
                 replace_text(directory.result, json.dumps(result, indent=2) + "\n")
                 console.say(f"the model is in {path / 'model'}; use it with {key}={path / 'model'}")
-        except Stopped as stopped:
-            how = resume_command(command, config, path)
-            raise Stopped(f"{stopped}; go on with: {how}", stopped.status) from None
-        except BaseException:
-            if not directory.checkpoints.exists():
-                directory.release()
-            raise
+        except RunStopped as stopped:
+            raise RunStopped(
+                f"{stopped}; continue with: {format_resume_command(command, config, path)}", stopped.status
+            ) from None
 
 
-def remove_if_empty(path: Path) -> None:
-    """Hydra made the directory before it was known that nothing will be written to it."""
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
+def describe_if_fitted(config: Config, directory: RunDirectory) -> str | None:
+    """Return a short description of the stage in the directory if it has finished, else None."""
+    return "finished" if directory.result.is_file() else None
+
+
+def make_stage_context(
+    config: Config,
+    directory: RunDirectory,
+    console: Console,
+    name: str,
+    checkpoint: Path | None,
+    stopping: GracefulStop,
+) -> StageContext:
+    """Set up the device, write environment.json, and return what the stage's training loop needs."""
+    device = set_up_device(config.launch)
+    directory.write_environment(
+        device=str(device), threads=torch.get_num_threads(), matmul=matmul.get_active_matmul().value
+    )
+    return StageContext(
+        device=device,
+        model_folder=directory.path / "model",
+        say=console.say,
+        report_progress=make_stage_reporter(console, name),
+        record=lambda row: directory.append_rows(directory.metrics, [row]),
+        checkpoint_folder=directory.checkpoints,
+        resume_from=checkpoint,
+        stopping=stopping,
+    )

@@ -1,41 +1,63 @@
-"""How much of the machine's rate of matrix products an iteration's updates reach (MFU)."""
+"""Seconds of an iteration's phases, and the model FLOPs utilization (MFU, 2204.02311) of its updates."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 
-from apa_cli.hardware.machine import matrix_rate
-from apa_cli.hardware.roofline import Cost, Work, update_work
-from apa_cli.models.flops import training_cost
+from apa_cli.hardware.machine import measure_matrix_rate, synchronize
+from apa_cli.hardware.roofline import ModelCost, Work, estimate_update_work
+from apa_cli.models.flops import measure_training_cost
 from apa_cli.models.forward import TrainingModel
 from apa_cli.models.loading import TORCH_DTYPES
 from apa_cli.settings import Config, DType, RunSettings
 from apa_cli.types import Batch, Rollout
 
+PhaseHook = Callable[[str], AbstractContextManager[object]]
+"""Hook of an iteration: `phase(name)` is entered for the time of that phase. Phases may nest."""
+
+
+@dataclass
+class Stopwatch:
+    """Phase hook that measures the seconds of each phase, pending work of the device included."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        synchronize(self.device)
+        start_time = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self.seconds[name] = time.perf_counter() - start_time
+
 
 @dataclass(frozen=True)
 class UpdateMeter:
-    """The work of an iteration's updates, and the machine's rate to compare it with."""
+    """Work of an iteration's updates, and the machine's matrix rate to compare it with."""
 
-    cost: Cost
+    cost: ModelCost
     trained: int
     """Trained parameters, of policy and critics."""
     run: RunSettings
     itemsize: int
     """Bytes of a number at the run's precision."""
     recomputed: bool
-    """Whether activations are computed again in the backward pass; that is counted as work."""
+    """True if the backward pass recomputes activations; that counts as work."""
     matrix_rate: float
-    """FLOP/s."""
+    """FLOP/s of all processes together."""
 
     @classmethod
-    def of(cls, model: TrainingModel, config: Config, rate: float) -> UpdateMeter:
-        """For the models of a run, and a rate in FLOP/s."""
+    def from_model(cls, model: TrainingModel, config: Config, rate: float) -> UpdateMeter:
+        """Build the meter for the models of a run and a matrix rate in FLOP/s."""
         return cls(
-            cost=training_cost(model),
+            cost=measure_training_cost(model),
             trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             run=config.run,
             itemsize=TORCH_DTYPES[config.model.dtype].itemsize,
@@ -43,13 +65,13 @@ class UpdateMeter:
             matrix_rate=rate,
         )
 
-    def work(self, batch: Batch | Rollout) -> Work:
-        """All updates on this rollout batch."""
+    def count_work(self, batch: Batch | Rollout) -> Work:
+        """Return the work of all updates on this rollout batch."""
         run = self.run
-        return update_work(
+        return estimate_update_work(
             self.cost,
             self.trained,
-            *lengths(batch),
+            *count_tokens(batch),
             epochs=run.update_epochs,
             steps=run.update_epochs * run.rollout_batch_size // run.minibatch_size,
             passes=run.update_epochs * run.rollout_batch_size // run.microbatch_size,
@@ -57,21 +79,24 @@ class UpdateMeter:
             recomputed=self.recomputed,
         )
 
-    def utilization(self, batch: Batch, seconds: float) -> float:
-        """Achieved FLOP/s of the updates over the matrix rate; padding does not count as achieved."""
-        return self.work(batch).flops / seconds / self.matrix_rate
+    def compute_utilization(self, batch: Batch, seconds: float) -> float:
+        """Return the achieved FLOP/s of the updates over the matrix rate; padding does not count as achieved."""
+        return self.count_work(batch).flops / seconds / self.matrix_rate
 
 
-def run_matrix_rate(device: torch.device, precision: DType) -> float:
-    """FLOP/s at a run's precision; measured, in a fifth of a second, once per process and number of threads."""
-    return known_matrix_rate(device, TORCH_DTYPES[precision], torch.get_num_threads())
+def measure_run_matrix_rate(device: torch.device, precision: DType) -> float:
+    """Return FLOP/s of matrix products at a run's precision, measured once per process and number of threads.
+
+    A measurement takes a fifth of a second.
+    """
+    return _cached_matrix_rate(device, TORCH_DTYPES[precision], torch.get_num_threads())
 
 
 @cache
-def known_matrix_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    return matrix_rate(device, dtype)
+def _cached_matrix_rate(device: torch.device, dtype: torch.dtype, threads: int) -> float:
+    return measure_matrix_rate(device, dtype)
 
 
-def lengths(batch: Batch | Rollout) -> tuple[list[int], list[int]]:
-    """Tokens of each prompt and of each response."""
+def count_tokens(batch: Batch | Rollout) -> tuple[list[int], list[int]]:
+    """Return the number of tokens of each prompt and of each response."""
     return batch.prompt_mask.sum(-1).tolist(), batch.mask.sum(-1).tolist()

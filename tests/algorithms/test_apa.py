@@ -1,4 +1,4 @@
-"""APA: the loss on a prepared rollout, the diagnostics of log Z and the normaliser, by hand."""
+"""APA: loss, diagnostics of log Z and normalizer, computed by hand."""
 
 import math
 from functools import partial
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from apa_cli.algorithms.apa import APA, Normalizer, log_z
-from apa_cli.algorithms.base import Estimator, ScoreScaling, Whitening
+from apa_cli.algorithms.base import AdvantageEstimator, ScoreScaling, Whitening
 from apa_cli.types import PolicyOutput, Rollout
 
-close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
 
 def make(**fields) -> APA:
@@ -20,7 +20,7 @@ def make(**fields) -> APA:
         "score_scaling": ScoreScaling.none,
         "score_clip": None,
         "whitening": Whitening.none,
-        "advantage_estimator": Estimator.gae,
+        "advantage_estimator": AdvantageEstimator.gae,
         "value_coef": 1.0,
         "value_clip_range": None,
         "lambda_": 0.5,
@@ -39,7 +39,7 @@ SCORES = torch.tensor([0.5 * 0.5, 0.5 * (math.log(2) - 0.25), 0.5 * (math.log(5)
 def rollout(**changes) -> Rollout:
     """Three responses of one token in two columns."""
     mask = torch.tensor([[True, False]] * 3)
-    given = Rollout(
+    base = Rollout(
         prompt_ids=torch.zeros(3, 1, dtype=torch.int64),
         prompt_mask=torch.ones(3, 1, dtype=torch.bool),
         response_ids=torch.zeros(3, 2, dtype=torch.int64),
@@ -56,7 +56,7 @@ def rollout(**changes) -> Rollout:
         init_logprobs=torch.full((3, 2), 99.0),  # kl/* are measured against it; the loss is not
         values={"value": torch.zeros(3, 2)},
     )
-    return given.with_(**changes)
+    return base.replace(**changes)
 
 
 def output(logprobs: torch.Tensor) -> PolicyOutput:
@@ -67,7 +67,7 @@ def policy_loss(algorithm: APA, batch, logprobs: torch.Tensor) -> torch.Tensor:
     return algorithm.loss(batch, output(logprobs)).terms[0].values
 
 
-def test_needs_the_reference_and_a_critic_and_no_second_old_log_probs():
+def test_needs_are_a_reference_and_a_critic():
     needs = make().needs()
     assert needs.reference
     assert needs.critics == ("value",)
@@ -80,17 +80,16 @@ def test_loss_by_hand():
     batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
     # on-policy the residual is k1 − Â/λ = −e: squares 0, (ln 2)², (ln 5)²
     loss = policy_loss(algorithm, batch, SAMPLER)
-    close(loss[:, 0], torch.tensor([0.0, math.log(2) ** 2, math.log(5) ** 2]), atol=1e-6)
+    assert_close(loss[:, 0], torch.tensor([0.0, math.log(2) ** 2, math.log(5) ** 2]), atol=1e-6)
     # and one nat above: (1 − e)²
     loss = policy_loss(algorithm, batch, SAMPLER + 1)
-    close(loss[:, 0], torch.tensor([1.0, (1 - math.log(2)) ** 2, (1 - math.log(5)) ** 2]))
+    assert_close(loss[:, 0], torch.tensor([1.0, (1 - math.log(2)) ** 2, (1 - math.log(5)) ** 2]))
 
 
 def test_loss_and_gradient_vanish_at_log_ratio_advantage_over_lambda():
     # powers of two: exact in float32
     algorithm = make(lambda_=0.25)
-    given = rollout(scores=torch.tensor([0.5, -0.25, 0.0]))
-    batch, _ = algorithm.prepare(given, algorithm.initial_state())
+    batch, _ = algorithm.prepare(rollout(scores=torch.tensor([0.5, -0.25, 0.0])), algorithm.initial_state())
     target = (REFERENCE + torch.tensor([[2.0], [-1.0], [0.0]])).requires_grad_()
     loss = policy_loss(algorithm, batch, target)[:, 0]
     assert not loss.any()
@@ -98,12 +97,12 @@ def test_loss_and_gradient_vanish_at_log_ratio_advantage_over_lambda():
     assert not gradient.any()
 
 
-def test_the_loss_looks_at_no_old_policy():
+def test_loss_does_not_depend_on_the_old_policy():
     algorithm = make()
     one, _ = algorithm.prepare(rollout(), algorithm.initial_state())
     other, _ = algorithm.prepare(rollout(sampler_logprobs=SAMPLER - 3), algorithm.initial_state())
     logprobs = torch.tensor([[-0.5, 0.0], [-2.0, 0.0], [-1.0, 0.0]])
-    close(policy_loss(algorithm, one, logprobs), policy_loss(algorithm, other, logprobs))
+    assert_close(policy_loss(algorithm, one, logprobs), policy_loss(algorithm, other, logprobs))
 
 
 def test_log_z_by_hand():
@@ -111,13 +110,13 @@ def test_log_z_by_hand():
     # the effective sample size is 8² / (1 + 4 + 25) = 64/30
     algorithm = make()
     batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
-    found = {name: value for name, value in batch.metrics.items() if name.startswith("apa/")}
+    metrics = {name: value for name, value in batch.metrics.items() if name.startswith("apa/")}
     expected = {
         "apa/log_z": math.log(8 / 3),
         "apa/log_z_lower": math.log(10) / 3,
         "apa/log_z_ess": 64 / 30,
     }
-    assert found == pytest.approx(expected, rel=1e-6)
+    assert metrics == pytest.approx(expected, rel=1e-6)
     assert batch.log_normalizer is None
 
 
@@ -132,28 +131,28 @@ def test_log_z_counts_true_tokens_only():
     assert log_z(exponent, mask) == pytest.approx(expected, rel=1e-6)
 
 
-def test_log_z_survives_exponents_that_overflow():
+def test_log_z_of_exponents_that_overflow_is_finite():
     # 1000 and 1000 + ln 3: Z = e^1000 · (1 + 3)/2; ess = 16 / (1 + 9)
     exponent = torch.tensor([[1000.0, 1000 + math.log(3)]], dtype=torch.float64)
-    found = log_z(exponent, torch.tensor([[True, True]]))
-    assert found["apa/log_z"] == pytest.approx(1000 + math.log(2), rel=1e-9)
-    assert found["apa/log_z_ess"] == pytest.approx(1.6, rel=1e-9)
+    diagnostics = log_z(exponent, torch.tensor([[True, True]]))
+    assert diagnostics["apa/log_z"] == pytest.approx(1000 + math.log(2), rel=1e-9)
+    assert diagnostics["apa/log_z_ess"] == pytest.approx(1.6, rel=1e-9)
 
 
 def test_log_z_of_float32_exponents_is_computed_in_float64():
     # 1000, 1001, 1001: e^1000 · (1 + 2e)/3; mean 1000 + 2/3; ess (1 + 2e)² / (1 + 2e²)
-    found = log_z(torch.tensor([[1000.0, 1001.0, 1001.0]]), torch.tensor([[True, True, True]]))
+    diagnostics = log_z(torch.tensor([[1000.0, 1001.0, 1001.0]]), torch.tensor([[True, True, True]]))
     expected = {
         "apa/log_z": 1000 + math.log((1 + 2 * math.e) / 3),
         "apa/log_z_lower": 1000 + 2 / 3,
         "apa/log_z_ess": (1 + 2 * math.e) ** 2 / (1 + 2 * math.e**2),
     }
-    assert found == pytest.approx(expected, rel=1e-9)
+    assert diagnostics == pytest.approx(expected, rel=1e-9)
 
 
-def test_equal_exponents_have_the_effective_size_of_all_tokens_and_bounds_that_meet():
-    found = log_z(torch.full((4, 5), 0.75), torch.ones(4, 5, dtype=torch.bool))
-    assert found == pytest.approx({"apa/log_z": 0.75, "apa/log_z_lower": 0.75, "apa/log_z_ess": 20})
+def test_equal_exponents_have_full_effective_sample_size_and_tight_bounds():
+    diagnostics = log_z(torch.full((4, 5), 0.75), torch.ones(4, 5, dtype=torch.bool))
+    assert diagnostics == pytest.approx({"apa/log_z": 0.75, "apa/log_z_lower": 0.75, "apa/log_z_ess": 20})
 
 
 def test_log_z_of_a_policy_at_its_target_is_zero():
@@ -166,22 +165,22 @@ def test_log_z_of_a_policy_at_its_target_is_zero():
     assert batch.metrics["apa/log_z_ess"] == pytest.approx(3, rel=1e-6)
 
 
-def test_normaliser_of_the_batch_is_the_lower_bound_and_enters_the_residual_with_a_plus():
+def test_batch_normalizer_is_the_lower_bound_added_to_the_residual():
     algorithm = make(normalizer=Normalizer.batch)
     batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
     constant = math.log(10) / 3
-    close(batch.log_normalizer, torch.full((3, 2), constant))
+    assert_close(batch.log_normalizer, torch.full((3, 2), constant))
     # on-policy: (−e + ln(10)/3)²
     expected = [(constant - e) ** 2 for e in (0.0, math.log(2), math.log(5))]
-    close(policy_loss(algorithm, batch, SAMPLER)[:, 0], torch.tensor(expected), atol=1e-6)
+    assert_close(policy_loss(algorithm, batch, SAMPLER)[:, 0], torch.tensor(expected), atol=1e-6)
 
 
-def test_no_other_constant_makes_the_on_policy_loss_smaller():
+def test_batch_normalizer_minimises_the_on_policy_loss():
     algorithm = make(normalizer=Normalizer.batch)
     batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
 
     def loss(constant: torch.Tensor) -> float:
-        return float(policy_loss(algorithm, batch.with_(log_normalizer=constant), SAMPLER)[:, 0].mean())
+        return float(policy_loss(algorithm, batch.replace(log_normalizer=constant), SAMPLER)[:, 0].mean())
 
     least = loss(batch.log_normalizer)
     assert loss(batch.log_normalizer + 0.01) == pytest.approx(least + 1e-4, rel=1e-4)  # a difference: 1e-4
@@ -189,12 +188,12 @@ def test_no_other_constant_makes_the_on_policy_loss_smaller():
 
 
 @pytest.mark.parametrize("normalizer", list(Normalizer))
-def test_whitened_by_minibatch_log_z_is_that_of_each_minibatch(normalizer):
+def test_with_minibatch_whitening_log_z_is_that_of_the_minibatch(normalizer):
     algorithm = make(whitening=Whitening.minibatch, normalizer=normalizer)
     batch, _ = algorithm.prepare(rollout(scores=torch.tensor([1.0, 7.0, 5.0])), algorithm.initial_state())
     assert not any(name.startswith("apa/") for name in batch.metrics)
     assert batch.log_normalizer is None
-    minibatch = algorithm.prepare_minibatch(batch.rows(torch.tensor([2, 0])))
+    minibatch = algorithm.prepare_minibatch(batch.select_rows(torch.tensor([2, 0])))
     # scores 5, 1 whiten to 1, −1; e = 1/0.5 − 0.25 = 1.75 and −1/0.5 − 0.5 = −2.5
     lower = (1.75 - 2.5) / 2
     expected = {
@@ -204,24 +203,24 @@ def test_whitened_by_minibatch_log_z_is_that_of_each_minibatch(normalizer):
     }
     assert minibatch.metrics == pytest.approx(expected, rel=1e-6)
     if normalizer is Normalizer.batch:
-        close(minibatch.log_normalizer, torch.full((2, 2), lower))
+        assert_close(minibatch.log_normalizer, torch.full((2, 2), lower))
     else:
         assert minibatch.log_normalizer is None
 
 
 @pytest.mark.parametrize("whitening", [Whitening.none, Whitening.rollout])
-def test_whitened_otherwise_log_z_is_that_of_the_rollout_and_minibatches_keep_its_constant(whitening):
+def test_with_other_whitening_log_z_is_that_of_the_rollout_and_minibatches_keep_its_constant(whitening):
     algorithm = make(whitening=whitening, normalizer=Normalizer.batch)
     batch, _ = algorithm.prepare(rollout(scores=torch.tensor([1.0, 7.0, 4.0])), algorithm.initial_state())
     # Â/λ − k1: the mean of Â/λ is 4/0.5 = 8 raw and 0 whitened; that of k1 is (0.5 − 0.25 + 0.25)/3 = 1/6
     lower = (8 if whitening is Whitening.none else 0) - 1 / 6
     assert batch.metrics["apa/log_z_lower"] == pytest.approx(lower, rel=1e-6)
-    minibatch = algorithm.prepare_minibatch(batch.rows(torch.tensor([1])))
-    close(minibatch.log_normalizer, torch.full((1, 2), lower), rtol=2e-6)
+    minibatch = algorithm.prepare_minibatch(batch.select_rows(torch.tensor([1])))
+    assert_close(minibatch.log_normalizer, torch.full((1, 2), lower), rtol=2e-6)
     assert minibatch.metrics == {}
 
 
-def test_junk_outside_the_mask_is_in_no_diagnostic_and_not_in_the_constant():
+def test_values_outside_the_mask_change_neither_diagnostics_nor_constant():
     algorithm = make(normalizer=Normalizer.batch)
     clean, _ = algorithm.prepare(rollout(), algorithm.initial_state())
     mask = rollout().mask

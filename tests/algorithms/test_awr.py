@@ -1,4 +1,4 @@
-"""AWR: weights exp(Â/λ), clipped, and no reference, by hand."""
+"""AWR: clipped weights exp(Â/λ), computed by hand."""
 
 import math
 from functools import partial
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from apa_cli.algorithms.awr import AWR
-from apa_cli.algorithms.base import Estimator, ScoreScaling, Whitening
+from apa_cli.algorithms.base import AdvantageEstimator, ScoreScaling, Whitening
 from apa_cli.types import PolicyOutput, Rollout
 
-close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
 
 def make(**fields) -> AWR:
@@ -20,7 +20,7 @@ def make(**fields) -> AWR:
         "score_scaling": ScoreScaling.none,
         "score_clip": None,
         "whitening": Whitening.none,
-        "advantage_estimator": Estimator.gae,
+        "advantage_estimator": AdvantageEstimator.gae,
         "value_coef": 1.0,
         "value_clip_range": None,
         "lambda_": 0.5,
@@ -51,19 +51,19 @@ def rollout(scores: list[float], values: list[float]) -> Rollout:
 
 
 def weights(algorithm: AWR, scores: list[float], values: list[float]) -> list[float]:
-    """The weight of each token: the policy's loss at log π = −1."""
+    """Return the weight of each token: the policy's loss at log π = −1."""
     batch, _ = algorithm.prepare(rollout(scores, values), algorithm.initial_state())
     logprobs = torch.full((len(scores), 1), -1.0)
     loss = algorithm.loss(batch, PolicyOutput(logprobs, {"value": torch.zeros_like(logprobs)}))
     return loss.terms[0].values.flatten().tolist()
 
 
-def test_needs_a_critic_and_neither_reference_nor_second_old_log_probs():
+def test_needs_are_a_critic_and_no_reference():
     needs = make().needs()
     assert not needs.reference
     assert needs.critics == ("value",)
     assert not needs.old_logprobs
-    without_critic = make(advantage_estimator=Estimator.group_mean).needs()
+    without_critic = make(advantage_estimator=AdvantageEstimator.group_mean).needs()
     assert not without_critic.reference
     assert without_critic.critics == ()
 
@@ -82,16 +82,16 @@ def test_weights_are_clipped_at_weight_clip():
     )
 
 
-def test_whitened_weights_are_in_deviations():
+def test_whitened_weights_are_in_standard_deviations():
     # scores 1, 5 whiten to −1, 1: weights exp(∓1/λ) at λ = 2
-    found = weights(make(whitening=Whitening.rollout, lambda_=2.0), [1.0, 5.0], [0.0, 0.0])
-    assert found == pytest.approx([math.exp(-0.5), math.exp(0.5)], rel=1e-6)
+    whitened = weights(make(whitening=Whitening.rollout, lambda_=2.0), [1.0, 5.0], [0.0, 0.0])
+    assert whitened == pytest.approx([math.exp(-0.5), math.exp(0.5)], rel=1e-6)
 
 
-def test_gradient_is_minus_the_weight_whatever_the_log_prob_is():
+def test_gradient_is_minus_the_weight_at_any_log_prob():
     algorithm = make()
     batch, _ = algorithm.prepare(rollout([0.5, -0.5], [0.0, 0.0]), algorithm.initial_state())
     logprobs = torch.tensor([[-0.1], [-7.0]], requires_grad=True)
     loss = algorithm.loss(batch, PolicyOutput(logprobs, {"value": torch.zeros(2, 1)}))
     (gradient,) = torch.autograd.grad(loss.terms[0].values.sum(), logprobs)
-    close(gradient, torch.tensor([[-math.e], [-1 / math.e]]))
+    assert_close(gradient, torch.tensor([[-math.e], [-1 / math.e]]))

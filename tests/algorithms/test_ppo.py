@@ -1,4 +1,4 @@
-"""PPO: the price of KL in the token rewards, its controller, ratios and the clip fraction, by hand."""
+"""PPO: KL penalty in the token rewards, KL controller, ratios and clip fraction, computed by hand."""
 
 import math
 from functools import partial
@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 
-from apa_cli.algorithms.base import Estimator, ScoreScaling, Whitening
-from apa_cli.algorithms.ppo import PPO, Controller
+from apa_cli.algorithms.base import AdvantageEstimator, ScoreScaling, Whitening
+from apa_cli.algorithms.ppo import PPO, KLController
 from apa_cli.types import PolicyOutput, Rollout
 
-close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
 
 def make(**fields) -> PPO:
@@ -20,12 +20,12 @@ def make(**fields) -> PPO:
         "score_scaling": ScoreScaling.none,
         "score_clip": None,
         "whitening": Whitening.none,
-        "advantage_estimator": Estimator.gae,
+        "advantage_estimator": AdvantageEstimator.gae,
         "value_coef": 1.0,
         "value_clip_range": None,
         "kl_coef": 0.1,
         "clip_range": 0.2,
-        "kl_controller": Controller.fixed,
+        "kl_controller": KLController.fixed,
         "kl_target": 2.0,
         "kl_horizon": 20,
     }
@@ -41,7 +41,7 @@ OLD = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
 def rollout(**changes) -> Rollout:
     """A response of two tokens with score 3 and one of one token with score 4; values 0."""
     mask = torch.tensor([[True, True], [True, False]])
-    given = Rollout(
+    base = Rollout(
         prompt_ids=torch.zeros(2, 1, dtype=torch.int64),
         prompt_mask=torch.ones(2, 1, dtype=torch.bool),
         response_ids=torch.zeros(2, 2, dtype=torch.int64),
@@ -59,24 +59,24 @@ def rollout(**changes) -> Rollout:
         old_logprobs=OLD,
         values={"value": torch.zeros(2, 2)},
     )
-    return given.with_(**changes)
+    return base.replace(**changes)
 
 
-def test_needs_old_log_probs_by_the_training_forward_and_the_reference():
+def test_needs_are_old_log_probs_a_reference_and_a_critic():
     needs = make().needs()
     assert needs.old_logprobs
     assert needs.reference
     assert needs.critics == ("value",)
-    without_critic = make(advantage_estimator=Estimator.group_mean).needs()
+    without_critic = make(advantage_estimator=AdvantageEstimator.group_mean).needs()
     assert without_critic.old_logprobs
     assert without_critic.critics == ()
 
 
-def test_token_rewards_are_minus_the_price_of_k1_plus_the_score_at_the_end():
+def test_token_rewards_are_the_score_at_the_end_minus_the_kl_penalty():
     # −0.1·0.5;  −0.1·(−1) + 3;  −0.1·2 + 4
-    algorithm, given = make(), rollout()
-    rewards = algorithm.token_rewards(given, given.scores, algorithm.initial_state())
-    close(rewards, torch.tensor([[-0.05, 3.1], [3.8, 0.0]]))
+    algorithm, responses = make(), rollout()
+    rewards = algorithm.token_rewards(responses, responses.scores, algorithm.initial_state())
+    assert_close(rewards, torch.tensor([[-0.05, 3.1], [3.8, 0.0]]))
 
 
 def test_the_penalty_is_in_units_of_the_scaled_score():
@@ -84,24 +84,24 @@ def test_the_penalty_is_in_units_of_the_scaled_score():
     algorithm = make(score_scaling=ScoreScaling.batch)
     batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
     # γ = gae_lambda = 1 and V = 0: returns are sums to come, 6.1 − 0.05 and 6.1; 7.8
-    close(batch.returns["value"], torch.tensor([[6.05, 6.1], [7.8, 0.0]]))
-    close(batch.advantages, torch.tensor([[6.05, 6.1], [7.8, 0.0]]))
+    assert_close(batch.returns["value"], torch.tensor([[6.05, 6.1], [7.8, 0.0]]))
+    assert_close(batch.advantages, torch.tensor([[6.05, 6.1], [7.8, 0.0]]))
 
 
-def test_the_penalty_is_measured_against_the_losss_reference_and_the_samplers_log_probs():
-    given = rollout(init_logprobs=REFERENCE + 9, old_logprobs=OLD + 9)
-    batch, _ = make().prepare(given, make().initial_state())
-    close(batch.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))
+def test_the_penalty_uses_the_losss_reference_and_the_samplers_log_probs():
+    responses = rollout(init_logprobs=REFERENCE + 9, old_logprobs=OLD + 9)
+    batch, _ = make().prepare(responses, make().initial_state())
+    assert_close(batch.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))
 
 
-def test_group_mean_compares_scores_less_their_price():
+def test_group_mean_compares_scores_minus_their_penalty():
     # totals 3.1 − 0.05 = 3.05 and 3.8: ∓0.75
-    algorithm = make(advantage_estimator=Estimator.group_mean)
+    algorithm = make(advantage_estimator=AdvantageEstimator.group_mean)
     batch, _ = algorithm.prepare(rollout(values={}), algorithm.initial_state())
-    close(batch.advantages, torch.tensor([[-0.75, -0.75], [0.75, 0.0]]), rtol=2e-6)  # a difference
+    assert_close(batch.advantages, torch.tensor([[-0.75, -0.75], [0.75, 0.0]]), rtol=2e-6)  # a difference
 
 
-def test_a_fixed_coefficient_stays():
+def test_a_fixed_coefficient_does_not_change():
     algorithm = make()
     batch, state = algorithm.prepare(rollout(), algorithm.initial_state())
     assert state["kl_coef"] == 0.1
@@ -109,20 +109,20 @@ def test_a_fixed_coefficient_stays():
 
 
 def test_an_adaptive_coefficient_changes_for_the_next_iteration_only():
-    algorithm = make(kl_controller=Controller.adaptive)
+    algorithm = make(kl_controller=KLController.adaptive)
     before = algorithm.initial_state()
     first, after = algorithm.prepare(rollout(), before)
-    # this iteration still pays 0.1
+    # this iteration still has the coefficient 0.1
     assert first.metrics["ppo/kl_coef"] == 0.1
-    close(first.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))
+    assert_close(first.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))
     # kl/sequence = ((0.5 − 1) + 2)/2 = 0.75; 0.75/2 − 1 = −0.625, clipped to −0.2; n/horizon = 2/20:
     # 0.1·(1 − 0.02) = 0.098
     assert after["kl_coef"] == pytest.approx(0.098, rel=1e-12)
     assert before["kl_coef"] == 0.1
-    # the next one pays that: −0.098·0.5;  3 + 0.098;  4 − 0.196
+    # the next one has 0.098: −0.098·0.5;  3 + 0.098;  4 − 0.196
     second, last = algorithm.prepare(rollout(), after)
     assert second.metrics["ppo/kl_coef"] == after["kl_coef"]
-    close(second.returns["value"], torch.tensor([[3.049, 3.098], [3.804, 0.0]]))
+    assert_close(second.returns["value"], torch.tensor([[3.049, 3.098], [3.804, 0.0]]))
     assert last["kl_coef"] == pytest.approx(0.098 * 0.98, rel=1e-12)
 
 
@@ -134,15 +134,15 @@ def test_an_adaptive_coefficient_changes_for_the_next_iteration_only():
         (0.75, 0.1),
     ],
 )
-def test_the_controllers_error_is_kl_over_target_less_one(target, expected):
-    algorithm = make(kl_controller=Controller.adaptive, kl_target=target)
+def test_the_controllers_error_is_kl_over_target_minus_one(target, expected):
+    algorithm = make(kl_controller=KLController.adaptive, kl_target=target)
     _, state = algorithm.prepare(rollout(), algorithm.initial_state())
     assert state["kl_coef"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_controller_measures_kl_against_the_initial_policy():
     # every token one nat further from π_init: kl/sequence = 0.75 + (2 + 1)/2 = 2.25; 2.25/2 − 1 = 0.125
-    algorithm = make(kl_controller=Controller.adaptive)
+    algorithm = make(kl_controller=KLController.adaptive)
     _, state = algorithm.prepare(rollout(init_logprobs=REFERENCE - 1), algorithm.initial_state())
     assert state["kl_coef"] == pytest.approx(0.1 * (1 + 0.125 * 2 / 20), rel=1e-6)
 
@@ -150,31 +150,31 @@ def test_the_controller_measures_kl_against_the_initial_policy():
 def test_loss_and_clip_fraction_by_hand():
     algorithm = make()
     batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
-    batch = batch.with_(advantages=torch.tensor([[2.0, -2.0], [2.0, 0.0]]))
+    batch = batch.replace(advantages=torch.tensor([[2.0, -2.0], [2.0, 0.0]]))
     ratios = torch.tensor([[1.5, 1.5], [0.5, 1.0]])
     loss = algorithm.loss(batch, PolicyOutput(OLD + ratios.log(), {"value": torch.zeros(2, 2)}))
     # −2·1.2 (clipped), max(3, 2.4), max(−1, −1.6); one true token of three is clipped
-    close(loss.terms[0].values, torch.tensor([[-2.4, 3.0], [-1.0, 0.0]]))
+    assert_close(loss.terms[0].values, torch.tensor([[-2.4, 3.0], [-1.0, 0.0]]))
     clipped = loss.metrics["policy/clip_fraction"]
-    close(clipped.values, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
-    assert (clipped.mask, clipped.reduce) == ("tokens", "mean")
+    assert_close(clipped.values, torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert (clipped.mask, clipped.reduction) == ("tokens", "mean")
 
 
-def test_ratios_are_to_the_training_forwards_old_log_probs():
-    # the sampler's are off by a nat and do not matter to the ratio
+def test_ratios_use_the_training_forwards_old_log_probs():
+    # the sampler's log-probs are one nat lower and do not enter the ratio
     algorithm = make()
-    given = rollout(sampler_logprobs=SAMPLER - 1, ref_logprobs=REFERENCE - 1)
-    batch, _ = algorithm.prepare(given, algorithm.initial_state())
+    responses = rollout(sampler_logprobs=SAMPLER - 1, ref_logprobs=REFERENCE - 1)
+    batch, _ = algorithm.prepare(responses, algorithm.initial_state())
     logprobs = OLD.clone().requires_grad_()
     loss = algorithm.loss(batch, PolicyOutput(logprobs, {"value": torch.zeros(2, 2)}))
-    close(loss.terms[0].values, -batch.advantages)
+    assert_close(loss.terms[0].values, -batch.advantages)
     (gradient,) = torch.autograd.grad(loss.terms[0].values.sum(), logprobs)
-    close(gradient, -batch.advantages)  # on-policy: REINFORCE
+    assert_close(gradient, -batch.advantages)  # on-policy: REINFORCE
     assert not loss.metrics["policy/clip_fraction"].values.requires_grad
 
 
-def test_junk_outside_the_mask_is_not_in_the_controllers_kl():
-    algorithm = make(kl_controller=Controller.adaptive)
+def test_values_outside_the_mask_do_not_enter_the_controllers_kl():
+    algorithm = make(kl_controller=KLController.adaptive)
     mask = rollout().mask
     dirty = rollout(
         sampler_logprobs=SAMPLER.masked_fill(~mask, math.nan),
@@ -183,4 +183,4 @@ def test_junk_outside_the_mask_is_not_in_the_controllers_kl():
     )
     batch, state = algorithm.prepare(dirty, algorithm.initial_state())
     assert state["kl_coef"] == pytest.approx(0.098, rel=1e-12)
-    close(batch.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))
+    assert_close(batch.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))

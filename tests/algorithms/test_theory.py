@@ -1,9 +1,9 @@
-"""What theory says of each algorithm's fixed point, on a tabular problem small enough to enumerate.
+"""Each algorithm's theoretical fixed point, on a tabular problem small enough to enumerate.
 
 Responses are T tokens of a vocabulary of 3; the policy is a table of logits, one row for each state (no
-token yet, or the first one). A rollout holds each of the 3^T sequences once, and the expectation over
+token yet, or the first token). A rollout holds each of the 3^T sequences once, and the expectation over
 responses that a sampler would estimate is exact: every sequence's loss is multiplied by its probability under
-the policy that "sampled" it, which is the current one wherever an algorithm is on-policy. Scores are not
+the policy that "sampled" it, which is the current policy for on-policy algorithms. Scores are not
 scaled, advantages not whitened, γ = gae_lambda = 1, and the critic is exact: V(s) is the expected sum of
 token rewards from s on. All in float64; the losses and advantages are the package's own.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from apa_cli.algorithms.apa import APA, Normalizer
 from apa_cli.algorithms.awr import AWR
-from apa_cli.algorithms.base import ActorCritic, Estimator, ScoreScaling, Whitening
-from apa_cli.algorithms.ppo import PPO, Controller
+from apa_cli.algorithms.base import ActorCritic, AdvantageEstimator, ScoreScaling, Whitening
+from apa_cli.algorithms.ppo import PPO, KLController
 from apa_cli.types import Batch, PolicyOutput, Rollout
 
 EXACT = {
@@ -31,7 +31,7 @@ EXACT = {
     "score_scaling": ScoreScaling.none,
     "score_clip": None,
     "whitening": Whitening.none,
-    "advantage_estimator": Estimator.gae,
+    "advantage_estimator": AdvantageEstimator.gae,
     "value_coef": 1.0,
     "value_clip_range": None,
 }
@@ -48,7 +48,7 @@ def ppo() -> PPO:
         **EXACT,
         kl_coef=TEMPERATURE,
         clip_range=0.2,
-        kl_controller=Controller.fixed,
+        kl_controller=KLController.fixed,
         kl_target=6.0,
         kl_horizon=10_000,
     )
@@ -67,25 +67,25 @@ class Problem:
 
     @property
     def sequences(self) -> Tensor:
-        """[3^T, T], in the order of `scores`: the last token runs fastest."""
+        """All sequences, [3^T, T], in the order of `scores`: the last token varies fastest."""
         length = 1 if len(self.scores) == 3 else 2
         return torch.tensor(list(itertools.product(range(3), repeat=length)))
 
     @property
     def states(self) -> Tensor:
-        """[3^T, T]: the row of the table that each token is drawn from: 0, then 1 + the first token."""
+        """The row of the table that each token is sampled from, [3^T, T]: 0, then 1 + the first token."""
         return torch.cat([torch.zeros_like(self.sequences[:, :1]), 1 + self.sequences[:, :-1]], dim=1)
 
     def token_logprobs(self, table: Tensor) -> Tensor:
-        """[3^T, T], of normalised log-probs or of logits."""
+        """Return the log-probs of all tokens, [3^T, T], from a table of log-probs or logits."""
         return table.log_softmax(-1)[self.states, self.sequences]
 
     def probabilities(self, table: Tensor) -> Tensor:
-        """[3^T], of each sequence."""
+        """Return the probability of each sequence, [3^T]."""
         return self.token_logprobs(table).sum(-1).exp()
 
     def rollout(self, table: Tensor, kl_coef: float = 0.0) -> Rollout:
-        """Every sequence once, with the log-probs and exact values of the policy `table`."""
+        """Return every sequence once, with the log-probs and exact values of the policy `table`."""
         logprobs, reference = self.token_logprobs(table), self.token_logprobs(self.reference)
         rewards = -kl_coef * (logprobs - reference)
         rewards[:, -1] += self.scores
@@ -111,7 +111,7 @@ class Problem:
         )
 
     def values(self, table: Tensor, rewards: Tensor) -> Tensor:
-        """[3^T, T]: V(s_t), the policy's mean of the rewards to come over all sequences through s_t."""
+        """Return V(s_t), [3^T, T]: the policy's mean of the rewards to come over all sequences through s_t."""
         to_come = rewards.flip(1).cumsum(1).flip(1)
         p = self.probabilities(table)
         columns = []
@@ -123,30 +123,30 @@ class Problem:
 
 def make_problem(length: int) -> Problem:
     reference = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6], [0.6, 0.3, 0.1], [0.3, 0.4, 0.3]])
-    # the first token 1 leads to the best sequence, (1, 2), which π_init hardly takes, but is poor on average
+    # the first token 1 leads to the best sequence, (1, 2), which π_init rarely samples, but is poor on average
     scores = {1: [0.5, 0.0, 1.0], 2: [0.6, 0.5, 0.7, 0.0, 0.1, 1.2, 0.4, 0.8, 0.3]}[length]
     states = 1 if length == 1 else 4
     return Problem(reference[:states].double().log(), torch.tensor(scores, dtype=torch.float64))
 
 
-def prepared(algorithm: ActorCritic, problem: Problem, table: Tensor) -> Batch:
+def prepare_batch(algorithm: ActorCritic, problem: Problem, table: Tensor) -> Batch:
     rollout = problem.rollout(table, kl_coef=getattr(algorithm, "kl_coef", 0.0))
     return algorithm.prepare(rollout, algorithm.initial_state())[0]
 
 
 def policy_loss(algorithm: ActorCritic, problem: Problem, batch: Batch, table: Tensor, p: Tensor) -> Tensor:
-    """The expected loss of a response under sequence probabilities `p`, which have no gradient."""
+    """Return the expected loss of a response under sequence probabilities `p`, which have no gradient."""
     output = PolicyOutput(problem.token_logprobs(table), dict(batch.values))
     term = algorithm.loss(batch, output).terms[0]
     return (p.unsqueeze(-1) * term.values).sum()
 
 
 def descend(algorithm: ActorCritic, problem: Problem, start: Tensor) -> Tensor:
-    """On-policy gradient descent on the logits until it settles: the policy as log-probs, [states, 3]."""
+    """Return the policy after on-policy gradient descent until convergence, as log-probs [states, 3]."""
     table = start.clone().requires_grad_()
     for _ in range(20_000):
         with torch.no_grad():
-            batch, p = prepared(algorithm, problem, table), problem.probabilities(table)
+            batch, p = prepare_batch(algorithm, problem, table), problem.probabilities(table)
         (gradient,) = torch.autograd.grad(policy_loss(algorithm, problem, batch, table, p), table)
         if float(gradient.abs().max()) < 1e-8:
             return table.detach().log_softmax(-1)
@@ -154,9 +154,9 @@ def descend(algorithm: ActorCritic, problem: Problem, start: Tensor) -> Tensor:
     raise AssertionError(f"no fixed point: the gradient is still {float(gradient.abs().max())}")
 
 
-def projected(algorithm: ActorCritic, problem: Problem, old: Tensor) -> Tensor:
-    """The policy that minimises the loss on responses of the policy `old`, as log-probs."""
-    batch, p = prepared(algorithm, problem, old), problem.probabilities(old)
+def project(algorithm: ActorCritic, problem: Problem, old: Tensor) -> Tensor:
+    """Return the policy that minimises the loss on responses of the policy `old`, as log-probs."""
+    batch, p = prepare_batch(algorithm, problem, old), problem.probabilities(old)
     table = old.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [table], max_iter=100, tolerance_grad=1e-9, tolerance_change=1e-16, line_search_fn="strong_wolfe"
@@ -173,12 +173,12 @@ def projected(algorithm: ActorCritic, problem: Problem, old: Tensor) -> Tensor:
 
 
 def target(prior: Tensor, exponent: Tensor) -> Tensor:
-    """prior · exp(exponent) / Z along the last dimension; the prior as log-probs."""
+    """Return prior · exp(exponent) / Z along the last dimension; the prior as log-probs."""
     return (prior + exponent).softmax(-1)
 
 
 def apa_fixed_point(problem: Problem) -> Tensor:
-    """π(a given s) ∝ π_init · exp(Q^π(s, a)/λ), from the last token, whose Q is the score, backwards."""
+    """Return π(a given s) ∝ π_init · exp(Q^π(s, a)/λ), computed backwards from the last token, whose Q is the score."""
     if len(problem.scores) == 3:
         return target(problem.reference, problem.scores.unsqueeze(0) / TEMPERATURE).log()
     scores = problem.scores.reshape(3, 3)
@@ -189,21 +189,21 @@ def apa_fixed_point(problem: Problem) -> Tensor:
 
 
 def ppo_optimum(problem: Problem) -> Tensor:
-    """p(y) ∝ p_init(y) · exp(R(y)/β), over whole sequences."""
+    """Return p(y) ∝ p_init(y) · exp(R(y)/β) over whole sequences, [3^T]."""
     prior = problem.token_logprobs(problem.reference).sum(-1)
     return target(prior, problem.scores / TEMPERATURE)
 
 
-near = {"rtol": 0, "atol": 1e-6}
+TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
 
 @cache
-def settled(algorithm: Callable[[], ActorCritic], length: int) -> Tensor:
-    """The policy on which on-policy gradient descent from π_init settles, as log-probs."""
+def find_fixed_point(algorithm: Callable[[], ActorCritic], length: int) -> Tensor:
+    """Return the policy to which on-policy gradient descent from π_init converges, as log-probs."""
     return descend(algorithm(), make_problem(length), make_problem(length).reference)
 
 
-def test_the_critic_of_these_tests_is_exact():
+def test_the_critic_of_this_file_is_exact():
     # under π_init, after token 0: 0.2·0.6 + 0.2·0.5 + 0.6·0.7 = 0.64;
     # after 1: 0.6·0 + 0.3·0.1 + 0.1·1.2 = 0.15;  after 2: 0.3·0.4 + 0.4·0.8 + 0.3·0.3 = 0.53;
     # at the start 0.5·0.64 + 0.3·0.15 + 0.2·0.53 = 0.471
@@ -215,21 +215,21 @@ def test_the_critic_of_these_tests_is_exact():
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_apa_settles_where_each_token_follows_its_expected_score(length):
+def test_apa_converges_to_the_reference_times_exp_of_q_per_token(length):
     expected = apa_fixed_point(make_problem(length)).exp()
-    torch.testing.assert_close(settled(apa, length).exp(), expected, **near)
+    torch.testing.assert_close(find_fixed_point(apa, length).exp(), expected, **TOLERANCE)
 
 
-def test_apa_settles_there_from_anywhere():
+def test_apa_converges_to_it_from_a_random_policy():
     problem = make_problem(2)
     torch.manual_seed(0)
-    found = descend(apa(), problem, torch.randn_like(problem.reference))
-    torch.testing.assert_close(found.exp(), apa_fixed_point(problem).exp(), **near)
+    table = descend(apa(), problem, torch.randn_like(problem.reference))
+    torch.testing.assert_close(table.exp(), apa_fixed_point(problem).exp(), **TOLERANCE)
 
 
 def test_apas_fixed_point_is_consistent_with_its_own_q():
     # log π − log π_init − Q^π/λ is the same for every token, here for the first one
-    problem, table = make_problem(2), settled(apa, 2)
+    problem, table = make_problem(2), find_fixed_point(apa, 2)
     p, residuals = problem.probabilities(table), []
     for token in range(3):
         through = problem.sequences[:, 0] == token
@@ -239,20 +239,22 @@ def test_apas_fixed_point_is_consistent_with_its_own_q():
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_ppo_settles_where_each_sequence_follows_its_score(length):
+def test_ppo_converges_to_the_reference_times_exp_of_the_score_per_sequence(length):
     problem = make_problem(length)
-    torch.testing.assert_close(problem.probabilities(settled(ppo, length)), ppo_optimum(problem), **near)
+    torch.testing.assert_close(problem.probabilities(find_fixed_point(ppo, length)), ppo_optimum(problem), **TOLERANCE)
 
 
 def test_apa_and_ppo_coincide_for_one_token_and_differ_for_two():
     one = make_problem(1)
-    torch.testing.assert_close(one.probabilities(settled(apa, 1)), one.probabilities(settled(ppo, 1)), **near)
+    torch.testing.assert_close(
+        one.probabilities(find_fixed_point(apa, 1)), one.probabilities(find_fixed_point(ppo, 1)), **TOLERANCE
+    )
     # PPO charges the first token for the KL that the second will cost, APA does not: it takes more of the
-    # first token 1, whose good score needs a second token that π_init hardly ever takes
-    apa_first, ppo_first = settled(apa, 2)[0].exp(), settled(ppo, 2)[0].exp()
+    # first token 1, whose good score needs a second token that π_init rarely samples
+    apa_first, ppo_first = find_fixed_point(apa, 2)[0].exp(), find_fixed_point(ppo, 2)[0].exp()
     assert float(apa_first[1]) > float(ppo_first[1]) + 0.05
-    # given the first token only one is left to choose, so there they agree
-    torch.testing.assert_close(settled(apa, 2)[1:].exp(), settled(ppo, 2)[1:].exp(), **near)
+    # after the first token only one token is left, so there they agree
+    torch.testing.assert_close(find_fixed_point(apa, 2)[1:].exp(), find_fixed_point(ppo, 2)[1:].exp(), **TOLERANCE)
 
 
 def test_a_full_projection_of_awr_is_the_old_policy_times_exp_of_the_advantage():
@@ -263,32 +265,32 @@ def test_a_full_projection_of_awr_is_the_old_policy_times_exp_of_the_advantage()
     scores = problem.scores.reshape(3, 3)
     expected_score = (old[1:].exp() * scores).sum(-1)
     expected = torch.cat([target(old[:1], expected_score / TEMPERATURE), target(old[1:], scores / TEMPERATURE)])
-    torch.testing.assert_close(projected(awr(0.0), problem, old).exp(), expected, **near)
+    torch.testing.assert_close(project(awr(0.0), problem, old).exp(), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("length", [1, 2])
-def test_with_gae_lambda_1_a_full_projection_of_awr_is_over_sequences(length):
+def test_with_gae_lambda_1_a_full_projection_of_awr_reweights_whole_sequences(length):
     # A = R − V(s_t) is one response's; E[exp(R/λ)] over what follows makes p_old(y) · exp(R(y)/λ) / Z
     problem = make_problem(length)
     torch.manual_seed(0)
     old = torch.randn_like(problem.reference).log_softmax(-1)
     expected = target(problem.token_logprobs(old).sum(-1), problem.scores / TEMPERATURE)
-    new = projected(awr(1.0), problem, old)
-    torch.testing.assert_close(problem.probabilities(new), expected, **near)
+    new = project(awr(1.0), problem, old)
+    torch.testing.assert_close(problem.probabilities(new), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 1.0])
-def test_awr_iterated_goes_deterministic_on_the_best_sequence(gae_lambda):
+def test_repeated_projections_of_awr_become_deterministic_on_the_best_sequence(gae_lambda):
     problem = make_problem(2)
     table = problem.reference
     for _ in range(12):
-        table = projected(awr(gae_lambda), problem, table)
+        table = project(awr(gae_lambda), problem, table)
     assert float(problem.probabilities(table)[problem.scores.argmax()]) > 0.99
 
 
-def test_nothing_pulls_awr_to_the_reference():
+def test_awr_does_not_depend_on_the_reference():
     problem = make_problem(2)
     old = problem.reference
     elsewhere = Problem(torch.zeros_like(old).log_softmax(-1), problem.scores)
     assert not awr(1.0).needs().reference
-    torch.testing.assert_close(projected(awr(1.0), problem, old), projected(awr(1.0), elsewhere, old), rtol=0, atol=0)
+    torch.testing.assert_close(project(awr(1.0), problem, old), project(awr(1.0), elsewhere, old), rtol=0, atol=0)

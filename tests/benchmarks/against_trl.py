@@ -91,8 +91,8 @@ def measured_trl(arguments: argparse.Namespace, model: str) -> dict:
     from apa_cli.bench.synthetic import number_tokenizer, random_examples, random_model, reward_architecture
     from apa_cli.config.build import build
     from apa_cli.config.compose import compose
-    from apa_cli.hardware.machine import peak_bytes
-    from apa_cli.models.loading import load_config
+    from apa_cli.hardware.machine import read_peak_memory
+    from apa_cli.models.loading import load_model_config
 
     config = build(compose(words(arguments, "ppo", model)))
     if arguments.threads is not None:
@@ -100,7 +100,7 @@ def measured_trl(arguments: argparse.Namespace, model: str) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     low = arguments.dtype == "bfloat16"
     frozen = torch.bfloat16 if low else torch.float32
-    architecture = load_config(config.model, config.model.path)
+    architecture = load_model_config(config.model, config.model.path)
     tokenizer = number_tokenizer(architecture.vocab_size)
     tokenizer.padding_side = "left"
     rows = [tokenizer(example.prompt)["input_ids"] for example in random_examples(config, architecture.vocab_size)]
@@ -163,7 +163,7 @@ def measured_trl(arguments: argparse.Namespace, model: str) -> dict:
     if int(state["step"]) != steps:
         sys.exit(f"TRL made {int(state['step'])} optimiser steps, and should have made {steps}")
     seconds = statistics.median(after - before for before, after in itertools.pairwise(ends))
-    return {"samples_per_s": arguments.responses / seconds, "peak_gib": peak_bytes(device) / 2**30}
+    return {"samples_per_s": arguments.responses / seconds, "peak_gib": read_peak_memory(device) / 2**30}
 
 
 def compared(arguments: argparse.Namespace, model: str) -> dict:

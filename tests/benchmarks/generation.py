@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
-from apa_cli.models.loading import end_tokens, with_pad
-from apa_cli.randomness import Stream, uniforms
-from apa_cli.rollout.engine import left_padded, sample
-from apa_cli.rollout.token_sampling import inverse_cdf
+from apa_cli.models.loading import find_end_token_ids, ensure_pad_token
+from apa_cli.randomness import Stream, sample_uniforms
+from apa_cli.rollout.engine import pad_left, sample_responses
+from apa_cli.rollout.token_sampling import invert_cdf
 from apa_cli.settings import SamplingSettings
 
 PROMPTS = [
@@ -32,21 +32,21 @@ class InverseCDF(LogitsProcessor):
         self.draws, self.prompt_length = draws, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        token = inverse_cdf(scores.float().softmax(-1), self.draws[:, input_ids.shape[1] - self.prompt_length])
+        token = invert_cdf(scores.float().softmax(-1), self.draws[:, input_ids.shape[1] - self.prompt_length])
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
 
 def main(path: str, responses: int = 64, tokens: int = 32) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = with_pad(AutoTokenizer.from_pretrained(path))
+    tokenizer = ensure_pad_token(AutoTokenizer.from_pretrained(path))
     prompts = [tokenizer(PROMPTS[i % len(PROMPTS)])["input_ids"] for i in range(responses)]
-    draws = uniforms(0, Stream.rollout, 0, [(i, 0) for i in range(responses)], tokens)
+    draws = sample_uniforms(0, Stream.rollout, 0, [(i, 0) for i in range(responses)], tokens)
     settings = SamplingSettings(64, tokens, 1.0, 0, 1.0, [], responses, True)
-    ends = end_tokens(model, tokenizer)
-    ids, mask = left_padded(prompts, tokenizer.pad_token_id)
+    ends = find_end_token_ids(model, tokenizer)
+    ids, mask = pad_left(prompts, tokenizer.pad_token_id)
 
     def ours() -> list[list[int]]:
-        return sample(model, tokenizer, prompts, draws, settings, ends).tokens
+        return sample_responses(model, tokenizer, prompts, draws, settings, ends).tokens
 
     @torch.no_grad()
     def theirs(cache: str | None) -> list[list[int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from apa_cli.runs.console import table_lines
+from apa_cli.runs.formatting import format_table
 
 HEADER = ("", "samples/s", "seconds", "floor s", "times floor", "peak GiB", "sampling ×", "update ×")
 
@@ -66,7 +66,7 @@ def main() -> None:
             )
             for row in rows
         ]  # fmt: skip
-        print("\n".join([f"\n{folder}", *table_lines(HEADER, shown)]))
+        print("\n".join([f"\n{folder}", *format_table(HEADER, shown)]))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(written, indent=2) + "\n")

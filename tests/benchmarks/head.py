@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 
-from apa_cli.runs.console import table_lines
+from apa_cli.runs.formatting import format_table
 
 
 def measured(model: str, rows: int, tokens: int, pieces: bool) -> dict:
@@ -25,26 +25,26 @@ def measured(model: str, rows: int, tokens: int, pieces: bool) -> dict:
     from apa_cli.config.build import build
     from apa_cli.config.compose import compose
     from apa_cli.hardware.allocator import keep_freed_blocks
-    from apa_cli.hardware.machine import peak_bytes, reset_peak
+    from apa_cli.hardware.machine import read_peak_memory, reset_peak_memory
     from apa_cli.models import forward
-    from apa_cli.models.loading import load_config
-    from apa_cli.types import Tokens
+    from apa_cli.models.loading import load_model_config
+    from apa_cli.types import Sequences
 
     keep_freed_blocks()
     cpu, config = torch.device("cpu"), build(compose([f"model={model}"]))
-    policy = random_model(AutoModelForCausalLM, load_config(config.model, config.model.path), 0, cpu)
+    policy = random_model(AutoModelForCausalLM, load_model_config(config.model, config.model.path), 0, cpu)
     if not pieces:
-        forward.linear_head = lambda model: None
+        forward.find_linear_head = lambda model: None
     torch.manual_seed(0)
     prompts, replies = torch.randint(1, 1000, (rows, 16)), torch.randint(1, 1000, (rows, tokens))
     true = torch.ones_like(prompts, dtype=torch.bool), torch.ones_like(replies, dtype=torch.bool)
-    batch = Tokens(prompts, true[0], replies, true[1])
-    forward.response_logprobs(policy, batch, 1.0).sum().backward()
+    batch = Sequences(prompts, true[0], replies, true[1])
+    forward.compute_response_logprobs(policy, batch, 1.0).sum().backward()
     policy.zero_grad()
-    reset_peak(cpu)
-    held, begun = peak_bytes(cpu), time.perf_counter()
-    forward.response_logprobs(policy, batch, 1.0).sum().backward()
-    return {"seconds": time.perf_counter() - begun, "gib": (peak_bytes(cpu) - held) / 2**30}
+    reset_peak_memory(cpu)
+    held, begun = read_peak_memory(cpu), time.perf_counter()
+    forward.compute_response_logprobs(policy, batch, 1.0).sum().backward()
+    return {"seconds": time.perf_counter() - begun, "gib": (read_peak_memory(cpu) - held) / 2**30}
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
         whole, pieces = found["whole"], found["pieces"]
         table.append((str(tokens), whole["gib"], pieces["gib"], whole["seconds"], pieces["seconds"]))
     header = ("tokens", "whole GiB", "pieces GiB", "whole s", "pieces s")
-    print("\n".join(table_lines(header, table)))
+    print("\n".join(format_table(header, table)))
 
 
 if __name__ == "__main__":

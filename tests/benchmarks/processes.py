@@ -12,7 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-from apa_cli.runs.console import table_lines
+from apa_cli.runs.formatting import format_table
 
 HEADER = ("processes", "samples/s", "rollout s", "update s", "GiB of the largest")
 KEYS = ("throughput/samples_per_s", "time/rollout_s", "time/update_s", "memory/peak_gib")
@@ -32,7 +32,7 @@ def main() -> None:
     runs = sorted(file.parent for file in arguments.sweep.glob("*/metrics.jsonl"))
     if not runs:
         parser.error(f"{arguments.sweep} holds no runs")
-    print("\n".join(table_lines(HEADER, [read(run) for run in runs])))
+    print("\n".join(format_table(HEADER, [read(run) for run in runs])))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small data sets written as the hub's repositories lay them out, and the real ones beside the repository."""
+"""Small data sets with the layout of the hub's repositories, and the real data sets beside the repository."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ from apa_cli.errors import UserError
 
 @pytest.fixture
 def write(tmp_path) -> Callable[[str, list], Path]:
-    """write("a/train.jsonl.gz", rows) → that file in the test's own folder; a row that is a text is a line as it is."""
+    """write("a/train.jsonl.gz", rows): write a file in the test's folder, return its path; text rows are raw lines."""
 
     def make(name: str, rows: list) -> Path:
         file = tmp_path / name
@@ -25,27 +25,27 @@ def write(tmp_path) -> Callable[[str, list], Path]:
 
 
 @pytest.fixture
-def refused(capfd) -> Callable[[Callable], str]:
-    """refused(call) → the one line of the UserError that the call ends in; nothing else is printed."""
+def error_line(capfd) -> Callable[[Callable], str]:
+    """error_line(call): return the message, one line, of the UserError that the call raises without printing."""
 
     def message(call: Callable) -> str:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError) as error_info:
             call()
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error_info.value)
         assert capfd.readouterr() == ("", "")
-        return str(caught.value)
+        return str(error_info.value)
 
     return message
 
 
 @pytest.fixture(scope="session")
 def real(shared) -> Callable[[str], Path]:
-    """real(name) → the folder of a real data set beside the repository."""
+    """real(name): return the folder of a real data set beside the repository; skip the test without it."""
 
     def folder(name: str) -> Path:
-        found = shared / "data" / name
-        if not found.is_dir():
+        path = shared / "data" / name
+        if not path.is_dir():
             pytest.skip(f"no folder `data/{name}` in `shared` beside the repository")
-        return found
+        return path
 
     return folder

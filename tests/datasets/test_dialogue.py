@@ -2,41 +2,41 @@
 
 import pytest
 
-from apa_cli.datasets.dialogue import dialogue_text, parse_dialogue, spaced, split_reply
+from apa_cli.datasets.dialogue import add_leading_space, format_dialogue, parse_dialogue, split_reply
 
 
-def said(role, content):
+def turn(role, content):
     return {"role": role, "content": content}
 
 
 PROMPTS = {
-    "\n\nHuman: Hi\n\nAssistant:": [said("user", "Hi")],
+    "\n\nHuman: Hi\n\nAssistant:": [turn("user", "Hi")],
     "\n\nHuman: Hi\n\nAssistant: Hello.\n\nAs they say\n\nHuman:  Two spaces \n\nAssistant:": [
-        said("user", "Hi"),
-        said("assistant", "Hello.\n\nAs they say"),
-        said("user", " Two spaces "),
+        turn("user", "Hi"),
+        turn("assistant", "Hello.\n\nAs they say"),
+        turn("user", " Two spaces "),
     ],
-    "Be kind.\n\nHuman: Hi\n\nAssistant:": [said("system", "Be kind."), said("user", "Hi")],
+    "Be kind.\n\nHuman: Hi\n\nAssistant:": [turn("system", "Be kind."), turn("user", "Hi")],
     "\n\nHuman: Hi\n\nAssistant: One\n\nAssistant: Two\n\nHuman: \n\nAssistant:": [
-        said("user", "Hi"),
-        said("assistant", "One"),
-        said("assistant", "Two"),
-        said("user", ""),
+        turn("user", "Hi"),
+        turn("assistant", "One"),
+        turn("assistant", "Two"),
+        turn("user", ""),
     ],
-    "\n\nHuman: Is\nHuman: or Assistant: a turn?\n\nAssistant:": [said("user", "Is\nHuman: or Assistant: a turn?")],
+    "\n\nHuman: Is\nHuman: or Assistant: a turn?\n\nAssistant:": [turn("user", "Is\nHuman: or Assistant: a turn?")],
     "\n\nAssistant:": [],
 }
 
 
 @pytest.mark.parametrize("text", PROMPTS)
-def test_a_prompt_and_its_messages(text):
+def test_prompt_and_messages_convert_into_each_other(text):
     assert parse_dialogue(text) == PROMPTS[text]
-    assert dialogue_text(PROMPTS[text]) == text
+    assert format_dialogue(PROMPTS[text]) == text
 
 
-def test_a_whole_dialogue_has_the_reply_as_its_last_turn():
+def test_last_turn_of_a_whole_dialogue_is_the_reply():
     text = "\n\nHuman: Hi\n\nAssistant: Hello"
-    assert parse_dialogue(text) == [said("user", "Hi"), said("assistant", "Hello")]
+    assert parse_dialogue(text) == [turn("user", "Hi"), turn("assistant", "Hello")]
     assert split_reply(text) == ("\n\nHuman: Hi\n\nAssistant:", " Hello")
     assert split_reply("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c") == (
         "\n\nHuman: a\n\nAssistant: b\n\nAssistant:",
@@ -45,5 +45,5 @@ def test_a_whole_dialogue_has_the_reply_as_its_last_turn():
     assert split_reply("no dialogue") == ("", "no dialogue")
 
 
-def test_one_space_goes_before_a_reply_that_begins_with_none():
-    assert [spaced(reply) for reply in ("a", " a", "  a", "\na")] == [" a", " a", "  a", "\na"]
+def test_a_reply_without_leading_white_space_gets_one_space():
+    assert [add_leading_space(reply) for reply in ("a", " a", "  a", "\na")] == [" a", " a", "  a", "\na"]

@@ -1,4 +1,4 @@
-"""The embedded dialogues: the rows, the grammar read back, and what makes a reply good."""
+"""The embedded dialogues: rows, parsing, quality of replies, preference pairs and evaluation metrics."""
 
 import math
 import re
@@ -8,20 +8,22 @@ import pytest
 
 from apa_cli.datasets import embedded
 from apa_cli.datasets.embedded import EmbeddedDataset, parse_prompt, parse_reply, quality
+from apa_cli.datasets.embedded_phrases import CLOSINGS, OPENINGS, PARTS, QUESTIONS, TOPICS
+from apa_cli.errors import UserError
 
 
-def dataset(train=4800, test=256, seed=7):
+def make_dataset(train=4800, test=256, seed=7):
     return EmbeddedDataset(train, test, seed, stop_strings=["\n\nHuman:"])
 
 
 @pytest.fixture(scope="module")
 def train():
-    return dataset().load("train")
+    return make_dataset().load("train")
 
 
 @pytest.fixture(scope="module")
 def test():
-    return dataset().load("test")
+    return make_dataset().load("test")
 
 
 ONE = "\n\nHuman: I want to bake bread. How long does it take?\n\nAssistant:"
@@ -35,15 +37,15 @@ TEA = "It takes about five minutes to brew tea."
 # The rows
 
 
-def test_the_same_seed_makes_the_same_rows_and_another_seed_others():
-    rows = dataset(train=200).load("train")
-    assert rows == dataset(train=200).load("train")
-    others = dataset(train=200, seed=8).load("train")
-    assert len({row.prompt for row in rows} & {row.prompt for row in others}) < 20
+def test_rows_depend_on_the_seed():
+    rows = make_dataset(train=200).load("train")
+    assert rows == make_dataset(train=200).load("train")
+    other_rows = make_dataset(train=200, seed=8).load("train")
+    assert len({row.prompt for row in rows} & {row.prompt for row in other_rows}) < 20
 
 
-def test_a_seed_means_the_same_row_on_every_machine():
-    row = dataset(train=1, test=1, seed=0).load("test")[0]
+def test_a_row_of_one_seed_is_pinned():
+    row = make_dataset(train=1, test=1, seed=0).load("test")[0]
     question = "I have decided to start a beehive this weekend. What should I do and which things should I get?"
     assert row.prompt == f"\n\nHuman: {question}\n\nAssistant:"
     assert (
@@ -57,8 +59,8 @@ def test_a_seed_means_the_same_row_on_every_machine():
     assert row.columns == {"topic": "start a beehive", "asked": ["steps", "needs"]}
 
 
-def test_the_test_split_does_not_depend_on_how_much_there_is_to_train_on(test):
-    assert dataset(train=10).load("test") == test
+def test_the_test_split_does_not_depend_on_the_size_of_the_train_split(test):
+    assert make_dataset(train=10).load("test") == test
 
 
 def test_prompts_are_distinct_within_and_across_the_splits(train, test):
@@ -67,32 +69,32 @@ def test_prompts_are_distinct_within_and_across_the_splits(train, test):
     assert not {row.prompt for row in train} & {row.prompt for row in test}
 
 
-def test_the_grammar_has_all_the_prompts_it_claims_and_refuses_more():
-    held_out, rest = embedded._sizes(1000), embedded._sizes(embedded.CAPACITY - 1000)
-    assert sum(held_out) + sum(rest) == embedded.CAPACITY > 8000
-    for (turns, count, _), *wanted in zip(embedded.SHAPES, held_out, rest, strict=True):
-        assert sum(wanted) <= math.prod(embedded._GRIDS[turns, count])
-    with pytest.raises(ValueError, match=f"has {embedded.CAPACITY} distinct prompts") as error:
+def test_capacity_is_reachable_and_more_prompts_are_refused():
+    first, second = embedded.allocate_prompts(1000), embedded.allocate_prompts(embedded.CAPACITY - 1000)
+    assert sum(first) + sum(second) == embedded.CAPACITY > 8000
+    for (turns, count, _), *sizes in zip(embedded.SHAPES, first, second, strict=True):
+        assert sum(sizes) <= math.prod(embedded.GRIDS[turns, count])
+    with pytest.raises(UserError, match=f"exceed the {embedded.CAPACITY} distinct prompts") as error_info:
         EmbeddedDataset(embedded.CAPACITY, 1, 0, []).load("test")
-    assert "\n" not in str(error.value)
-    assert len(dataset(embedded.CAPACITY - 1000, 1000).load("test")) == 1000
+    assert "\n" not in str(error_info.value)
+    assert len(make_dataset(embedded.CAPACITY - 1000, 1000).load("test")) == 1000
 
 
-def test_every_index_of_the_one_part_questions_is_another_prompt():
-    count = math.prod(embedded._GRIDS[1, 1])
-    rng = embedded._rng(0, 0, 0)
-    assert len({embedded._prompt((1, 1), index, rng)[0] for index in range(count)}) == count
+def test_every_index_of_a_shape_is_a_different_prompt():
+    count = math.prod(embedded.GRIDS[1, 1])
+    rng = embedded.make_row_generator(0, 0, 0)
+    assert len({embedded.build_prompt((1, 1), index, rng)[0] for index in range(count)}) == count
 
 
 @pytest.mark.parametrize("field", [{"train": -1}, {"test": -1}, {"seed": -1}])
 def test_negative_sizes_and_seeds_are_refused(field):
     with pytest.raises(ValueError, match="no negative"):
-        dataset(**field).load("test")
+        make_dataset(**field).load("test")
 
 
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="'validation'"):
-        dataset().load("validation")
+        make_dataset().load("validation")
 
 
 def test_rows_have_the_dialogue_format(train, test):
@@ -104,44 +106,44 @@ def test_rows_have_the_dialogue_format(train, test):
         assert "  " not in row.chosen + row.rejected
 
 
-def test_about_one_in_seven_prompts_has_an_earlier_turn_that_alone_names_the_topic(train):
+def test_15_percent_of_prompts_name_the_topic_only_in_an_earlier_turn(train):
     longer = [row for row in train if row.prompt.count("Human:") == 2]
     assert len(longer) == 720  # 15 % of 4800
     for row in longer:
         last = row.prompt.split("\n\nHuman:")[-1]
-        assert not any(activity in last for activity in embedded.TOPICS)
+        assert not any(activity in last for activity in TOPICS)
         earlier = row.prompt.split("\n\nAssistant:")[1].split("\n\nHuman:")[0]
-        about = [(sentence.topic, sentence.part) for sentence in parse_reply(earlier) if sentence.topic]
-        assert [topic for topic, _ in about] == [row.columns["topic"]]
-        assert about[0][1] not in row.columns["asked"]
+        subjects = [(sentence.topic, sentence.part) for sentence in parse_reply(earlier) if sentence.topic]
+        assert [topic for topic, _ in subjects] == [row.columns["topic"]]
+        assert subjects[0][1] not in row.columns["asked"]
 
 
-def test_words_are_few_and_replies_short(train):
+def test_vocabulary_is_small_and_replies_are_short(train):
     texts = [text for row in train for text in (row.chosen, row.rejected)]
-    everything = " ".join(texts + [row.prompt for row in train])
-    words = set(re.findall("[a-z]+", everything.lower()))
+    full_text = " ".join(texts + [row.prompt for row in train])
+    words = set(re.findall("[a-z]+", full_text.lower()))
     assert 500 <= len(words) <= 900
     lengths = sorted(len(text.split()) for text in texts)
     assert lengths[len(lengths) // 4] >= 13 and lengths[len(lengths) * 9 // 10] <= 45
 
 
-# Reading back
+# Parsing
 
 
 def test_no_sentence_belongs_to_two_parts_or_topics():
     sentences = [text for texts in embedded.SENTENCES.values() for text in texts]
-    sentences += [*embedded.OPENINGS, *embedded.CLOSINGS]
-    assert len(sentences) == len(set(sentences)) == len(embedded._KNOWN)
+    sentences += [*OPENINGS, *CLOSINGS]
+    assert len(sentences) == len(set(sentences)) == len(embedded.SENTENCE_BY_TEXT)
     assert not [text for text in sentences if re.search(r"[.!?] ", text)]
 
 
-def test_no_topic_or_phrase_of_a_question_hides_in_another():
-    for names in (embedded.TOPICS, [phrase for part in embedded.PARTS for phrase in embedded.PHRASES[part]]):
-        for one, other in combinations(names, 2):
+def test_no_topic_or_question_is_part_of_another():
+    for texts in (TOPICS, [question for part in PARTS for question in QUESTIONS[part]]):
+        for one, other in combinations(texts, 2):
             assert one not in other and other not in one
 
 
-def test_every_prompt_and_reply_reads_back(train, test):
+def test_every_prompt_and_reply_is_parsed_back(train, test):
     for row in train + test:
         assert parse_prompt(row.prompt) == (row.columns["topic"], row.columns["asked"])
         for reply in (row.chosen, row.rejected):
@@ -150,14 +152,14 @@ def test_every_prompt_and_reply_reads_back(train, test):
                 assert " " + " ".join(sentence.text for sentence in sentences) == reply
 
 
-def test_every_chosen_reply_parses_and_about_two_fifths_of_the_rejected_are_garbled(train, test):
+def test_every_chosen_reply_parses_and_about_40_percent_of_rejected_ones_are_garbled(train, test):
     rows = train + test
     assert all(parse_reply(row.chosen) for row in rows)
     garbled = sum(parse_reply(row.rejected) is None for row in rows) / len(rows)
     assert 0.37 < garbled < 0.44
 
 
-def test_a_reply_reads_as_its_sentences():
+def test_a_reply_is_parsed_into_its_sentences():
     parsed = parse_reply(f" Of course! {NEEDS} {TEA} Enjoy!")
     assert [(part, topic) for _, part, topic in parsed] == [
         ("opening", ""),
@@ -197,10 +199,10 @@ def test_a_reply_reads_as_its_sentences():
 )
 def test_a_garbled_reply_does_not_parse(reply):
     assert parse_reply(reply) is None
-    assert quality(ONE, reply) == embedded.UNPARSED
+    assert quality(ONE, reply) == embedded.UNPARSED_QUALITY
 
 
-def test_a_reply_short_of_any_word_or_cut_anywhere_does_not_parse(test):
+def test_a_reply_without_a_word_or_with_a_cut_sentence_does_not_parse(test):
     for row in test[:40]:
         words = row.chosen.split()
         whole = [sentence.text for sentence in parse_reply(row.chosen)]
@@ -212,7 +214,7 @@ def test_a_reply_short_of_any_word_or_cut_anywhere_does_not_parse(test):
                 assert parse_reply(" " + " ".join(words[:i] + words[i + 1 :])) is None
 
 
-def test_the_topic_is_what_the_human_named_last_and_the_parts_what_the_last_turn_asks_for():
+def test_the_topic_is_the_one_named_last_and_the_parts_are_those_of_the_last_turn():
     earlier = f"\n\nHuman: What do I need to bake bread?\n\nAssistant: {TEA}\n\nHuman: "
     follow_up = earlier + "And which tip would help me and how long does it take?\n\nAssistant:"
     assert parse_prompt(follow_up) == ("bake bread", ["tip", "time"])
@@ -229,7 +231,7 @@ def test_the_topic_is_what_the_human_named_last_and_the_parts_what_the_last_turn
         "\n\nHuman: How long does it take?\n\nAssistant:",
     ],
 )
-def test_what_asks_nothing_is_not_a_prompt(prompt):
+def test_a_text_without_topic_or_question_is_refused(prompt):
     with pytest.raises(ValueError, match="not a question"):
         parse_prompt(prompt)
 
@@ -246,13 +248,13 @@ def test_what_asks_nothing_is_not_a_prompt(prompt):
         (TWO, f" Sure thing. {NEEDS}", 1.625),
         # no courtesy, one sentence of two off the topic, one of two parts: 0.75/2 + 0.75/2
         (TWO, f" {NEEDS} {TEA}", 0.75),
-        # three sentences, all relevant, one said twice, none extra: 0.75 + 0.75 + 1 - 1/3
+        # three sentences, all relevant, one said repetitions, none extra: 0.75 + 0.75 + 1 - 1/3
         (TWO, f" Gladly! {NEEDS} {TIME} {NEEDS} Have fun!", 2.5 - 1 / 3),
-        # the same part in other words is a repetition too: 0.75 + 0.75 - 1/2
+        # the same part in other words counts as a repetition: 0.75 + 0.75 - 1/2
         (ONE, f" {TIME} Allow about three hours to bake bread.", 1.0),
         # two of three sentences not asked for: 0.75 + 0.75 + 0.5 - 0.3 * 2/3
         (ONE, f" {NEEDS} {TIME} {TIP} Good luck!", 1.8),
-        # all off the topic, one of three said again; extra counts only the right topic: 0 + 0 + 0 - 1/3
+        # all off the topic, one of three repeated; extra counts only the right topic: 0 + 0 + 0 - 1/3
         (ONE, f" {TEA} You need a kettle and a teapot. {TEA}", -1 / 3),
     ],
 )
@@ -266,32 +268,32 @@ def test_quality_by_hand(prompt, reply, expected):
         f" {NEEDS} {TIME} Enjoy!",  # no opening
         f" Sure thing. {NEEDS} {TIME}",  # no closing
         f" Sure thing. {NEEDS} {TEA} Enjoy!",  # the wrong topic
-        f" Sure thing. {NEEDS} {TIME} {TEA} Enjoy!",  # the wrong topic besides
+        f" Sure thing. {NEEDS} {TIME} {TEA} Enjoy!",  # an additional sentence on the wrong topic
         f" Sure thing. {NEEDS} Enjoy!",  # one part missing
-        f" Sure thing. {NEEDS} {TIP} Enjoy!",  # another part instead
-        f" Sure thing. {NEEDS} {TIME} {TIP} Enjoy!",  # another part besides
-        f" Sure thing. {NEEDS} {TIME} {TIME} Enjoy!",  # said twice
-        f" Sure thing. {NEEDS} {TIME} You need flour and warm water. Enjoy!",  # said twice in other words
+        f" Sure thing. {NEEDS} {TIP} Enjoy!",  # another part instead of the asked one
+        f" Sure thing. {NEEDS} {TIME} {TIP} Enjoy!",  # an additional part
+        f" Sure thing. {NEEDS} {TIME} {TIME} Enjoy!",  # a repetition
+        f" Sure thing. {NEEDS} {TIME} You need flour and warm water. Enjoy!",  # a repetition in other words
     ],
 )
-def test_every_fault_costs(worse):
+def test_every_fault_lowers_the_quality(worse):
     assert parse_reply(worse) is not None
     assert quality(TWO, worse) <= quality(TWO, f" Sure thing. {NEEDS} {TIME} Enjoy!") - 0.09
 
 
-def test_any_reply_is_worth_more_than_none():
-    assert quality(ONE, " " + " ".join([TEA] * 50)) > embedded.UNPARSED
+def test_any_reply_is_better_than_a_text_that_does_not_parse():
+    assert quality(ONE, " " + " ".join([TEA] * 50)) > embedded.UNPARSED_QUALITY
 
 
 # The pairs
 
 
 def test_labels_are_mostly_right_but_not_always(train):
-    right = [quality(row.prompt, row.chosen) > quality(row.prompt, row.rejected) for row in train]
-    assert 0.93 <= sum(right) / len(right) <= 0.98
+    correct = [quality(row.prompt, row.chosen) > quality(row.prompt, row.rejected) for row in train]
+    assert 0.93 <= sum(correct) / len(correct) <= 0.98
 
 
-def test_close_pairs_are_mislabelled_more_often_than_clear_ones(train):
+def test_pairs_of_similar_quality_are_mislabelled_more_often(train):
     gaps = [quality(row.prompt, row.chosen) - quality(row.prompt, row.rejected) for row in train]
     assert min(map(abs, gaps)) > 1e-6
     # at a gap of 0.5 or less the flip rate is sigmoid(-8 * 0.5) = 0.018 or more; beyond 1 it is below 0.0004
@@ -300,40 +302,40 @@ def test_close_pairs_are_mislabelled_more_often_than_clear_ones(train):
     assert sum(clear) / len(clear) < 0.005
 
 
-def test_what_is_said_twice_is_said_in_the_same_words_or_in_others(train):
-    twice = same_words = 0
+def test_repetitions_use_the_same_words_or_others(train):
+    repetitions = same_words = 0
     for row in train[:2000]:
         content = [sentence for sentence in parse_reply(row.rejected) or [] if sentence.topic]
-        twice += len({(part, topic) for _, part, topic in content}) < len(content)
+        repetitions += len({(part, topic) for _, part, topic in content}) < len(content)
         same_words += len(set(content)) < len(content)
-    assert 0.4 * twice < same_words < 0.8 * twice
-    assert twice > 200
+    assert 0.4 * repetitions < same_words < 0.8 * repetitions
+    assert repetitions > 200
 
 
-def test_chosen_replies_are_of_mixed_quality_and_no_fault_or_length_decides(train):
+def test_chosen_replies_have_mixed_quality_and_no_single_feature_predicts_the_choice(train):
     chosen = [quality(row.prompt, row.chosen) for row in train]
     mean = sum(chosen) / len(chosen)
     deviation = (sum((value - mean) ** 2 for value in chosen) / len(chosen)) ** 0.5
     assert 0.01 <= sum(value > 2.5 - 1e-9 for value in chosen) / len(chosen) <= 0.25
     assert mean + deviation < 2.5  # room for more than one standard deviation
 
-    clean = [row for row in train if parse_reply(row.rejected)]
+    parsed = [row for row in train if parse_reply(row.rejected)]
 
-    def wins(score):  # how often it picks the chosen reply; a tie is half
-        values = [(score(row, row.chosen), score(row, row.rejected)) for row in clean]
+    def win_rate(score):  # share of pairs in which the chosen reply scores higher; a tie counts half
+        values = [(score(row, row.chosen), score(row, row.rejected)) for row in parsed]
         return sum((a > b) + 0.5 * (a == b) for a, b in values) / len(values)
 
-    def feature(name, sign):
+    def signed_feature(name, sign):
         return lambda row, reply: (
-            sign * embedded.features(row.columns["topic"], row.columns["asked"], parse_reply(reply))[name]
+            sign * embedded.reply_features(row.columns["topic"], row.columns["asked"], parse_reply(reply))[name]
         )
 
     for name, weight in embedded.WEIGHTS.items():
-        assert 0.52 < wins(feature(name, 1 if weight > 0 else -1)) < 0.8, name
-    assert 0.45 < wins(lambda row, reply: len(reply.split())) < 0.58
+        assert 0.52 < win_rate(signed_feature(name, 1 if weight > 0 else -1)) < 0.8, name
+    assert 0.45 < win_rate(lambda row, reply: len(reply.split())) < 0.58
 
 
-# The diagnostics
+# Evaluation metrics
 
 
 def test_describe_by_hand():
@@ -343,7 +345,7 @@ def test_describe_by_hand():
         " Sure thing. You need",  # does not parse
         f" {TEA}",  # 0, 0, 0, 0
     ]
-    described = dataset().describe([TWO, TWO, TWO, ONE], responses)
+    described = make_dataset().describe([TWO, TWO, TWO, ONE], responses)
     assert described == pytest.approx(
         {
             "parse_rate": 3 / 4,
@@ -357,12 +359,12 @@ def test_describe_by_hand():
 
 
 @pytest.mark.parametrize(("prompts", "responses"), [([], []), ([ONE], [" Well."])])
-def test_describe_is_zero_where_nothing_parses(prompts, responses):
-    assert dataset().describe(prompts, responses) == dict.fromkeys(
+def test_describe_is_zero_if_nothing_parses(prompts, responses):
+    assert make_dataset().describe(prompts, responses) == dict.fromkeys(
         ("parse_rate", "courtesy", "relevance", "completeness", "repetition"), 0.0
     )
 
 
 def test_describe_refuses_lists_of_different_lengths():
     with pytest.raises(ValueError):
-        dataset().describe([ONE], [])
+        make_dataset().describe([ONE], [])

@@ -1,4 +1,4 @@
-"""dataset=prompts: a text file of one's own."""
+"""dataset=prompts: the user's own text file."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from apa_cli.datasets.prompts import PromptFile
 from apa_cli.errors import UserError
 
 
-def dataset(tmp_path, text, every=3, prefix="", suffix=""):
+def make_dataset(tmp_path, text, every=3, prefix="", suffix=""):
     (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
     return PromptFile(str(tmp_path / "prompts.txt"), every, prefix, suffix, [])
 
@@ -16,32 +16,32 @@ def texts(data, split):
     return [example.prompt for example in data.load(split)]
 
 
-def test_one_in_three_distinct_lines_is_held_out_and_blank_ones_are_skipped(tmp_path):
-    data = dataset(tmp_path, "a\n\nb\n  \nc\na\nd\nb\ne\nf\ng\n")
-    # distinct: a b c | d e f | g; of each whole stretch one is held out, by key: the second, and the sixth
+def test_one_in_three_distinct_lines_is_held_out_and_blank_lines_are_skipped(tmp_path):
+    data = make_dataset(tmp_path, "a\n\nb\n  \nc\na\nd\nb\ne\nf\ng\n")
+    # distinct: a b c | d e f | g; the second and the sixth are held out, one of each whole group of three
     assert texts(data, "test") == ["b", "f"]
     assert texts(data, "train") == ["a", "c", "d", "e", "g"]
 
 
-def test_prompts_only_with_words_around_them(tmp_path):
-    data = dataset(tmp_path, "Wie heißt du?\nb\n", every=2, prefix="Q: ", suffix="\nA:")
+def test_examples_are_prompts_with_prefix_and_suffix(tmp_path):
+    data = make_dataset(tmp_path, "Wie heißt du?\nb\n", every=2, prefix="Q: ", suffix="\nA:")
     (example,) = data.load("train")
     assert example.prompt == "Q: Wie heißt du?\nA:"
     assert example.chosen is None and example.rejected is None and example.columns == {}
 
 
-def test_leading_spaces_stay(tmp_path):
-    assert texts(dataset(tmp_path, "  indented\nb\n", every=2), "train") == ["  indented"]
+def test_leading_spaces_are_kept(tmp_path):
+    assert texts(make_dataset(tmp_path, "  indented\nb\n", every=2), "train") == ["  indented"]
 
 
-def test_the_split_leaves_something_on_both_sides(tmp_path):
-    data = dataset(tmp_path, "a\nb\n", every=2)
+def test_each_split_has_a_prompt_or_the_file_is_refused(tmp_path):
+    data = make_dataset(tmp_path, "a\nb\n", every=2)
     assert texts(data, "train") == ["a"] and texts(data, "test") == ["b"]
-    with pytest.raises(UserError, match="1 prompts, too few to hold out every 2th"):
-        dataset(tmp_path, "a\na\n", every=2).load("train")
+    with pytest.raises(UserError, match=r"has 1 distinct prompts, fewer than dataset\.held_out_every=2"):
+        make_dataset(tmp_path, "a\na\n", every=2).load("train")
 
 
-def test_what_cannot_be_read_is_one_line(tmp_path):
+def test_unreadable_files_are_errors_of_one_line(tmp_path):
     data = PromptFile(str(tmp_path / "absent.txt"), 2, "", "", [])
     with pytest.raises(UserError, match=r"dataset\.path: cannot read .*absent\.txt") as error:
         data.load("train")
@@ -53,7 +53,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
         PromptFile(str(tmp_path), 2, "", "", []).load("train")
 
 
-def test_a_run_trains_on_them(tmp_path, run_train, records):
+def test_a_run_trains_on_a_prompt_file(tmp_path, run_train, records):
     (tmp_path / "prompts.txt").write_text("".join(f"How long does tea number {i} take?\n" for i in range(20)))
     run = run_train(
         "dataset=prompts", f"dataset.path={tmp_path}/prompts.txt", "dataset.suffix=' Answer:'",

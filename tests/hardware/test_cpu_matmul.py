@@ -1,4 +1,4 @@
-"""oneDNN's products are PyTorch's, but for rounding, and it is used where it is wanted."""
+"""CPU matrix products: oneDNN's equal PyTorch's up to rounding, and are used only if selected."""
 
 import copy
 import json
@@ -10,23 +10,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from apa_cli.errors import UserError
 from apa_cli.hardware import cpu_matmul as matmul
-from apa_cli.models.sequence_packing import packed_inputs
-from apa_cli.settings import Matmul
-from apa_cli.training.build import launch
+from apa_cli.models.sequence_packing import pack_inputs
+from apa_cli.settings import MatmulLibrary
+from apa_cli.training.build import set_up_device
 
 ONEDNN = "mkldnn::_linear_pointwise"
 onednn = pytest.mark.skipif(not matmul.has_onednn(), reason="this PyTorch has no oneDNN")
 
 
-def products_by_onednn(work) -> int:
-    """How many there are in `work()`."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
+def count_onednn_products(work) -> int:
+    """Return the number of products that oneDNN computes in `work()`."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         work()
-    return [event.name for event in seen.events()].count(ONEDNN)
+    return [event.name for event in profiler.events()].count(ONEDNN)
 
 
-def results(layer: nn.Linear, inputs: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
-    """The layer's output and all gradients of its weighted sum."""
+def compute_gradients(layer: nn.Linear, inputs: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+    """Return the layer's output, and the gradients of its weighted sum for input, weight and bias."""
     inputs = inputs.clone().requires_grad_(True)
     output = layer(inputs)
     (output * weights).sum().backward()
@@ -36,31 +36,31 @@ def results(layer: nn.Linear, inputs: torch.Tensor, weights: torch.Tensor) -> li
 @onednn
 @pytest.mark.parametrize(("positions", "products"), [(10, 3), (96, 3), (100, 0)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_and_its_gradients_are_those_of_float64(positions, products, bias):
+def test_a_layer_and_its_gradients_equal_those_of_float64(positions, products, bias):
     torch.manual_seed(0)
     layer, inputs, weights = nn.Linear(300, 2500, bias=bias), torch.randn(positions, 300), torch.randn(positions, 2500)
-    exact = results(copy.deepcopy(layer).double(), inputs.double(), weights.double())
-    matmul.use(Matmul.onednn)
-    found: list[torch.Tensor] = []
-    assert products_by_onednn(lambda: found.extend(results(layer, inputs, weights))) == products
-    for one, other in zip(found, exact, strict=True):
-        assert one.dtype is torch.float32
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-4)
+    exact = compute_gradients(copy.deepcopy(layer).double(), inputs.double(), weights.double())
+    matmul.select_matmul(MatmulLibrary.onednn)
+    actual: list[torch.Tensor] = []
+    assert count_onednn_products(lambda: actual.extend(compute_gradients(layer, inputs, weights))) == products
+    for tensor, expected in zip(actual, exact, strict=True):
+        assert tensor.dtype is torch.float32
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=2e-4)
 
 
 @onednn
-def test_pytorchs_own_products_come_back():
+def test_selecting_torch_restores_its_products():
     layer, inputs = nn.Linear(300, 2500), torch.randn(96, 300)
     before = layer(inputs)
-    matmul.use(Matmul.onednn)
-    matmul.use(Matmul.torch)
-    assert products_by_onednn(lambda: layer(inputs)) == 0
+    matmul.select_matmul(MatmulLibrary.onednn)
+    matmul.select_matmul(MatmulLibrary.torch)
+    assert count_onednn_products(lambda: layer(inputs)) == 0
     assert torch.equal(layer(inputs), before)
 
 
 @onednn
-def test_what_is_no_product_of_large_float32_matrices_is_pytorchs():
-    matmul.use(Matmul.onednn)
+def test_other_products_than_of_large_float32_matrices_stay_with_pytorch():
+    matmul.select_matmul(MatmulLibrary.onednn)
     large, other = torch.randn(96, 300), torch.randn(300, 2500)
 
     def work():
@@ -75,22 +75,22 @@ def test_what_is_no_product_of_large_float32_matrices_is_pytorchs():
             with pytest.raises(RuntimeError):
                 torch.mm(first, second)
 
-    assert products_by_onednn(work) == 0
+    assert count_onednn_products(work) == 0
 
 
-def test_few_shapes_are_given_to_it():
+def test_rounded_sizes_are_few_and_close():
     for count in [*range(1, 5000), 10**5 + 1]:
-        assert count <= matmul.next_shape(count) <= max(count + 31, count * 17 / 16)
-        assert matmul.next_shape(matmul.next_shape(count)) == matmul.next_shape(count)
-    assert len({matmul.next_shape(count) for count in range(1024, 2049)}) <= 17
+        assert count <= matmul.round_up_size(count) <= max(count + 31, count * 17 / 16)
+        assert matmul.round_up_size(matmul.round_up_size(count)) == matmul.round_up_size(count)
+    assert len({matmul.round_up_size(count) for count in range(1024, 2049)}) <= 17
 
 
 @onednn
-def test_a_packed_row_has_such_a_shape():
+def test_a_packed_row_is_padded_to_a_rounded_size():
     ids, places = torch.arange(1, 71), torch.arange(70) % 35
-    assert packed_inputs(ids, places, [35, 35])["sequence_lengths"] == [35, 35]
-    matmul.use(Matmul.onednn)
-    inputs = packed_inputs(ids, places, [35, 35])
+    assert pack_inputs(ids, places, [35, 35])["sequence_lengths"] == [35, 35]
+    matmul.select_matmul(MatmulLibrary.onednn)
+    inputs = pack_inputs(ids, places, [35, 35])
     assert inputs["sequence_lengths"] == [35, 35, 26]
     assert inputs["input_ids"].shape == inputs["position_ids"].shape == (1, 96)
     assert torch.equal(inputs["input_ids"][0, :70], ids)
@@ -98,41 +98,45 @@ def test_a_packed_row_has_such_a_shape():
 
 @onednn
 @pytest.mark.parametrize(
-    ("vendor", "capability", "wanted"),
+    ("vendor", "capability", "is_used"),
     [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
 )
-def test_auto_is_onednn_on_amds_processors_with_avx_512(monkeypatch, tmp_path, vendor, capability, wanted):
+def test_auto_selects_onednn_on_amd_processors_with_avx_512(monkeypatch, tmp_path, vendor, capability, is_used):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(matmul, "PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr(matmul, "CPU_INFO", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n")
-    matmul.use(Matmul.auto)
+    matmul.select_matmul(MatmulLibrary.auto)
     layer, inputs = nn.Linear(300, 2500), torch.randn(96, 300)
-    assert products_by_onednn(lambda: layer(inputs)) == wanted
+    assert count_onednn_products(lambda: layer(inputs)) == is_used
 
 
-def test_where_there_is_no_onednn_it_cannot_be_asked_for(monkeypatch):
+def test_selecting_onednn_without_it_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"^launch\.matmul=onednn: this PyTorch was built without oneDNN$"):
-        matmul.use(Matmul.onednn)
-
-
-def test_little_is_not_made_more(monkeypatch):
-    assert matmul.rounded(70) == 70
-    monkeypatch.setattr(matmul, "_library", object())
-    assert [matmul.rounded(count) for count in (0, 1, 64, 70, 1000, 2001)] == [0, 1, 64, 96, 1024, 2048]
+    with pytest.raises(
+        UserError,
+        match=r"^launch\.matmul: onednn is set, but this PyTorch was built without oneDNN; use auto or torch$",
+    ):
+        matmul.select_matmul(MatmulLibrary.onednn)
 
 
 @onednn
-@pytest.mark.parametrize(("name", "wanted"), [("onednn", True), ("torch", False)])
-def test_a_command_computes_as_launch_matmul_says(configured, name, wanted):
-    launch(configured(f"launch.matmul={name}").launch)
+def test_positions_are_rounded_up_only_if_onednn_is_selected_and_they_are_many():
+    assert matmul.round_positions(70) == 70
+    matmul.select_matmul(MatmulLibrary.onednn)
+    assert [matmul.round_positions(count) for count in (0, 1, 64, 70, 1000, 2001)] == [0, 1, 64, 96, 1024, 2048]
+
+
+@onednn
+@pytest.mark.parametrize(("name", "is_used"), [("onednn", True), ("torch", False)])
+def test_launch_matmul_selects_the_library(configured, name, is_used):
+    set_up_device(configured(f"launch.matmul={name}").launch)
     layer, inputs = nn.Linear(300, 2500), torch.randn(96, 300)
-    assert products_by_onednn(lambda: layer(inputs)) == wanted
-    assert matmul.used() is Matmul(name)
+    assert count_onednn_products(lambda: layer(inputs)) == is_used
+    assert matmul.get_active_matmul() is MatmulLibrary(name)
 
 
-def test_a_run_says_who_multiplied(run_train):
+def test_a_run_records_the_library(run_train):
     run = run_train("iterations=0", "launch.matmul=torch")
     assert json.loads((run / "environment.json").read_text())["matmul"] == "torch"
 
@@ -140,17 +144,17 @@ def test_a_run_says_who_multiplied(run_train):
 @onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [(0,), (2, 3), (5, 33)])
-def test_a_weight_that_stays_is_multiplied_as_any(rows, dtype):
-    """Few rows, and a number of them that is rounded up."""
+def test_a_prepacked_linear_layer_gives_the_same_products(rows, dtype):
+    """With no rows, with few, and with a number of rows that is rounded up."""
     torch.manual_seed(0)
     weight, bias, x = (torch.randn(shape).to(dtype) for shape in ((40, 24), (40,), (*rows, 24)))
-    assert dtype is torch.bfloat16 or matmul.product_with(weight) is None
-    matmul.use(Matmul.onednn)
-    product = matmul.product_with(weight)
-    if product is None:
-        pytest.skip("no products of bfloat16 here")
+    assert dtype is torch.bfloat16 or matmul.prepack_linear(weight) is None
+    matmul.select_matmul(MatmulLibrary.onednn)
+    multiply = matmul.prepack_linear(weight)
+    if multiply is None:
+        pytest.skip("this PyTorch has no bfloat16 products by oneDNN")
     for offset in (bias, None):
         expected = nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
-        found = product(x, offset)
-        assert found.shape == expected.shape and found.dtype is dtype
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 if dtype is torch.float32 else 0.1)
+        actual = multiply(x, offset)
+        assert actual.shape == expected.shape and actual.dtype is dtype
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-4 if dtype is torch.float32 else 0.1)

@@ -1,4 +1,4 @@
-"""Forward passes: which position predicts which token, padding, the critic, temperature."""
+"""Forward passes: the position that predicts each token, padding, temperature, critics."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,17 +9,18 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
 
 from apa_cli.kl import exact_kl
-from apa_cli.models.critic import Critic, build_critic, value_head
+from apa_cli.models.critic import Critic, build_critic, build_value_head
 from apa_cli.models.forward import (
+    PaddedInputs,
     TrainingModel,
-    compute_precision,
-    response_logits,
-    response_logprobs,
-    sequences,
-    widened,
+    autocast_to,
+    build_padded_inputs,
+    compute_response_logits,
+    compute_response_logprobs,
+    pad_to_mask,
 )
 from apa_cli.settings import CriticInit, CriticKind, CriticSettings, DType, HeadKind, LoraSettings
-from apa_cli.types import Tokens
+from apa_cli.types import Sequences
 
 # a forward pass in another shape adds its float32 terms in another order
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -28,14 +29,14 @@ PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6], [5, 3]]
 RESPONSES = [[2, 7], [8, 2, 8, 1], [8], [4, 5, 9]]
 
 
-def critic_of(policy, head=HeadKind.linear, seed=0, start=None, on_trunk=False):
+def make_critic(policy, head=HeadKind.linear, seed=0, source=None, on_trunk=False):
     kind = CriticKind.head if on_trunk else CriticKind.separate
     settings = CriticSettings(kind=kind, init=CriticInit.policy, head=head)
-    return build_critic(policy, settings, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", seed, start)
+    return build_critic(policy, settings, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", seed, source)
 
 
-def tiny_policy(seed: int = 0, kind: str = "gpt_neox") -> PreTrainedModel:
-    """Two layers; deviations ten times the usual, so that tokens and positions matter to the outputs."""
+def make_policy(seed: int = 0, kind: str = "gpt_neox") -> PreTrainedModel:
+    """Return a model of two layers whose initial weights are ten times the usual, so that all inputs matter."""
     torch.manual_seed(seed)
     if kind == "gpt_neox":
         config = GPTNeoXConfig(
@@ -54,21 +55,21 @@ def tiny_policy(seed: int = 0, kind: str = "gpt_neox") -> PreTrainedModel:
 
 @pytest.fixture(params=["gpt_neox", "gpt2"])
 def policy(request) -> PreTrainedModel:
-    """GPT-NeoX knows relative positions, GPT-2 absolute ones."""
-    return tiny_policy(kind=request.param)
+    """GPT-NeoX with relative positions, and GPT-2 with absolute ones."""
+    return make_policy(kind=request.param)
 
 
-def batch(
+def make_batch(
     prompts: list[list[int]] = PROMPTS,
     responses: list[list[int]] = RESPONSES,
     left: int = 0,
     right: int = 0,
     junk: int = 0,
-) -> Tokens:
-    """Prompts padded on the left and responses on the right with `junk`, with further columns of padding."""
+) -> Sequences:
+    """Pad prompts on the left and responses on the right with `junk`, with further columns of padding."""
     before, after = max(map(len, prompts)) + left, max(map(len, responses)) + right
     mask = torch.tensor([[True] * len(r) + [False] * (after - len(r)) for r in responses])
-    return Tokens(
+    return Sequences(
         prompt_ids=torch.tensor([[junk] * (before - len(p)) + p for p in prompts]),
         prompt_mask=torch.tensor([[False] * (before - len(p)) + [True] * len(p) for p in prompts]),
         response_ids=torch.tensor([r + [junk] * (after - len(r)) for r in responses]),
@@ -77,8 +78,8 @@ def batch(
 
 
 @torch.no_grad()
-def alone(policy: PreTrainedModel, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor]:
-    """Log-probs [T] and last hidden states [T, h] of one response, without padding, index by index."""
+def compute_unpadded(policy: PreTrainedModel, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor]:
+    """Return log-probs [T] and last hidden states [T, h] of one response, without padding, index by index."""
     ids = torch.tensor([prompt + response])
     distribution = policy(input_ids=ids).logits[0].log_softmax(-1)
     hidden = policy.base_model(input_ids=ids).last_hidden_state[0]
@@ -87,25 +88,29 @@ def alone(policy: PreTrainedModel, prompt: list[int], response: list[int]) -> tu
     return logprobs, hidden[before]
 
 
-def by_row(rows: list[Tensor], width: int) -> Tensor:
+def join(batch: Sequences) -> PaddedInputs:
+    return build_padded_inputs(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
+
+
+def stack_rows(rows: list[Tensor], width: int) -> Tensor:
     return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
 
 
-def trained_head(kind: HeadKind) -> torch.nn.Module:
-    """A head whose values are not 0."""
+def make_random_head(kind: HeadKind) -> torch.nn.Module:
+    """Return a head whose values are not 0."""
     torch.manual_seed(5)
-    head = value_head(kind, 16)
+    head = build_value_head(kind, 16)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return head
 
 
-# What goes into the model
+# Model inputs
 
 
-def test_rows_are_joined_without_the_last_response_token_and_positions_count_true_tokens():
-    given = batch([[3, 1], [5]], [[2, 7, 8], [4]])
-    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
+def test_inputs_omit_the_last_response_token_and_positions_skip_padding():
+    batch = make_batch([[3, 1], [5]], [[2, 7, 8], [4]])
+    rows = join(batch)
     assert rows.input_ids.tolist() == [[3, 1, 2, 7], [0, 5, 4, 0]]
     # padding on the right is behind every token that counts, so it may be attended to
     assert rows.attention_mask.tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
@@ -113,25 +118,25 @@ def test_rows_are_joined_without_the_last_response_token_and_positions_count_tru
     assert rows.response_ids.tolist() == [[2, 7, 8], [4, 0, 0]]
 
 
-def test_columns_that_are_padding_in_every_row_are_left_out():
-    given = batch([[3, 1], [5]], [[2, 7], [4]], left=3, right=2, junk=6)
-    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
+def test_columns_that_are_padding_in_every_row_are_removed():
+    batch = make_batch([[3, 1], [5]], [[2, 7], [4]], left=3, right=2, junk=6)
+    rows = join(batch)
     assert rows.input_ids.tolist() == [[3, 1, 2], [6, 5, 4]]
     assert rows.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
     assert rows.position_ids.tolist() == [[0, 1, 2], [0, 0, 1]]
     assert rows.response_ids.tolist() == [[2, 7], [4, 6]]
 
 
-def test_a_batch_without_any_response_token_gives_zeros(policy):
-    given = batch([[3, 1]], [[2, 7]])
-    given = replace(given, mask=torch.zeros_like(given.mask))
-    assert not response_logprobs(policy, given, 1.0).any()
+def test_log_probs_of_a_batch_without_response_tokens_are_0(policy):
+    batch = make_batch([[3, 1]], [[2, 7]])
+    batch = replace(batch, mask=torch.zeros_like(batch.mask))
+    assert not compute_response_logprobs(policy, batch, 1.0).any()
 
 
-def test_results_are_widened_to_the_mask_with_zeros_outside_it():
+def test_pad_to_mask_appends_columns_and_zeroes_what_is_outside_the_mask():
     mask = torch.tensor([[True, True, False], [True, False, False]])
     x = torch.tensor([[1.0, 2.0], [3.0, float("nan")]], dtype=torch.float64)
-    wide = widened(x, mask)
+    wide = pad_to_mask(x, mask)
     assert wide.dtype == torch.float32
     assert wide.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]]
 
@@ -140,23 +145,23 @@ def test_results_are_widened_to_the_mask_with_zeros_outside_it():
 
 
 def test_each_response_token_is_predicted_from_the_position_before_it(policy):
-    expected = by_row([alone(policy, p, r)[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)], 4)
-    close(response_logprobs(policy, batch(), 1.0), expected)
-    close(TrainingModel(policy, {}, 1.0)(batch()).logprobs, expected)
+    expected = stack_rows([compute_unpadded(policy, p, r)[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)], 4)
+    close(compute_response_logprobs(policy, make_batch(), 1.0), expected)
+    close(TrainingModel(policy, {}, 1.0)(make_batch()).logprobs, expected)
 
 
 def test_the_first_token_is_predicted_from_the_last_prompt_token(policy):
     distribution = policy(input_ids=torch.tensor([[3, 1, 4]])).logits[0, -1].log_softmax(-1)
     for token in range(11):
-        found = response_logprobs(policy, batch([[3, 1, 4]], [[token]]), 1.0)
-        close(found, distribution[token].reshape(1, 1))
+        logprobs = compute_response_logprobs(policy, make_batch([[3, 1, 4]], [[token]]), 1.0)
+        close(logprobs, distribution[token].reshape(1, 1))
 
 
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (4, 5)])
 @pytest.mark.parametrize("junk", [0, 7])
-def test_padding_and_what_stands_in_it_change_nothing(policy, left, right, junk):
-    model = TrainingModel(policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0)
-    plain, padded = model(batch()), model(batch(left=left, right=right, junk=junk))
+def test_padding_and_its_content_change_nothing(policy, left, right, junk):
+    model = TrainingModel(policy, {"value": Critic(make_policy(1).base_model, make_random_head(HeadKind.linear))}, 1.0)
+    plain, padded = model(make_batch()), model(make_batch(left=left, right=right, junk=junk))
     close(padded.logprobs[:, :4], plain.logprobs)
     close(padded.values["value"][:, :4], plain.values["value"])
     assert not padded.logprobs[:, 4:].any()
@@ -164,8 +169,8 @@ def test_padding_and_what_stands_in_it_change_nothing(policy, left, right, junk)
 
 
 def test_outside_the_mask_log_probs_and_values_are_0(policy):
-    model = TrainingModel(policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0)
-    output, mask = model(batch()), batch().mask
+    model = TrainingModel(policy, {"value": Critic(make_policy(1).base_model, make_random_head(HeadKind.linear))}, 1.0)
+    output, mask = model(make_batch()), make_batch().mask
     assert not output.logprobs[~mask].any()
     assert not output.values["value"][~mask].any()
     assert (output.logprobs[mask] < 0).all()
@@ -173,52 +178,52 @@ def test_outside_the_mask_log_probs_and_values_are_0(policy):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_temperature_divides_the_logits_before_they_are_normalised(policy, temperature):
+def test_temperature_divides_the_logits_before_normalisation(policy, temperature):
     logits = policy(input_ids=torch.tensor([[3, 1, 4, 2]])).logits[0, 2:4]
     expected = (logits / temperature).log_softmax(-1)[[0, 1], [2, 7]].unsqueeze(0)
-    given = batch([[3, 1, 4]], [[2, 7]])
-    close(response_logprobs(policy, given, temperature), expected)
-    close(TrainingModel(policy, {}, temperature)(given).logprobs, expected)
-    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
-    close(response_logits(policy, rows, temperature), (logits / temperature).unsqueeze(0))
+    batch = make_batch([[3, 1, 4]], [[2, 7]])
+    close(compute_response_logprobs(policy, batch, temperature), expected)
+    close(TrainingModel(policy, {}, temperature)(batch).logprobs, expected)
+    rows = join(batch)
+    close(compute_response_logits(policy, rows, temperature), (logits / temperature).unsqueeze(0))
 
 
 @torch.no_grad()
 def test_low_precision_logits_are_divided_in_float32():
-    policy, given = tiny_policy().bfloat16(), batch([[3, 1, 4]], [[2, 7]])
-    policy.set_attn_implementation("eager")  # the other is computed in float32 where that is faster
+    policy, batch = make_policy().bfloat16(), make_batch([[3, 1, 4]], [[2, 7]])
+    policy.set_attn_implementation("eager")  # sdpa is computed in float32 if that is faster
     low = policy(input_ids=torch.tensor([[3, 1, 4, 2]])).logits[:, 2:4]
     assert low.dtype == torch.bfloat16
-    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
-    torch.testing.assert_close(response_logits(policy, rows, 0.7), low.float() / 0.7, rtol=0, atol=0)
-    assert response_logits(policy, rows, 1.0).dtype == torch.float32
-    scored = (low.float() / 0.7).log_softmax(-1)[0, [0, 1], [2, 7]].unsqueeze(0)
-    close(TrainingModel(policy, {}, 0.7)(given).logprobs, scored, rtol=1e-6)
+    rows = join(batch)
+    torch.testing.assert_close(compute_response_logits(policy, rows, 0.7), low.float() / 0.7, rtol=0, atol=0)
+    assert compute_response_logits(policy, rows, 1.0).dtype == torch.float32
+    logprobs = (low.float() / 0.7).log_softmax(-1)[0, [0, 1], [2, 7]].unsqueeze(0)
+    close(TrainingModel(policy, {}, 0.7)(batch).logprobs, logprobs, rtol=1e-6)
 
 
 @torch.no_grad()
-def test_a_policy_has_no_kl_to_itself_and_some_to_another(policy):
-    given = batch()
-    rows = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
-    own = response_logits(policy, rows, 1.0)
-    assert float(exact_kl(own, response_logits(policy, rows, 1.0)).abs().max()) < 1e-6
-    assert float(exact_kl(own, response_logits(tiny_policy(1), rows, 1.0))[given.mask].min()) > 0.01
+def test_kl_is_0_to_the_same_policy_and_positive_to_another(policy):
+    batch = make_batch()
+    rows = join(batch)
+    logits = compute_response_logits(policy, rows, 1.0)
+    assert float(exact_kl(logits, compute_response_logits(policy, rows, 1.0)).abs().max()) < 1e-6
+    assert float(exact_kl(logits, compute_response_logits(make_policy(1), rows, 1.0))[batch.mask].min()) > 0.01
 
 
-def test_bfloat16_computes_low_and_answers_in_float32_with_float32_gradients(policy):
-    given, cpu = batch(), torch.device("cpu")
-    model = TrainingModel(policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.mlp))}, 1.0)
-    exact = model(given)
-    with compute_precision(cpu, DType.bfloat16):
-        rough = model(given)
+def test_bfloat16_outputs_and_gradients_are_float32_and_near_the_exact_ones(policy):
+    batch, cpu = make_batch(), torch.device("cpu")
+    model = TrainingModel(policy, {"value": Critic(make_policy(1).base_model, make_random_head(HeadKind.mlp))}, 1.0)
+    exact = model(batch)
+    with autocast_to(cpu, DType.bfloat16):
+        rough = model(batch)
     (rough.logprobs.sum() + rough.values["value"].sum()).backward()
     assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {torch.float32}
     for low, high in ((rough.logprobs, exact.logprobs), (rough.values["value"], exact.values["value"])):
         assert low.dtype == torch.float32
         gap = float((low - high).detach().abs().max())
         assert 1e-5 < gap < 0.2  # eight bits of mantissa in a layer's sums
-    with compute_precision(cpu, DType.float32):
-        close(model(given).logprobs, exact.logprobs)
+    with autocast_to(cpu, DType.float32):
+        close(model(batch).logprobs, exact.logprobs)
 
 
 # The critic
@@ -226,20 +231,20 @@ def test_bfloat16_computes_low_and_answers_in_float32_with_float32_gradients(pol
 
 @pytest.mark.parametrize("kind", list(HeadKind))
 @pytest.mark.parametrize("on_trunk", [False, True])
-def test_a_new_critic_says_0_and_can_learn(policy, kind, on_trunk):
-    critic = critic_of(policy, kind, on_trunk=on_trunk)
+def test_a_new_critic_returns_0_and_gets_gradients(policy, kind, on_trunk):
+    critic = make_critic(policy, kind, on_trunk=on_trunk)
     model = TrainingModel(policy, {"value": critic}, 1.0)
-    values = model(batch()).values["value"]
+    values = model(make_batch()).values["value"]
     assert not values.any()
-    ((values - 1) ** 2)[batch().mask].sum().backward()
+    ((values - 1) ** 2)[make_batch().mask].sum().backward()
     last = critic.head if kind is HeadKind.linear else critic.head[-1]
     assert last.weight.grad.abs().max() > 0.1
     # V = 0 at 10 tokens, each with the slope −2
     close(last.bias.grad, torch.tensor([-20.0]))
 
 
-def test_the_published_head_is_h_to_2h_to_1_with_relu():
-    head = value_head(HeadKind.mlp, 2)
+def test_the_mlp_head_is_h_to_2h_to_1_with_relu():
+    head = build_value_head(HeadKind.mlp, 2)
     with torch.no_grad():
         head[0].weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [-1.0, 0.0]]))
         head[0].bias.copy_(torch.tensor([0.0, -1.0, 0.5, 0.0]))
@@ -250,77 +255,79 @@ def test_the_published_head_is_h_to_2h_to_1_with_relu():
 
 
 @pytest.mark.parametrize("kind", list(HeadKind))
-def test_the_value_of_a_state_is_read_where_its_token_is_predicted(policy, kind):
-    backbone, head = tiny_policy(1), trained_head(kind)
+def test_the_value_of_a_state_is_read_at_the_position_that_predicts_its_token(policy, kind):
+    backbone, head = make_policy(1), make_random_head(kind)
     model = TrainingModel(policy, {"value": Critic(backbone.base_model, head)}, 1.0)
-    rows = [head(alone(backbone, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    close(model(batch()).values["value"], by_row(rows, 4))
-    close(model(batch(left=2, right=3), with_policy=False).values["value"][:, :4], by_row(rows, 4))
+    rows = [head(compute_unpadded(backbone, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    close(model(make_batch()).values["value"], stack_rows(rows, 4))
+    close(model(make_batch(left=2, right=3), with_policy=False).values["value"][:, :4], stack_rows(rows, 4))
 
 
 @pytest.mark.parametrize("kind", list(HeadKind))
 def test_a_head_on_the_trunk_reads_the_policys_last_hidden_state(policy, kind):
-    head = trained_head(kind)
+    head = make_random_head(kind)
     model = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)
-    rows = [head(alone(policy, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    close(model(batch()).values["value"], by_row(rows, 4))
-    close(model(batch(left=2, right=3), with_policy=False).values["value"][:, :4], by_row(rows, 4))
+    rows = [head(compute_unpadded(policy, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    close(model(make_batch()).values["value"], stack_rows(rows, 4))
+    close(model(make_batch(left=2, right=3), with_policy=False).values["value"][:, :4], stack_rows(rows, 4))
 
 
-def test_a_response_of_one_token_has_the_value_of_its_prompt_and_later_tokens_do_not_change_it(policy):
-    model = TrainingModel(policy, {"value": Critic(None, trained_head(HeadKind.linear))}, 1.0)
-    one, other = batch([[3, 1, 4]], [[2]]), batch([[3, 1, 4]], [[7, 5, 9]])
+def test_the_first_value_depends_on_the_prompt_alone(policy):
+    model = TrainingModel(policy, {"value": Critic(None, make_random_head(HeadKind.linear))}, 1.0)
+    one, other = make_batch([[3, 1, 4]], [[2]]), make_batch([[3, 1, 4]], [[7, 5, 9]])
     close(model(one).values["value"][0, 0], model(other).values["value"][0, 0])
     assert abs(float((model(other).values["value"][0, 1] - model(other).values["value"][0, 0]).detach())) > 1e-3
 
 
-def test_several_critics_keep_their_names(policy):
-    heads = {name: trained_head(HeadKind.linear) for name in ("learner", "guide")}
+def test_values_of_several_critics_are_returned_by_name(policy):
+    heads = {name: make_random_head(HeadKind.linear) for name in ("learner", "guide")}
     torch.nn.init.constant_(heads["guide"].bias, 3.0)
     torch.nn.init.constant_(heads["learner"].bias, 1.0)
     model = TrainingModel(policy, {name: Critic(None, head) for name, head in heads.items()}, 1.0)
-    values, mask = model(batch()).values, batch().mask
+    values, mask = model(make_batch()).values, make_batch().mask
     close((values["guide"] - values["learner"])[mask], torch.full((10,), 2.0))
 
 
-def test_critics_with_and_without_a_backbone_go_together(policy):
-    own = Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))
-    trunk = Critic(None, trained_head(HeadKind.linear))
-    both = TrainingModel(policy, {"own": own, "trunk": trunk}, 1.0)
+def test_critics_with_and_without_a_backbone_can_be_combined(policy):
+    separate = Critic(make_policy(1).base_model, make_random_head(HeadKind.linear))
+    trunk = Critic(None, make_random_head(HeadKind.linear))
+    both = TrainingModel(policy, {"separate": separate, "trunk": trunk}, 1.0)
     expected = {
-        "own": TrainingModel(policy, {"own": own}, 1.0)(batch()).values["own"],
-        "trunk": TrainingModel(policy, {"trunk": trunk}, 1.0)(batch()).values["trunk"],
+        "separate": TrainingModel(policy, {"separate": separate}, 1.0)(make_batch()).values["separate"],
+        "trunk": TrainingModel(policy, {"trunk": trunk}, 1.0)(make_batch()).values["trunk"],
     }
-    for found in (both(batch()).values, both(batch(), with_policy=False).values):
-        close(dict(found), expected)
+    for values in (both(make_batch()).values, both(make_batch(), with_policy=False).values):
+        close(dict(values), expected)
 
 
 @torch.no_grad()
-def test_a_head_computes_in_float32_whatever_its_trunk_is():
-    policy, head = tiny_policy().bfloat16(), trained_head(HeadKind.linear)
-    policy.set_attn_implementation("eager")  # the other is computed in float32 where that is faster
+def test_a_head_computes_in_float32_on_a_bfloat16_trunk():
+    policy, head = make_policy().bfloat16(), make_random_head(HeadKind.linear)
+    policy.set_attn_implementation("eager")  # sdpa is computed in float32 if that is faster
     hidden = policy.base_model(input_ids=torch.tensor([[3, 1, 4]])).last_hidden_state[:, -1:]
     assert hidden.dtype == torch.bfloat16
-    values = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)(batch([[3, 1, 4]], [[2]])).values["value"]
+    values = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)(make_batch([[3, 1, 4]], [[2]])).values["value"]
     close(values, head(hidden.float()).squeeze(-1), rtol=1e-6)
 
 
-def test_a_separate_critic_learns_without_the_policy_and_a_head_on_the_trunk_through_it(policy):
-    separate = TrainingModel(policy, {"value": Critic(tiny_policy(1).base_model, trained_head(HeadKind.linear))}, 1.0)
-    separate(batch()).values["value"].sum().backward()
+def test_only_a_head_on_the_trunk_sends_gradients_into_the_policy(policy):
+    separate = TrainingModel(
+        policy, {"value": Critic(make_policy(1).base_model, make_random_head(HeadKind.linear))}, 1.0
+    )
+    separate(make_batch()).values["value"].sum().backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in separate.policy_parameters())
     assert any(
         parameter.grad.any()
         for parameter in separate.critics["value"].backbone.parameters()
         if parameter.grad is not None
     )
-    on_trunk = TrainingModel(policy, {"value": Critic(None, trained_head(HeadKind.linear))}, 1.0)
-    on_trunk(batch()).values["value"].sum().backward()
+    on_trunk = TrainingModel(policy, {"value": Critic(None, make_random_head(HeadKind.linear))}, 1.0)
+    on_trunk(make_batch()).values["value"].sum().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.base_model.parameters())
 
 
-def test_parameters_are_the_policys_or_the_critics(policy):
-    model = TrainingModel(policy, {"value": critic_of(policy)}, 1.0)
+def test_each_trained_parameter_belongs_to_either_policy_or_critics(policy):
+    model = TrainingModel(policy, {"value": make_critic(policy)}, 1.0)
     of_policy = {id(parameter) for parameter in model.policy_parameters()}
     of_critic = {id(parameter) for parameter in model.critic_parameters()}
     assert of_policy == {id(parameter) for parameter in policy.parameters()}
@@ -330,30 +337,30 @@ def test_parameters_are_the_policys_or_the_critics(policy):
     assert len(model.policy_parameters()) == len(of_policy) - 1
 
 
-def test_a_critics_backbone_is_a_copy_of_where_it_starts():
-    policy, start = tiny_policy(0), tiny_policy(1)
-    for given, source in ((None, policy), (start, start)):
-        critic = critic_of(policy, start=given)
-        for copied, original in zip(critic.backbone.parameters(), source.base_model.parameters(), strict=True):
-            assert torch.equal(copied, original)
-            assert copied is not original
-            assert copied.requires_grad
+def test_a_critics_backbone_is_a_trainable_copy_of_its_source():
+    policy, start = make_policy(0), make_policy(1)
+    for source, expected in ((None, policy), (start, start)):
+        critic = make_critic(policy, source=source)
+        for parameter, original in zip(critic.backbone.parameters(), expected.base_model.parameters(), strict=True):
+            assert torch.equal(parameter, original)
+            assert parameter is not original
+            assert parameter.requires_grad
 
 
-def test_a_frozen_low_precision_start_gives_a_trainable_float32_critic():
-    start = tiny_policy(1).bfloat16().requires_grad_(False)
-    critic = critic_of(tiny_policy(0), start=start)
+def test_a_critic_from_a_frozen_bfloat16_source_is_trainable_and_float32():
+    start = make_policy(1).bfloat16().requires_grad_(False)
+    critic = make_critic(make_policy(0), source=start)
     assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in critic.parameters())
 
 
-def test_a_head_depends_on_its_seed_and_on_no_global_generator(policy):
+def test_a_head_depends_on_its_seed_and_not_on_the_global_generator(policy):
     torch.manual_seed(1)
-    one = critic_of(policy, HeadKind.mlp, seed=3, on_trunk=True).head[0].weight
+    one = make_critic(policy, HeadKind.mlp, seed=3, on_trunk=True).head[0].weight
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.rand(1) == after
-    again = critic_of(policy, HeadKind.mlp, seed=3, on_trunk=True).head[0].weight
-    other = critic_of(policy, HeadKind.mlp, seed=4, on_trunk=True).head[0].weight
+    again = make_critic(policy, HeadKind.mlp, seed=3, on_trunk=True).head[0].weight
+    other = make_critic(policy, HeadKind.mlp, seed=4, on_trunk=True).head[0].weight
     assert torch.equal(one, again)
     assert not torch.equal(one, other)

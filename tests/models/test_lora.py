@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they change, what they leave alone, and the folders they are kept in."""
+"""Low-rank adapters: what they change and what they leave unchanged, and the folders that hold them."""
 
 import json
 
@@ -15,30 +15,39 @@ from transformers import (
 )
 
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.inference.trained import load_trained
-from apa_cli.models.forward import TrainingModel, checkpoint_activations, response_logprobs
-from apa_cli.models.lm_head import linear_head
-from apa_cli.models.loading import load_policy, load_tokenizer, save_model, train_top
-from apa_cli.models.lora import POLICY, WithoutAdapter, active_adapter, adapter, add_adapter, merged_tensors
+from apa_cli.inference.trained_policy import load_trained_policy
+from apa_cli.models.forward import TrainingModel, compute_response_logprobs, enable_activation_checkpointing
+from apa_cli.models.lm_head import find_linear_head
+from apa_cli.models.loading import load_policy, load_tokenizer, save_model
+from apa_cli.models.lora import (
+    POLICY_ADAPTER,
+    AdapterDisabledModel,
+    add_adapter,
+    get_active_adapter,
+    merge_adapter_tensors,
+    use_adapter,
+)
+from apa_cli.models.structure import freeze_all_but_top
+from apa_cli.runs.records import RecordedRun
 from apa_cli.settings import LoraSettings
-from apa_cli.training.build import training_model
-from apa_cli.types import Tokens
+from apa_cli.training.models import build_training_model
+from apa_cli.types import Sequences
 
 LORA = LoraSettings(rank=3, alpha=6.0, target_modules=None)
 IDS = torch.tensor([[5, 40, 31, 7, 99, 12]])
-TOKENS = Tokens(IDS[:, :3], torch.ones(1, 3, dtype=torch.bool), IDS[:, 3:], torch.ones(1, 3, dtype=torch.bool))
+TOKENS = Sequences(IDS[:, :3], torch.ones(1, 3, dtype=torch.bool), IDS[:, 3:], torch.ones(1, 3, dtype=torch.bool))
 
 
-def model_of(folder, dtype=torch.float32):
+def load_model(folder, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
-def trained_names(model) -> list[str]:
+def find_trained_names(model) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def stir(model) -> None:
-    """Gives every adapter's second factor, and every value head, weights other than zero."""
+def randomize(model) -> None:
+    """Set every adapter's second factor and every value head to weights other than zero."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -50,108 +59,108 @@ def stir(model) -> None:
 
 @pytest.fixture
 def adapted(tiny):
-    """A tiny model with an adapter for the policy and one for a critic, both of them doing something."""
-    model = model_of(tiny)
-    add_adapter(model, LORA, POLICY, seed=0)
+    """A tiny model with an adapter for the policy and one for a critic, both with an effect."""
+    model = load_model(tiny)
+    add_adapter(model, LORA, POLICY_ADAPTER, seed=0)
     add_adapter(model, LORA, "critic_value", seed=1)
-    stir(model)
+    randomize(model)
     return model
 
 
-def test_a_new_adapter_changes_nothing_and_is_all_that_trains(tiny):
-    model = model_of(tiny)
+def test_a_new_adapter_changes_no_output_and_is_all_that_is_trained(tiny):
+    model = load_model(tiny)
     before = model(IDS).logits
-    add_adapter(model, LORA, POLICY, seed=0)
+    add_adapter(model, LORA, POLICY_ADAPTER, seed=0)
     assert torch.equal(model(IDS).logits, before)
-    names = trained_names(model)
+    names = find_trained_names(model)
     # Two layers, one wrapped matrix each (peft's choice for GPT-NeoX is query_key_value), two factors each.
     assert len(names) == 4 and all(".query_key_value.lora_" in name and ".policy." in name for name in names)
 
 
-def test_the_seed_makes_the_adapter(tiny):
+def test_an_adapter_depends_on_its_seed_alone(tiny):
     def first_factor(seed):
-        model = model_of(tiny)
+        model = load_model(tiny)
         torch.manual_seed(int(torch.randint(1000, ())))
-        add_adapter(model, LORA, POLICY, seed)
+        add_adapter(model, LORA, POLICY_ADAPTER, seed)
         return next(p for n, p in model.named_parameters() if ".lora_A." in n).clone()
 
     assert torch.equal(first_factor(3), first_factor(3)) and not torch.equal(first_factor(3), first_factor(4))
 
 
 def test_adapters_are_float32_on_a_bfloat16_base(tiny):
-    model = model_of(tiny, torch.bfloat16)
-    add_adapter(model, LORA, POLICY, seed=0)
+    model = load_model(tiny, torch.bfloat16)
+    add_adapter(model, LORA, POLICY_ADAPTER, seed=0)
     dtypes = {".lora_" in name: parameter.dtype for name, parameter in model.named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
 
 
-def test_switching_gives_each_its_own_function_and_keeps_what_is_trained(tiny, adapted):
-    base = model_of(tiny)(IDS).logits
-    names = trained_names(adapted)
+def test_switching_adapters_changes_the_output_and_not_what_is_trained(tiny, adapted):
+    base = load_model(tiny)(IDS).logits
+    names = find_trained_names(adapted)
     assert len(names) == 8
     policy = adapted(IDS).logits
-    assert active_adapter(adapted) == POLICY and not torch.allclose(policy, base)
-    with adapter(adapted, None):
-        assert active_adapter(adapted) is None and trained_names(adapted) == names
+    assert get_active_adapter(adapted) == POLICY_ADAPTER and not torch.allclose(policy, base)
+    with use_adapter(adapted, None):
+        assert get_active_adapter(adapted) is None and find_trained_names(adapted) == names
         assert torch.equal(adapted(IDS).logits, base)
-        with adapter(adapted, "critic_value"):
+        with use_adapter(adapted, "critic_value"):
             critic = adapted(IDS).logits
         assert torch.equal(adapted(IDS).logits, base)
     assert not torch.allclose(critic, policy) and not torch.allclose(critic, base)
-    assert torch.equal(adapted(IDS).logits, policy) and trained_names(adapted) == names
-    assert torch.equal(WithoutAdapter(adapted)(input_ids=IDS).logits, base)
+    assert torch.equal(adapted(IDS).logits, policy) and find_trained_names(adapted) == names
+    assert torch.equal(AdapterDisabledModel(adapted)(input_ids=IDS).logits, base)
 
 
-def test_an_error_inside_switches_back(adapted):
-    with pytest.raises(RuntimeError), adapter(adapted, None):
+def test_an_error_in_the_block_restores_the_adapter(adapted):
+    with pytest.raises(RuntimeError), use_adapter(adapted, None):
         raise RuntimeError
-    assert active_adapter(adapted) == POLICY
+    assert get_active_adapter(adapted) == POLICY_ADAPTER
 
 
-def test_the_update_is_alpha_over_rank_times_the_product(tiny):
-    model = model_of(tiny)
-    add_adapter(model, LORA, POLICY, seed=0)
-    stir(model)
-    weight = model_of(tiny).gpt_neox.layers[0].attention.query_key_value.weight
+def test_the_weight_update_is_alpha_over_rank_times_the_product(tiny):
+    model = load_model(tiny)
+    add_adapter(model, LORA, POLICY_ADAPTER, seed=0)
+    randomize(model)
+    weight = load_model(tiny).gpt_neox.layers[0].attention.query_key_value.weight
     layer = model.gpt_neox.layers[0].attention.query_key_value
-    expected = weight + 6.0 / 3 * layer.lora_B[POLICY].weight @ layer.lora_A[POLICY].weight
-    merged = merged_tensors(model)
+    expected = weight + 6.0 / 3 * layer.lora_B[POLICY_ADAPTER].weight @ layer.lora_A[POLICY_ADAPTER].weight
+    merged = merge_adapter_tensors(model)
     torch.testing.assert_close(merged["gpt_neox.layers.0.attention.query_key_value.weight"], expected)
-    assert merged.keys() == model_of(tiny).state_dict().keys()
+    assert merged.keys() == load_model(tiny).state_dict().keys()
 
 
-def test_folders_of_the_merged_model_and_of_the_adapter_alone_give_the_same_numbers(tiny, adapted, tmp_path):
+def test_saved_merged_model_and_saved_adapter_give_the_same_logits(tiny, adapted, tmp_path):
     expected = adapted(IDS).logits
     save_model(adapted, AutoTokenizer.from_pretrained(tiny), tmp_path / "model")
-    torch.testing.assert_close(model_of(tmp_path / "model")(IDS).logits, expected, rtol=1e-5, atol=1e-5)
-    loaded = PeftModel.from_pretrained(model_of(tiny), tmp_path / "model" / "adapter")
+    torch.testing.assert_close(load_model(tmp_path / "model")(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    loaded = PeftModel.from_pretrained(load_model(tiny), tmp_path / "model" / "adapter")
     torch.testing.assert_close(loaded(IDS).logits, expected, rtol=1e-5, atol=1e-5)
     stored = json.loads((tmp_path / "model" / "adapter" / "adapter_config.json").read_text())
     assert stored["base_model_name_or_path"] == str(tiny) and stored["task_type"] == "CAUSAL_LM"
 
 
-def test_an_adapters_folder_loads_merged_with_its_bases_tokenizer(tiny, adapted, configured, tmp_path):
+def test_an_adapter_folder_loads_merged_with_its_base_models_tokenizer(tiny, adapted, configured, tmp_path):
     save_model(adapted, AutoTokenizer.from_pretrained(tiny), tmp_path / "model")
     folder = str(tmp_path / "model" / "adapter")
     settings = configured(f"model.path={folder}", "model.attn_implementation=eager").model
     model = load_policy(settings, folder)
     torch.testing.assert_close(model(IDS).logits, adapted(IDS).logits, rtol=1e-5, atol=1e-5)
-    assert len(trained_names(model)) == len(trained_names(model_of(tiny)))  # nothing of the adapter is left
+    assert len(find_trained_names(model)) == len(find_trained_names(load_model(tiny)))  # no adapter weights remain
     assert load_tokenizer(settings, folder).get_vocab() == AutoTokenizer.from_pretrained(tiny).get_vocab()
 
 
 # --- in training --------------------------------------------------------------------------------------------
 
 
-def parts(configured, tiny, *words):
-    config = configured("lora=default", "lora.rank=3", "model.attn_implementation=eager", *words)
-    model, reference = training_model(config, load_policy(config.model, str(tiny), frozen_base=True))
+def load_training_model(configured, tiny, *overrides):
+    config = configured("lora=default", "lora.rank=3", "model.attn_implementation=eager", *overrides)
+    model, reference = build_training_model(config, load_policy(config.model, str(tiny), frozen_base=True))
     return model, reference
 
 
-def gradients(model: TrainingModel, value: bool) -> set[str]:
-    """Names of the parameters that a loss on the values, or on the log-probs, reaches."""
-    stir(model)
+def find_reached_names(model: TrainingModel, value: bool) -> set[str]:
+    """Return the names of the parameters that get gradients from a loss on the values, or else on the log-probs."""
+    randomize(model)
     model.zero_grad(set_to_none=True)
     output = model(TOKENS)
     (output.values["value"] if value else output.logprobs).sum().backward()
@@ -159,19 +168,19 @@ def gradients(model: TrainingModel, value: bool) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ["adapter", "separate", "head"])
-def test_each_loss_reaches_its_own_weights_alone(kind, configured, tiny):
-    model, _ = parts(configured, tiny, f"critic={kind}")
-    by_policy, by_value = gradients(model, value=False), gradients(model, value=True)
+def test_each_loss_reaches_only_its_own_weights(kind, configured, tiny):
+    model, _ = load_training_model(configured, tiny, f"critic={kind}")
+    by_policy, by_value = find_reached_names(model, value=False), find_reached_names(model, value=True)
     assert by_policy and all(".policy." in name for name in by_policy)
     heads = {"critics.value.head.weight", "critics.value.head.bias"}
-    own = by_value - heads
+    trunk = by_value - heads
     assert heads <= by_value
     if kind == "adapter":
-        assert own and all(".critic_value." in name for name in own)
+        assert trunk and all(".critic_value." in name for name in trunk)
     elif kind == "separate":
-        assert own and all(name.startswith("critics.value.backbone.") and ".lora_" in name for name in own)
+        assert trunk and all(name.startswith("critics.value.backbone.") and ".lora_" in name for name in trunk)
     else:
-        assert own == by_policy  # the trunk is shared
+        assert trunk == by_policy  # the trunk is shared
     names = dict(model.named_parameters())
     assert {id(names[name]) for name in by_policy} <= {id(p) for p in model.policy_parameters()}
     critic_group = {id(p) for p in model.critic_parameters()}
@@ -179,54 +188,54 @@ def test_each_loss_reaches_its_own_weights_alone(kind, configured, tiny):
     assert not critic_group & {id(p) for p in model.policy_parameters()}
 
 
-def test_the_reference_is_the_base_whatever_the_adapters_learn(configured, tiny):
-    model, reference = parts(configured, tiny, "critic=adapter")
-    expected = response_logprobs(model_of(tiny), TOKENS, 1.0)
-    stir(model)
-    assert torch.equal(response_logprobs(reference, TOKENS, 1.0), expected)
-    assert not torch.allclose(response_logprobs(model.policy, TOKENS, 1.0), expected)
+def test_the_reference_stays_the_base_while_adapters_change(configured, tiny):
+    model, reference = load_training_model(configured, tiny, "critic=adapter")
+    expected = compute_response_logprobs(load_model(tiny), TOKENS, 1.0)
+    randomize(model)
+    assert torch.equal(compute_response_logprobs(reference, TOKENS, 1.0), expected)
+    assert not torch.allclose(compute_response_logprobs(model.policy, TOKENS, 1.0), expected)
 
 
-@pytest.mark.parametrize("words", [["critic=adapter"], ["critic=separate"], ["critic=head"], ["lora.rank=0"]])
-def test_recomputed_activations_give_the_same_gradients(words, configured, tiny):
-    found = {}
+@pytest.mark.parametrize("overrides", [["critic=adapter"], ["critic=separate"], ["critic=head"], ["lora.rank=0"]])
+def test_recomputed_activations_give_the_same_gradients(overrides, configured, tiny):
+    gradients = {}
     for checkpointing in ("false", "true"):
-        model, _ = parts(configured, tiny, *words, f"model.gradient_checkpointing={checkpointing}")
-        linear_head(model.policy)  # makes a pass of its own the first time
+        model, _ = load_training_model(configured, tiny, *overrides, f"model.gradient_checkpointing={checkpointing}")
+        find_linear_head(model.policy)  # its first call probes the model with a pass
         calls = []
         block = model.policy.gpt_neox.layers[0]
         block.attention.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        stir(model)
+        randomize(model)
         output = model(TOKENS)
         before = len(calls)
         (output.logprobs.sum() + output.values["value"].sum()).backward()
-        found[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients[checkpointing] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         assert len(calls) == (2 * before if checkpointing == "true" else before)
         with torch.no_grad():
             model(TOKENS)
         assert not any(module.training for module in model.policy.modules())
-    assert found["true"].keys() == found["false"].keys()
-    for name, gradient in found["false"].items():
-        torch.testing.assert_close(found["true"][name], gradient, rtol=1e-5, atol=1e-7)
+    assert gradients["true"].keys() == gradients["false"].keys()
+    for name, gradient in gradients["false"].items():
+        torch.testing.assert_close(gradients["true"][name], gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_blocks_that_apply_dropout_themselves_do_not_when_activations_are_recomputed():
+def test_activation_checkpointing_does_not_enable_dropout_in_blocks():
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=16, word_embed_proj_dim=16,
         max_position_embeddings=32, dropout=0.5,
     )  # fmt: skip
     model = OPTForCausalLM(config).eval()
-    expected = response_logprobs(model, TOKENS, 1.0)
-    checkpoint_activations(model)
-    found = TrainingModel(model, {}, 1.0)(TOKENS).logprobs
-    torch.testing.assert_close(found, expected)
-    found.sum().backward()
+    expected = compute_response_logprobs(model, TOKENS, 1.0)
+    enable_activation_checkpointing(model)
+    logprobs = TrainingModel(model, {}, 1.0)(TOKENS).logprobs
+    torch.testing.assert_close(logprobs, expected)
+    logprobs.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("overrides", "message"),
     [
         (["critic=adapter"], "critic.kind: adapter needs lora"),
         (["lora=default", "model.trainable_layers=1"], "model.trainable_layers: with lora"),
@@ -236,20 +245,20 @@ def test_blocks_that_apply_dropout_themselves_do_not_when_activations_are_recomp
         (["lora=default", "lora.target_modules=[nothing]"], "lora.target_modules: .*nothing"),
     ],
 )
-def test_what_cannot_be_trained_together_is_one_line(words, said, run_train):
-    with pytest.raises(UserError, match=f"^{said}") as error:
-        run_train(*words)
+def test_settings_that_exclude_each_other_are_an_error_of_one_line(overrides, message, run_train):
+    with pytest.raises(UserError, match=f"^{message}") as error:
+        run_train(*overrides)
     assert "\n" not in str(error.value)
 
 
-def test_a_lora_run_reports_the_kl_of_the_folder_that_it_leaves(run_train, records, tiny):
+def test_a_lora_run_saves_the_policy_that_it_evaluated(run_train, records, tiny):
     directory = run_train(
         "lora=default", "lora.rank=3", "critic=adapter", "optimizer.lr=5e-3", "model.gradient_checkpointing=true",
         "lora.target_modules=[all-linear]",
     )  # fmt: skip
     rows = records(directory / "metrics.jsonl")
     assert abs(rows[0]["eval/kl_exact"]) < 1e-6 < rows[-1]["eval/kl_exact"]
-    # An evaluation of the folder, as a model of its own, against the base gives the same replies and the same KL.
+    # Evaluating the saved folder by itself gives the same replies.
     again = run_train(f"model.path={directory / 'model'}", "iterations=0", name="again")
     replies = [row["response"] for row in records(directory / "samples.jsonl") if row["iteration"] == 3]
     assert [row["response"] for row in records(again / "samples.jsonl")] == replies
@@ -259,7 +268,7 @@ def test_a_lora_run_reports_the_kl_of_the_folder_that_it_leaves(run_train, recor
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_a_quantized_base_trains_and_the_folder_it_leaves_is_plain_and_the_same_function(
+def test_a_run_on_a_quantized_base_saves_an_unquantized_model_with_the_same_logits(
     bits, tiny, configured, run_train, records, tmp_path
 ):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -272,36 +281,37 @@ def test_a_quantized_base_trains_and_the_folder_it_leaves_is_plain_and_the_same_
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    words = [f"model.path={tmp_path / 'base'}", "model.attn_implementation=eager"]
+    overrides = [f"model.path={tmp_path / 'base'}", "model.attn_implementation=eager"]
     lora = ["lora=default", "lora.rank=3", "critic=adapter", f"model.quantization={bits}", "optimizer.lr=1e-2"]
-    directory = run_train(*words, *lora)
+    directory = run_train(*overrides, *lora)
     rows = records(directory / "metrics.jsonl")
     assert abs(rows[0]["eval/kl_exact"]) < 1e-6 < rows[-1]["eval/kl_exact"]
     assert "quantization_config" not in json.loads((directory / "model" / "config.json").read_text())
-    # The folder alone, in float32, against the policy that was trained: quantized activations are the difference.
+    # The saved folder in float32 and the trained policy differ by the rounding of quantization.
     checkpoint = directory / "checkpoints" / "iteration_000003"
-    quantized = load_trained(configured(*words, *lora, f"run={checkpoint}"), torch.device("cpu"))
-    expected, found = quantized(IDS).logits.float(), model_of(directory / "model")(IDS).logits
-    base = model_of(tmp_path / "base")(IDS).logits
-    assert (found - expected).abs().max() < 0.2 * (found - base).abs().max()
+    run = RecordedRun.find(str(checkpoint))
+    quantized = load_trained_policy(configured(*overrides, *lora, f"run={checkpoint}"), run, torch.device("cpu"))
+    expected, actual = quantized(IDS).logits.float(), load_model(directory / "model")(IDS).logits
+    base = load_model(tmp_path / "base")(IDS).logits
+    assert (actual - expected).abs().max() < 0.2 * (actual - base).abs().max()
 
 
 # --- trainable top layers -----------------------------------------------------------------------------------
 
 
-def test_only_the_top_is_trained(tiny):
-    model = model_of(tiny)
-    train_top(model, 1)
-    names = trained_names(model)
+def test_only_the_top_layers_are_trained(tiny):
+    model = load_model(tiny)
+    freeze_all_but_top(model, 1)
+    names = find_trained_names(model)
     assert all(
         name.startswith(("gpt_neox.layers.1.", "gpt_neox.final_layer_norm.", "lm_head.", "embed_out."))
         for name in names
     )
     everything = [n for n, _ in model.named_parameters()]
     assert {n for n in everything if n.startswith(("gpt_neox.layers.1.", "gpt_neox.final_layer_norm."))} <= set(names)
-    assert any("lm_head" in name or "embed_out" in name for name in names)  # GPT-NeoX's output matrix is its own
-    train_top(model, 0)
-    assert not any("layers." in name for name in trained_names(model))
+    assert any("lm_head" in name or "embed_out" in name for name in names)  # GPT-NeoX's output matrix is untied
+    freeze_all_but_top(model, 0)
+    assert not any("layers." in name for name in find_trained_names(model))
 
 
 def test_a_tied_output_matrix_is_frozen_with_the_embeddings():
@@ -310,16 +320,16 @@ def test_a_tied_output_matrix_is_frozen_with_the_embeddings():
         num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    train_top(model, 2)
-    assert {name.split(".")[2] for name in trained_names(model) if "layers" in name} == {"1", "2"}
-    assert [name for name in trained_names(model) if "layers" not in name] == ["model.norm.weight"]
+    freeze_all_but_top(model, 2)
+    assert {name.split(".")[2] for name in find_trained_names(model) if "layers" in name} == {"1", "2"}
+    assert [name for name in find_trained_names(model) if "layers" not in name] == ["model.norm.weight"]
     with pytest.raises(ConfigError):
-        train_top(model, 4)
+        freeze_all_but_top(model, 4)
 
 
-def test_frozen_layers_stay_as_they_were(run_train, tiny):
+def test_frozen_layers_do_not_change(run_train, tiny):
     directory = run_train("model.trainable_layers=1", "optimizer.lr=1e-2")
-    before, after = (model_of(folder).state_dict() for folder in (tiny, directory / "model"))
+    before, after = (load_model(folder).state_dict() for folder in (tiny, directory / "model"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and not any(".layers.0." in name or "embed_in" in name for name in changed)
     assert any(".layers.1." in name for name in changed)

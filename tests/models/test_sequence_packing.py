@@ -1,4 +1,4 @@
-"""Sequences one behind the other give what each gives alone, in every family that takes them; others stay padded."""
+"""Packed sequences give the same results as padded ones, in every family that supports packing; others stay padded."""
 
 import copy
 from dataclasses import replace
@@ -24,18 +24,19 @@ from transformers import (
 from apa_cli.models import forward
 from apa_cli.models.critic import build_critic
 from apa_cli.models.forward import (
-    Packed,
+    PackedInputs,
+    PaddedInputs,
     TrainingModel,
-    checkpoint_activations,
-    response_logprobs,
-    response_states,
-    sequences,
-    taken,
+    build_padded_inputs,
+    compute_head_inputs,
+    compute_response_logprobs,
+    enable_activation_checkpointing,
+    pack_if_faster,
 )
-from apa_cli.models.lora import POLICY, WithoutAdapter, add_adapter
-from apa_cli.models.sequence_packing import RESTRICTIONS, attention, packs
+from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapter
+from apa_cli.models.sequence_packing import RESTRICTION_OPTIONS, attend_per_sequence, can_pack
 from apa_cli.settings import CriticInit, CriticKind, CriticSettings, HeadKind, LoraSettings
-from apa_cli.types import Tokens
+from apa_cli.types import Sequences
 
 close = partial(torch.testing.assert_close, rtol=2e-5, atol=2e-6)
 
@@ -44,7 +45,7 @@ LLAMA = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
 }  # fmt: skip
 GPT = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
-TAKE = {
+PACKED = {
     "gpt_neox": GPTNeoXConfig(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=64, initializer_range=0.2,
@@ -54,7 +55,7 @@ TAKE = {
     "llama": LlamaConfig(**LLAMA),
     "qwen2": Qwen2Config(**LLAMA),
 }  # fmt: skip
-LEFT = {
+UNPACKED = {
     "a window": MistralConfig(**LLAMA, sliding_window=4),
     "an attention of its own": FalconConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2
@@ -64,164 +65,167 @@ LEFT = {
 }
 
 
-def made(config: PreTrainedConfig) -> PreTrainedModel:
+def build_model(config: PreTrainedConfig) -> PreTrainedModel:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
 
 
 @pytest.fixture
-def rows() -> Tokens:
-    """Prompts of 1 to 6 tokens; responses of 0, 2 and 4, the last of which begins with two that do not count."""
+def rows() -> Sequences:
+    """Prompts of 1 to 6 tokens; responses of 0 to 5 tokens, in one of which the first two do not count."""
     torch.manual_seed(1)
     mask = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
     before = torch.tensor([[0] * (6 - n) + [1] * n for n in (3, 1, 6, 4)]).bool()
-    return Tokens(torch.randint(1, 50, before.shape), before, torch.randint(1, 50, mask.shape), mask)
+    return Sequences(torch.randint(1, 50, before.shape), before, torch.randint(1, 50, mask.shape), mask)
 
 
 @pytest.fixture
-def padded(monkeypatch):
-    """padded(compute) → the same with `packs` false of every model."""
+def without_packing(monkeypatch):
+    """without_packing(compute): return compute() with packing disabled for every model."""
 
     def run(compute):
         with monkeypatch.context() as patch:
-            patch.setattr(forward, "packs", lambda model: False)
+            patch.setattr(forward, "can_pack", lambda model: False)
             return compute()
 
     return run
 
 
-def computed(model: torch.nn.Module, run) -> list[tuple[int, ...]]:
-    """Shapes of what goes into the model's embedding during `run`."""
+def join(batch: Sequences) -> PaddedInputs:
+    return build_padded_inputs(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
+
+
+def record_input_shapes(model: torch.nn.Module, run) -> list[tuple[int, ...]]:
+    """Return the shapes of the embedding's inputs during `run`."""
     shapes = []
     embedding = model.get_input_embeddings()
-    handle = embedding.register_forward_pre_hook(lambda module, given: shapes.append(tuple(given[0].shape)))
+    handle = embedding.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
     run()
     handle.remove()
     return shapes
 
 
-@pytest.mark.parametrize("family", TAKE)
-def test_log_probs_and_values_are_those_of_padded_rows_and_no_padding_is_computed(family, rows, padded):
-    policy = made(TAKE[family])
+@pytest.mark.parametrize("family", PACKED)
+def test_log_probs_and_values_equal_those_of_padded_rows_and_no_padding_is_computed(family, rows, without_packing):
+    policy = build_model(PACKED[family])
     kind = CriticSettings(kind=CriticKind.separate, init=CriticInit.policy, head=HeadKind.mlp)
     critic = build_critic(policy, kind, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", 3, None)
     torch.nn.init.normal_(critic.head[2].weight)
     model = TrainingModel(policy, {"value": critic}, 0.7)
-    expected, found = padded(lambda: model(rows)), model(rows)
-    close(found.logprobs, expected.logprobs)
-    close(found.values["value"], expected.values["value"])
-    assert found.logprobs[rows.mask].all() and not found.logprobs[~rows.mask].any()
+    expected, output = without_packing(lambda: model(rows)), model(rows)
+    close(output.logprobs, expected.logprobs)
+    close(output.values["value"], expected.values["value"])
+    assert output.logprobs[rows.mask].all() and not output.logprobs[~rows.mask].any()
     # prompts 3 + 1 + 6 + 4, and the responses up to their last token that counts, itself not among them: 0, 1, 3, 4
     for part in (policy, critic.backbone):
-        assert computed(part, lambda: model(rows)) == [(1, 14 + 8)]
-    assert padded(lambda: computed(policy, lambda: model(rows))) == [(4, 6 + 4)]
+        assert record_input_shapes(part, lambda: model(rows)) == [(1, 14 + 8)]
+    assert without_packing(lambda: record_input_shapes(policy, lambda: model(rows))) == [(4, 6 + 4)]
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed-again"])
-def test_gradients_are_those_of_padded_rows(again, rows, padded):
-    model = TrainingModel(made(TAKE["llama"]), {}, 1.0)
-    if again:
-        checkpoint_activations(model.policy)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
+def test_gradients_equal_those_of_padded_rows(checkpointing, rows, without_packing):
+    model = TrainingModel(build_model(PACKED["llama"]), {}, 1.0)
+    if checkpointing:
+        enable_activation_checkpointing(model.policy)
 
-    def gradients():
+    def compute_gradients():
         model.zero_grad()
         (model(rows).logprobs * torch.arange(1.0, 6.0)).sum().backward()
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
-    expected, found = padded(gradients), gradients()
+    expected, packed = without_packing(compute_gradients), compute_gradients()
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 0.1
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(packed[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_adapters_and_the_base_without_them(rows, padded):
-    policy, lora = made(TAKE["gpt_neox"]), LoraSettings(rank=2, alpha=4.0, target_modules=None)
-    add_adapter(policy, lora, POLICY, 0)
+def test_adapters_and_the_base_give_the_results_of_padded_rows(rows, without_packing):
+    policy, lora = build_model(PACKED["gpt_neox"]), LoraSettings(rank=2, alpha=4.0, target_modules=None)
+    add_adapter(policy, lora, POLICY_ADAPTER, 0)
     for name, parameter in policy.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     kind = CriticSettings(kind=CriticKind.adapter, init=CriticInit.policy, head=HeadKind.mlp)
     critic = build_critic(policy, kind, lora, "value", 3, None)
     torch.nn.init.normal_(critic.head[2].weight)
-    model, reference = TrainingModel(policy, {"value": critic}, 1.0), WithoutAdapter(policy)
-    expected, found = padded(lambda: model(rows)), model(rows)
-    close(found.logprobs, expected.logprobs)
-    close(found.values["value"], expected.values["value"])
-    base = response_logprobs(reference, rows, 1.0)
-    close(base, padded(lambda: response_logprobs(reference, rows, 1.0)))
-    assert float((base - found.logprobs).abs().max()) > 0.01
+    model, reference = TrainingModel(policy, {"value": critic}, 1.0), AdapterDisabledModel(policy)
+    expected, output = without_packing(lambda: model(rows)), model(rows)
+    close(output.logprobs, expected.logprobs)
+    close(output.values["value"], expected.values["value"])
+    base = compute_response_logprobs(reference, rows, 1.0)
+    close(base, without_packing(lambda: compute_response_logprobs(reference, rows, 1.0)))
+    assert float((base - output.logprobs).detach().abs().max()) > 0.01
 
 
-def test_a_critic_on_the_trunk_reads_the_states_of_the_same_rows(rows, padded):
-    policy = made(TAKE["qwen2"])
+def test_values_of_a_head_on_the_trunk_equal_those_of_padded_rows(rows, without_packing):
+    policy = build_model(PACKED["qwen2"])
     kind = CriticSettings(kind=CriticKind.head, init=CriticInit.policy, head=HeadKind.mlp)
     critic = build_critic(policy, kind, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", 3, None)
     torch.nn.init.normal_(critic.head[2].weight)
     model = TrainingModel(policy, {"value": critic}, 1.0)
-    close(model(rows).values["value"], padded(lambda: model(rows)).values["value"])
+    close(model(rows).values["value"], without_packing(lambda: model(rows)).values["value"])
 
 
 @torch.no_grad()
-def test_states_before_the_head_come_in_the_order_of_the_mask(rows, padded):
-    policy = made(TAKE["gptj"])
-    given = sequences(rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.mask)
-    states, _ = response_states(policy, given)
-    close(states, padded(lambda: response_states(policy, given)[0]))
+def test_head_inputs_are_in_the_order_of_the_mask(rows, without_packing):
+    policy = build_model(PACKED["gptj"])
+    padded_inputs = join(rows)
+    states, _ = compute_head_inputs(policy, padded_inputs)
+    close(states, without_packing(lambda: compute_head_inputs(policy, padded_inputs)[0]))
     assert len(states) == int(rows.mask.sum())
 
 
-@pytest.mark.parametrize("why", LEFT)
-def test_models_that_look_across_are_left_padded(why, rows):
-    model = made(LEFT[why])
-    assert not packs(model)
+@pytest.mark.parametrize("reason", UNPACKED)
+def test_models_whose_sequences_would_affect_each_other_stay_padded(reason, rows):
+    model = build_model(UNPACKED[reason])
+    assert not can_pack(model)
     assert model.config._attn_implementation != "sdpa_by_sequence"
-    given = sequences(rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.mask)
-    assert taken(model, given) is given
+    padded_inputs = join(rows)
+    assert pack_if_faster(model, padded_inputs) is padded_inputs
 
 
-def test_another_attention_is_kept():
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(TAKE["llama"]), attn_implementation="eager").eval()
-    assert not packs(model) and model.config._attn_implementation == "eager"
+def test_an_attention_other_than_sdpa_is_not_replaced():
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(PACKED["llama"]), attn_implementation="eager").eval()
+    assert not can_pack(model) and model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("name", RESTRICTIONS)
-def test_a_layer_that_asks_for_more_than_is_known_is_left_padded(name):
-    model = made(TAKE["llama"])
+@pytest.mark.parametrize("name", RESTRICTION_OPTIONS)
+def test_a_model_with_an_unsupported_attention_option_stays_padded(name):
+    model = build_model(PACKED["llama"])
     layer = model.model.layers[1].self_attn
     inner = layer.forward
-    layer.forward = lambda *given, **options: inner(*given, **options, **{name: 1})
-    assert not packs(model) and model.config._attn_implementation == "sdpa"
+    layer.forward = lambda *inputs, **options: inner(*inputs, **options, **{name: 1})
+    assert not can_pack(model) and model.config._attn_implementation == "sdpa"
 
 
-def test_little_padding_is_computed(rows):
-    """Taking four short sequences apart would cost more than three positions each."""
+def test_rows_with_little_padding_stay_padded(rows):
+    """Separate attention for four short sequences would cost more than three positions each."""
     mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1] * 5]).bool()
-    given = sequences(rows.prompt_ids, torch.ones_like(rows.prompt_mask), rows.response_ids, mask)
-    assert taken(made(TAKE["llama"]), given) is given
+    padded_inputs = build_padded_inputs(rows.prompt_ids, torch.ones_like(rows.prompt_mask), rows.response_ids, mask)
+    assert pack_if_faster(build_model(PACKED["llama"]), padded_inputs) is padded_inputs
 
 
-def test_a_model_whose_positions_mix_outside_of_attention_is_left_padded():
-    model = made(TAKE["llama"])
+def test_a_model_that_mixes_positions_outside_attention_stays_padded():
+    model = build_model(PACKED["llama"])
     mixed = model.model.layers[0].mlp
     inner = mixed.forward
     mixed.forward = lambda states: inner(states + 0.1 * states.roll(1, dims=1))
-    assert not packs(model)
+    assert not can_pack(model)
 
 
-def test_rows_without_padding_or_without_a_prompt_stay_as_they_are(rows):
-    model = made(TAKE["gpt_neox"])
+def test_rows_without_padding_or_without_a_prompt_stay_padded(rows):
+    model = build_model(PACKED["gpt_neox"])
     full = replace(rows, prompt_mask=torch.ones_like(rows.prompt_mask), mask=torch.ones_like(rows.mask))
     none = replace(rows, prompt_mask=rows.prompt_mask & (torch.arange(4) != 1).unsqueeze(1))
-    for given in (full, none):
-        asked = sequences(given.prompt_ids, given.prompt_mask, given.response_ids, given.mask)
-        assert taken(model, asked) is asked
-    asked = sequences(rows.prompt_ids, rows.prompt_mask, rows.response_ids, rows.mask)
-    assert isinstance(taken(model, asked), Packed)
+    for batch in (full, none):
+        padded_inputs = join(batch)
+        assert pack_if_faster(model, padded_inputs) is padded_inputs
+    assert isinstance(pack_if_faster(model, join(rows)), PackedInputs)
 
 
-def test_what_is_saved_says_nothing_of_it(rows, tmp_path):
-    model = made(TAKE["llama"])
-    assert packs(model)
+def test_a_saved_config_does_not_name_the_packing_attention(rows, tmp_path):
+    model = build_model(PACKED["llama"])
+    assert can_pack(model)
     model.save_pretrained(tmp_path)
     assert "sdpa_by_sequence" not in (tmp_path / "config.json").read_text()
 
@@ -239,9 +243,9 @@ def test_short_attention_of_half_precision_is_computed_in_float32(queries, keys,
     module.is_causal = False
     query.requires_grad_(True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        found, _ = attention(module, query, key, value, mask)
-    assert found.dtype is torch.bfloat16
-    found.sum().backward()
+        result, _ = attend_per_sequence(module, query, key, value, mask)
+    assert result.dtype is torch.bfloat16
+    result.sum().backward()
     assert query.grad.dtype is torch.bfloat16 and bool(query.grad.any())
-    # computed in float32 it is the nearest number of bfloat16 everywhere
-    assert torch.equal(found, exact.bfloat16()) == wide
+    # a result computed in float32 is the nearest bfloat16 number everywhere
+    assert torch.equal(result, exact.bfloat16()) == wide

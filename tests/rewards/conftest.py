@@ -1,4 +1,4 @@
-"""Reward models with random weights, small enough to be computed by hand in a test."""
+"""Small reward models with random weights, and their scores computed text by text."""
 
 import pytest
 import torch
@@ -15,19 +15,19 @@ RESPONSES = [" It takes about three hours to bake bread, and then it should rest
 
 @pytest.fixture(scope="session")
 def texts():
-    """(prompts, responses, columns) of several lengths."""
+    """Return (prompts, responses, columns) of several lengths."""
     return PROMPTS, RESPONSES, [{}] * len(PROMPTS)
 
 
 @pytest.fixture(scope="session")
 def classifier(make_classifier):
-    """Two outputs, `bad` and `good`."""
+    """Return the folder of a classifier with two outputs, `bad` and `good`."""
     return make_classifier(id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
 
 
 @pytest.fixture(scope="session")
-def by_hand():
-    """by_hand(folder, text, output) → the classifier's output on the tokens of one text, without padding."""
+def score_one_text():
+    """Return a function (folder, text, output) → the classifier's output on one text alone, without padding."""
 
     def compute(path, text, output=0):
         ids = AutoTokenizer.from_pretrained(path)(text, return_tensors="pt")["input_ids"]

@@ -1,4 +1,4 @@
-"""reward=function: how a user's function is found, what it is given, what is said when it fails."""
+"""reward=function: import of a user's function, its arguments, and the errors when it fails."""
 
 import sys
 import time
@@ -6,7 +6,7 @@ import time
 import pytest
 
 from apa_cli.errors import UserError
-from apa_cli.rewards.base import Placement, checked
+from apa_cli.rewards.base import Placement, add_score_check
 from apa_cli.rewards.function import FunctionReward
 
 SOURCE = """\
@@ -36,18 +36,18 @@ async def failing_later(prompts, responses):
     await asyncio.sleep(0)
     raise ValueError("no answer")
 
-def side_by_side(prompts, responses):
-    both = asyncio.Barrier(2)  # each waits here for the other: one after the other they would never end
+def concurrent(prompts, responses):
+    barrier = asyncio.Barrier(2)  # each waits for the other: run in sequence they would never end
 
     async def one(response):
         async with asyncio.timeout(20):
-            await both.wait()
+            await barrier.wait()
         return len(response)
 
     return [one(response) for response in responses]
 
-async def waiting_for_each(prompts, responses):
-    return side_by_side(prompts, responses)
+async def returning_coroutines(prompts, responses):
+    return concurrent(prompts, responses)
 
 def failing(prompts, responses):
     numbers = {}
@@ -74,18 +74,18 @@ def file(tmp_path):
     return path
 
 
-def call(target):
+def call_target(target):
     return FunctionReward(str(target), None).load(Placement("cpu", "float32"))(PROMPTS, RESPONSES, COLUMNS)
 
 
-def test_a_function_in_a_file_gets_prompts_and_responses(file):
-    assert call(f"{file}:plain") == [1 + 20, 3 + 10]
+def test_a_function_in_a_file_receives_prompts_and_responses(file):
+    assert call_target(f"{file}:plain") == [1 + 20, 3 + 10]
 
 
-def test_a_function_in_a_module_beside_the_run(file, monkeypatch):
+def test_a_function_in_a_module_in_the_working_directory(file, monkeypatch):
     monkeypatch.chdir(file.parent)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert call("my_rewards:plain") == [21, 13]
+    assert call_target("my_rewards:plain") == [21, 13]
     sys.modules.pop("my_rewards")
 
 
@@ -94,10 +94,10 @@ def test_a_function_in_a_module_of_a_package(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "scores.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
-    assert call("some_package.inner.scores:plain") == [21, 13]
+    assert call_target("some_package.inner.scores:plain") == [21, 13]
 
 
-def test_two_files_of_one_name_are_two_modules(tmp_path):
+def test_two_files_with_the_same_name_are_two_modules(tmp_path):
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "same.py").write_text(f"def score(prompts, responses):\n    return [{number}] * 2\n")
@@ -106,14 +106,14 @@ def test_two_files_of_one_name_are_two_modules(tmp_path):
     assert first(PROMPTS, RESPONSES, COLUMNS) == [1, 1] and second(PROMPTS, RESPONSES, COLUMNS) == [2, 2]
 
 
-def test_only_the_columns_whose_names_it_takes(file):
-    assert call(f"{file}:with_topic") == [3, 5]
+def test_a_function_receives_only_the_columns_it_names(file):
+    assert call_target(f"{file}:with_topic") == [3, 5]
     assert sys.modules["apa_reward_my_rewards"].seen == [["tea", "bread"]]
-    assert call(f"{file}:with_default") == [7, 7]
+    assert call_target(f"{file}:with_default") == [7, 7]
 
 
-def test_all_columns_with_keywords_and_none_where_a_row_lacks_one(file):
-    call(f"{file}:with_all")
+def test_keywords_receive_all_columns_with_none_for_missing_values(file):
+    call_target(f"{file}:with_all")
     expected = {"topic": ["tea", "bread"], "asked": [["time"], None], "other": [None, 1]}
     assert sys.modules["apa_reward_my_rewards"].seen == [expected]
 
@@ -131,7 +131,7 @@ def test_all_columns_with_keywords_and_none_where_a_row_lacks_one(file):
         ("plain", "not of the form"),
     ],
 )
-def test_what_is_not_there_is_said_in_one_line(target, message, file):
+def test_a_missing_target_is_a_one_line_error(target, message, file):
     target = target.format(file=file, folder=file.parent)
     with pytest.raises(UserError, match=message) as error:
         FunctionReward(target, None).load(Placement("cpu", "float32"))
@@ -146,55 +146,55 @@ def test_what_is_not_there_is_said_in_one_line(target, message, file):
         ("1 / 0\n", "ZeroDivision"),
     ],
 )
-def test_a_file_that_cannot_be_imported(source, message, tmp_path):
+def test_a_file_that_cannot_be_imported_is_a_one_line_error(source, message, tmp_path):
     (tmp_path / "bad.py").write_text(source)
     with pytest.raises(UserError, match=message) as error:
         FunctionReward(f"{tmp_path}/bad.py:f", None).load(Placement("cpu", "float32"))
     assert "\n" not in str(error.value)
 
 
-def test_an_exception_is_named_with_its_file_and_line(file):
+def test_an_exception_is_reported_with_its_file_and_line(file):
     with pytest.raises(UserError) as error:
-        call(f"{file}:failing")
+        call_target(f"{file}:failing")
     line = 1 + SOURCE.splitlines().index('    return [numbers["no such\\nkey"] for _ in responses]')
     assert "KeyError" in str(error.value) and f"(my_rewards.py, line {line})" in str(error.value)
     assert "failing" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_exception_of_many_lines_is_still_one_line(tmp_path):
+def test_an_exception_of_several_lines_is_reported_in_one_line(tmp_path):
     (tmp_path / "many.py").write_text("def f(prompts, responses):\n    raise ValueError('first\\nsecond')\n")
     with pytest.raises(UserError, match="first") as error:
-        call(f"{tmp_path}/many.py:f")
+        call_target(f"{tmp_path}/many.py:f")
     assert "\n" not in str(error.value)
 
 
-def test_a_function_that_takes_something_else(file):
+def test_a_function_with_other_parameters_is_a_one_line_error(file):
     file.write_text("def f(texts):\n    return texts\n")
     with pytest.raises(UserError, match="TypeError") as error:
-        call(f"{file}:f")
+        call_target(f"{file}:f")
     assert "\n" not in str(error.value)
 
 
-def test_an_async_function_runs_to_its_end(file):
-    assert call(f"{file}:waiting") == [2 + 3, 1 + 5]
+def test_an_async_function_is_awaited(file):
+    assert call_target(f"{file}:waiting") == [2 + 3, 1 + 5]
     with pytest.raises(UserError, match="failing_later raised ValueError: no answer") as error:
-        call(f"{file}:failing_later")
+        call_target(f"{file}:failing_later")
     assert "\n" not in str(error.value)
 
 
-def test_coroutines_one_per_response_run_side_by_side(file):
-    assert call(f"{file}:side_by_side") == [2, 1]
-    assert call(f"{file}:waiting_for_each") == [2, 1]
+def test_coroutines_one_per_response_run_concurrently(file):
+    assert call_target(f"{file}:concurrent") == [2, 1]
+    assert call_target(f"{file}:returning_coroutines") == [2, 1]
 
 
 def test_a_users_own_error_passes_unchanged(file):
     with pytest.raises(UserError, match=r"^install the other package$"):
-        call(f"{file}:refusing")
+        call_target(f"{file}:refusing")
 
 
-def test_the_wrong_number_of_scores(file):
-    score = checked(FunctionReward(f"{file}:too_few", None).load(Placement("cpu", "float32")))
-    with pytest.raises(UserError, match="2 responses were given, 1 scores came back"):
+def test_a_wrong_number_of_scores_is_refused(file):
+    score = add_score_check(FunctionReward(f"{file}:too_few", None).load(Placement("cpu", "float32")))
+    with pytest.raises(UserError, match="got 1 for 2 responses"):
         score(PROMPTS, RESPONSES, COLUMNS)
 
 
@@ -212,17 +212,17 @@ def test_vader_scores_replies_alone_and_with_the_right_sign():
     assert 0.5 < good <= 1 and -1 <= bad < -0.5 and neutral == 0 and empty == 0
 
 
-def test_a_call_that_takes_too_long_is_left_behind(tmp_path):
+def test_a_call_that_exceeds_the_timeout_is_abandoned(tmp_path):
     (tmp_path / "slow.py").write_text(
         "import time\n\n\ndef slow(prompts, responses):\n    time.sleep(5)\n    return [0.0] * len(responses)\n"
         "\n\nasync def quick(prompts, responses):\n    return [1.0] * len(responses)\n"
         "\n\ndef failing(prompts, responses):\n    raise ValueError('no')\n"
     )
-    begun = time.monotonic()
+    start = time.monotonic()
     score = FunctionReward(f"{tmp_path}/slow.py:slow", 0.2).load(Placement("cpu", "float32"))
-    with pytest.raises(UserError, match=r"slow\.py:slow has not returned within 0\.2 s \(reward\.timeout\)$"):
+    with pytest.raises(UserError, match=r"^reward\.timeout: .*slow\.py:slow has not returned within 0\.2 s; "):
         score(PROMPTS, RESPONSES, COLUMNS)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - start < 2
     quick = FunctionReward(f"{tmp_path}/slow.py:quick", 5.0).load(Placement("cpu", "float32"))
     assert quick(PROMPTS, RESPONSES, COLUMNS) == [1, 1]
     failing = FunctionReward(f"{tmp_path}/slow.py:failing", 5.0).load(Placement("cpu", "float32"))
@@ -241,9 +241,9 @@ def test_a_call_that_takes_too_long_is_left_behind(tmp_path):
         "3",
     ],
 )
-def test_whatever_a_function_returns_is_scores_or_one_line(body, tmp_path):
+def test_other_return_values_are_one_line_errors(body, tmp_path):
     (tmp_path / "odd.py").write_text(f"def odd(prompts, responses):\n    return {body}\n")
-    score = checked(FunctionReward(f"{tmp_path}/odd.py:odd", None).load(Placement("cpu", "float32")))
-    with pytest.raises(UserError, match=r"^reward: ") as caught:
+    score = add_score_check(FunctionReward(f"{tmp_path}/odd.py:odd", None).load(Placement("cpu", "float32")))
+    with pytest.raises(UserError, match=r"^reward: ") as error:
         score(PROMPTS, RESPONSES, COLUMNS)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)

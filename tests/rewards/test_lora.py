@@ -1,4 +1,4 @@
-"""reward=model on a LoRA adapter: W + alpha/r · B·A in the adapted layers, and the adapter's own score head."""
+"""reward=model on a LoRA adapter: W + alpha/r · B·A in the adapted layers, and the adapter's score head."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ RANK, ALPHA = 4, 6
 
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory):
-    """An adapter on the tiny model, every factor of it and its head random; no tokenizer in its folder."""
+    """Return the folder of an adapter of the tiny model with random factors and head, and without a tokenizer."""
     folder = tmp_path_factory.mktemp("adapter")
     base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
     config = LoraConfig(
@@ -33,17 +33,17 @@ def adapter(tiny, tmp_path_factory):
     return folder
 
 
-def expected(tiny, adapter, texts):
-    """The scores of a base model whose weights are changed by hand."""
-    learnt = load_file(adapter / "adapter_model.safetensors")
+def compute_expected_scores(tiny, adapter, texts):
+    """Return the scores of the base model with the adapter added to its weights by hand."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
     model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     with torch.no_grad():
         for number, layer in enumerate(model.gpt_neox.layers):
             name = f"base_model.model.gpt_neox.layers.{number}.attention.query_key_value.lora_"
-            product = learnt[f"{name}B.weight"] @ learnt[f"{name}A.weight"]
+            product = tensors[f"{name}B.weight"] @ tensors[f"{name}A.weight"]
             layer.attention.query_key_value.weight += ALPHA / RANK * product
-        model.score.weight.copy_(learnt["base_model.model.score.weight"])
+        model.score.weight.copy_(tensors["base_model.model.score.weight"])
         ids = [tokenizer(p + r, return_tensors="pt")["input_ids"] for p, r, _ in zip(*texts, strict=True)]
         return [float(model(row, attention_mask=torch.ones_like(row)).logits[0, 0]) for row in ids]
 
@@ -52,15 +52,15 @@ def score(path, texts):
     return ModelReward(str(path), 0, 1.0, False, None, 3, 64).load(Placement("cpu", "float32"))(*texts)
 
 
-def copied(adapter, folder, **changes):
-    """A copy of the adapter with its configuration changed."""
+def copy_adapter(adapter, folder, **changes):
+    """Copy the adapter to `folder` with `changes` in its configuration."""
     shutil.copytree(adapter, folder)
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, **changes}))
     return folder
 
 
-def refused(path, texts):
+def get_load_error(path, texts):
     with pytest.raises(UserError) as error:
         score(path, texts)
     assert "\n" not in str(error.value) and str(error.value).startswith("reward.path: ")
@@ -68,36 +68,36 @@ def refused(path, texts):
 
 
 def test_the_adapter_is_merged_into_its_base(tiny, adapter, texts):
-    values = expected(tiny, adapter, texts)
+    values = compute_expected_scores(tiny, adapter, texts)
     assert score(adapter, texts) == pytest.approx(values, rel=0, abs=1e-5)
     plain = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1).eval()
     assert len(set(values)) == 4 and plain.config.num_labels == 1
 
 
-def test_the_tokenizer_is_the_adapters_where_it_has_one(tiny, adapter, texts, tmp_path):
-    # A base folder without a tokenizer: the adapter's own must do.
+def test_the_adapters_own_tokenizer_is_preferred(tiny, adapter, texts, tmp_path):
+    # The base folder has no tokenizer, so only the adapter's own can serve.
     base = tmp_path / "base"
     base.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny / name, base / name)
-    own = copied(adapter, tmp_path / "own", base_model_name_or_path=str(base))
-    assert refused(own, texts).endswith(f"{base} holds no tokenizer")
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(own)
-    assert score(own, texts) == pytest.approx(expected(tiny, adapter, texts), rel=0, abs=1e-5)
+    folder = copy_adapter(adapter, tmp_path / "adapter", base_model_name_or_path=str(base))
+    assert get_load_error(folder, texts).endswith(f"{base} holds no tokenizer")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+    assert score(folder, texts) == pytest.approx(compute_expected_scores(tiny, adapter, texts), rel=0, abs=1e-5)
 
 
-def test_an_adapter_of_another_task(adapter, texts, tmp_path):
-    message = refused(copied(adapter, tmp_path / "other", task_type="CAUSAL_LM"), texts)
+def test_an_adapter_of_another_task_is_refused(adapter, texts, tmp_path):
+    message = get_load_error(copy_adapter(adapter, tmp_path / "other", task_type="CAUSAL_LM"), texts)
     assert "adapter of task CAUSAL_LM" in message and "SEQ_CLS" in message
 
 
-def test_an_adapter_without_a_head_is_refused_because_the_head_would_be_random(adapter, texts, tmp_path):
-    headless = copied(adapter, tmp_path / "headless")
+def test_an_adapter_without_a_score_head_is_refused(adapter, texts, tmp_path):
+    headless = copy_adapter(adapter, tmp_path / "headless")
     tensors = load_file(headless / "adapter_model.safetensors")
     save_file({name: t for name, t in tensors.items() if "score" not in name}, headless / "adapter_model.safetensors")
-    assert "no score head" in refused(headless, texts)
+    assert "no score head" in get_load_error(headless, texts)
 
 
-def test_a_base_that_is_not_there(adapter, texts, tmp_path):
-    gone = copied(adapter, tmp_path / "gone", base_model_name_or_path=str(tmp_path / "nowhere"))
-    assert "nowhere" in refused(gone, texts)
+def test_a_missing_base_model_is_named(adapter, texts, tmp_path):
+    gone = copy_adapter(adapter, tmp_path / "gone", base_model_name_or_path=str(tmp_path / "nowhere"))
+    assert "nowhere" in get_load_error(gone, texts)

@@ -1,4 +1,4 @@
-"""Rewards in whole runs: what is logged of sums, of further rewards in evaluation, and of penalties fits together."""
+"""Rewards in whole runs: the logged metrics of sums, of further rewards in evaluation, and of penalties."""
 
 import importlib.util
 import shutil
@@ -20,32 +20,36 @@ def nothing(prompts, responses):
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("functions") / "mine.py"
+def function_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("functions") / "functions.py"
     path.write_text(SOURCE)
     return path
 
 
 @pytest.fixture(scope="module")
-def functions(file):
-    spec = importlib.util.spec_from_file_location("mine", file)
+def functions(function_file):
+    spec = importlib.util.spec_from_file_location("functions", function_file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
-def words(file):
-    """A sum of two functions, one of which counts against, and further rewards in evaluation."""
+def overrides(function_file):
+    """Return the overrides of a sum of two functions, one with a negative weight, also used in evaluation."""
     spec = "{{use: function, name: {name}, weight: {weight}, target: '{file}:{name}'}}"
-    specs = [spec.format(name=name, weight=weight, file=file) for name, weight in (("length", -0.5), ("vowels", 2))]
+    specs = [
+        spec.format(name=name, weight=weight, file=function_file) for name, weight in (("length", -0.5), ("vowels", 2))
+    ]
     return ["reward=sum", "~reward.target", f"reward.parts=[{', '.join(specs)}]", "evaluation.rewards=${reward.parts}"]
 
 
 @pytest.fixture(scope="module")
-def run(train, words, tmp_path_factory):
+def run(train, overrides, tmp_path_factory):
     penalties = ["penalty.per_token=0.01", "penalty.missing_eos=0.7"]
-    return train(tmp_path_factory.mktemp("run") / "run", *words, *penalties, "optimizer.lr=1e-2", "evaluation.every=1")
+    return train(
+        tmp_path_factory.mktemp("run") / "run", *overrides, *penalties, "optimizer.lr=1e-2", "evaluation.every=1"
+    )
 
 
 def test_the_mean_score_is_the_weighted_sum_of_the_parts_means(run, records):
@@ -57,7 +61,7 @@ def test_the_mean_score_is_the_weighted_sum_of_the_parts_means(run, records):
         assert row["reward/mean/vowels"] > 0 and row["reward/mean/length"] > 0
 
 
-def test_evaluation_scores_the_same_replies_by_each_further_reward(run, records, functions):
+def test_evaluation_scores_the_same_responses_by_each_further_reward(run, records, functions):
     samples = records(run / "samples.jsonl")
     for row in records(run / "metrics.jsonl"):
         now, sft = ([s["response"] for s in samples if s["iteration"] == i] for i in (row["iteration"], 0))
@@ -66,13 +70,13 @@ def test_evaluation_scores_the_same_replies_by_each_further_reward(run, records,
             assert row[f"eval/reward_mean/{name}"] == pytest.approx(sum(scores) / len(scores), rel=1e-5)
             wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(scores, before, strict=True)) / len(scores)
             assert row[f"eval/win_rate_sft/{name}"] == pytest.approx(wins)
-        # No penalty in evaluation: the raw sum.
+        # Evaluation takes the raw sum, without the penalty.
         expected = -0.5 * row["eval/reward_mean/length"] + 2 * row["eval/reward_mean/vowels"]
         assert row["eval/reward_mean"] == pytest.approx(expected, rel=1e-5)
     assert row["eval/win_rate_sft/length"] != 0.5 or row["eval/win_rate_sft/vowels"] != 0.5
 
 
-def test_the_penalty_that_is_logged_is_that_of_the_responses(run, records):
+def test_the_logged_penalty_follows_from_length_and_truncation(run, records):
     start, *rows = records(run / "metrics.jsonl")
     assert "reward/penalty" not in start
     for row in rows:
@@ -81,53 +85,58 @@ def test_the_penalty_that_is_logged_is_that_of_the_responses(run, records):
     assert any(0 < row["response/truncated_rate"] < 1 for row in rows)
 
 
-def test_the_algorithm_alone_sees_the_penalty(run_train, file, records, monkeypatch):
-    seen, prepare = [], ActorCritic.prepare
+def test_only_the_algorithm_sees_the_penalty(run_train, function_file, records, monkeypatch):
+    rollouts, prepare = [], ActorCritic.prepare
 
-    def recorded(self, rollout, state):
-        seen.append(rollout)
+    def prepare_and_record(self, rollout, state):
+        rollouts.append(rollout)
         return prepare(self, rollout, state)
 
-    monkeypatch.setattr(ActorCritic, "prepare", recorded)
-    words = ["iterations=1", f"reward.target={file}:nothing", "penalty.per_token=0.25", "penalty.missing_eos=3"]
-    row = records(run_train(*words) / "metrics.jsonl")[-1]
-    (rollout,) = seen
+    monkeypatch.setattr(ActorCritic, "prepare", prepare_and_record)
+    overrides = [
+        "iterations=1",
+        f"reward.target={function_file}:nothing",
+        "penalty.per_token=0.25",
+        "penalty.missing_eos=3",
+    ]
+    row = records(run_train(*overrides) / "metrics.jsonl")[-1]
+    (rollout,) = rollouts
     lengths = rollout.mask.sum(-1).tolist()
     expected = [-0.25 * n - 3 * (ending == "length") for n, ending in zip(lengths, rollout.endings, strict=True)]
     assert rollout.scores.tolist() == pytest.approx(expected)
     assert len(set(rollout.endings)) == 2 and row["reward/mean"] == row["reward/std"] == row["eval/reward_mean"] == 0
 
 
-def test_without_penalties_the_algorithm_sees_the_raw_scores_and_nothing_is_logged(run_train, records, monkeypatch):
-    seen, prepare = [], ActorCritic.prepare
+def test_without_penalties_the_algorithm_sees_the_raw_scores(run_train, records, monkeypatch):
+    rollouts, prepare = [], ActorCritic.prepare
 
-    def recorded(self, rollout, state):
-        seen.append(rollout.scores.mean())
+    def prepare_and_record(self, rollout, state):
+        rollouts.append(rollout)
         return prepare(self, rollout, state)
 
-    monkeypatch.setattr(ActorCritic, "prepare", recorded)
+    monkeypatch.setattr(ActorCritic, "prepare", prepare_and_record)
     row = records(run_train("iterations=1") / "metrics.jsonl")[-1]
-    assert "reward/penalty" not in row and row["reward/mean"] == float(seen[0])
+    assert "reward/penalty" not in row and row["reward/mean"] == float(rollouts[0].scores.mean())
 
 
-def test_a_resumed_run_keeps_the_sft_models_scores_by_every_reward(run_train, words, comparable, tmp_path):
-    words = [*words, "iterations=2", "evaluation.every=1", "checkpoint.keep_last=4", "optimizer.lr=1e-2"]
-    whole = run_train(*words, name="whole")
+def test_a_resumed_run_keeps_the_sft_scores_of_every_reward(run_train, overrides, comparable, tmp_path):
+    overrides = [*overrides, "iterations=2", "evaluation.every=1", "checkpoint.keep_last=4", "optimizer.lr=1e-2"]
+    whole = run_train(*overrides, name="whole")
     shutil.copytree(whole, tmp_path / "resumed")
-    run_train(*words, "name=whole", f"resume={tmp_path}/resumed/checkpoints/iteration_000001", name="resumed")
+    run_train(*overrides, "name=whole", f"resume={tmp_path}/resumed/checkpoints/iteration_000001", name="resumed")
     assert comparable(tmp_path / "resumed" / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
 
 
-def test_a_further_reward_that_a_resumed_run_adds_has_no_win_rate(run_train, words, records, file, tmp_path):
+def test_a_reward_added_on_resume_has_no_win_rate(run_train, overrides, records, function_file, tmp_path):
     run_train("iterations=1", name="run")
-    more = f"evaluation.rewards=[{{use: function, name: late, target: '{file}:length'}}]"
-    run_train("iterations=2", more, "name=run", f"resume={tmp_path}/run", name="run")
+    added = f"evaluation.rewards=[{{use: function, name: late, target: '{function_file}:length'}}]"
+    run_train("iterations=2", added, "name=run", f"resume={tmp_path}/run", name="run")
     row = records(tmp_path / "run" / "metrics.jsonl")[-1]
     assert row["eval/reward_mean/late"] > 0 and "eval/win_rate_sft" in row
     assert "eval/win_rate_sft/late" not in row
 
 
-def test_parts_and_further_rewards_share_the_model_that_the_stage_trains(run_train, records, tmp_path):
+def test_parts_and_further_rewards_share_one_trained_model(run_train, records, tmp_path):
     row = records(
         run_train(
             "dataset=embedded", "~reward.target", "reward=sum", "reward.parts=[{use: model, weight: 3}]",

@@ -1,4 +1,4 @@
-"""Rewards given as specs, in a sum and for evaluation: what they become, and what a wrong one is answered with."""
+"""Reward specs in a sum and for evaluation: the rewards built from them, and the errors for wrong specs."""
 
 import subprocess
 import sys
@@ -16,16 +16,18 @@ from apa_cli.rewards.sum import SumReward
 HEAVY = "sorted({'torch', 'transformers', 'peft'} & set(sys.modules))"
 
 
-def built(*words, extra_dir=None):
-    return build(compose(list(words), extra_dir), extra_dir)
+def build_config(*overrides, extra_dir=None):
+    return build(compose(list(overrides), extra_dir), extra_dir)
 
 
-def parts(specs, **options):
-    return built("reward=sum", f"reward.parts={specs}", **options).reward.parts
+def build_parts(specs, **options):
+    return build_config("reward=sum", f"reward.parts={specs}", **options).reward.parts
 
 
-def test_a_name_is_a_yaml_and_a_mapping_changes_its_keys():
-    first, second, third = parts("[{use: model, path: D, output: toxic, weight: -1}, vader, {use: vader, weight: 0.3}]")
+def test_a_spec_is_a_yamls_name_or_a_mapping_with_changed_keys():
+    first, second, third = build_parts(
+        "[{use: model, path: D, output: toxic, weight: -1}, vader, {use: vader, weight: 0.3}]"
+    )
     assert first.reward == ModelReward("D", "toxic", 1.0, False, None, 64, 512)
     assert second.reward == third.reward == FunctionReward("apa_cli.rewards.vader:compound", None)
     assert [part.weight for part in (first, second, third)] == [-1.0, 1.0, 0.3]
@@ -39,32 +41,34 @@ def test_a_name_is_a_yaml_and_a_mapping_changes_its_keys():
         ("[{use: vader, name: mood}, vader]", ["mood", "vader"]),
     ],
 )
-def test_names_are_the_yamls_made_unique(specs, names):
-    assert [part.name for part in parts(specs)] == names
+def test_default_names_are_the_yamls_names_made_unique(specs, names):
+    assert [part.name for part in build_parts(specs)] == names
 
 
-def test_a_sum_may_hold_sums():
-    (part,) = parts("[{use: sum, name: all, parts: [vader, {use: ensemble, paths: [a, b], reduce: lower}]}]")
+def test_a_sum_may_contain_a_sum():
+    (part,) = build_parts("[{use: sum, name: all, parts: [vader, {use: ensemble, paths: [a, b], reduce: lower}]}]")
     assert isinstance(part.reward, SumReward) and part.name == "all"
     vader, ensemble = part.reward.parts
     assert vader.name == "vader" and isinstance(ensemble.reward, EnsembleReward)
     assert (ensemble.reward.paths, ensemble.reward.reduce.value) == (["a", "b"], "lower")
 
 
-def test_evaluation_takes_the_same_specs_and_keeps_them_raw_in_the_record():
+def test_evaluation_takes_the_same_specs_and_the_raw_configuration_keeps_them():
     specs = "[vader, {use: model, name: toxicity, path: D, output: 1}]"
-    config = built("reward=sum", f"reward.parts={specs}", "evaluation.rewards=${reward.parts}")
+    config = build_config("reward=sum", f"reward.parts={specs}", "evaluation.rewards=${reward.parts}")
     assert config.evaluation.rewards == config.reward.parts
     assert config.raw["evaluation"]["rewards"] == config.raw["reward"]["parts"] == [
         "vader", {"use": "model", "name": "toxicity", "path": "D", "output": 1}
     ]  # fmt: skip
-    assert built().evaluation.rewards == []
+    assert build_config().evaluation.rewards == []
 
 
-def test_values_may_refer_to_other_sections():
-    (part,) = parts("[{use: model, path: '${model.path}'}]")
+def test_values_may_interpolate_other_sections():
+    (part,) = build_parts("[{use: model, path: '${model.path}'}]")
     assert part.reward.path is None
-    config = built("model=local", "model.path=M", "reward=sum", "reward.parts=[{use: model, path: '${model.path}'}]")
+    config = build_config(
+        "model=local", "model.path=M", "reward=sum", "reward.parts=[{use: model, path: '${model.path}'}]"
+    )
     assert config.reward.parts[0].reward.path == "M"
 
 
@@ -94,72 +98,74 @@ WRONG = {
 
 
 @pytest.mark.parametrize("specs", WRONG)
-def test_a_wrong_spec_is_one_line_that_names_its_place(specs):
+def test_a_wrong_spec_is_a_one_line_error_naming_its_key(specs):
     with pytest.raises(ConfigError) as error:
-        parts(specs)
+        build_parts(specs)
     assert str(error.value) == WRONG[specs]
 
 
-def test_a_wrong_spec_for_evaluation_names_its_place_there():
+def test_a_wrong_spec_for_evaluation_names_its_key():
     with pytest.raises(ConfigError, match=r"^evaluation\.rewards\[1\]: no 'modl'; did you mean 'model'\?$"):
-        built("evaluation.rewards=[vader,modl]")
+        build_config("evaluation.rewards=[vader,modl]")
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("override", "message"),
     [
         ("penalty.per_token=-0.1", "penalty.per_token: -0.1 must be at least 0"),
         ("penalty.missing_eos=x", "penalty.missing_eos: 'x' is not a number"),
         ("penalty.missing_oes=1", "unknown key 'penalty.missing_oes'; did you mean 'penalty.missing_eos'?"),
     ],
 )
-def test_wrong_penalties(word, message):
+def test_wrong_penalties_are_refused(override, message):
     with pytest.raises(ConfigError) as error:
-        built(word)
+        build_config(override)
     assert str(error.value) == message
 
 
 @pytest.fixture
-def own_dir(tmp_path):
-    """A user's folder with a reward of their own, built on conf/reward/model.yaml."""
-    folder = tmp_path / "mine"
+def config_dir(tmp_path):
+    """Return a user's configuration folder with a reward that extends conf/reward/model.yaml."""
+    folder = tmp_path / "conf"
     (folder / "reward").mkdir(parents=True)
     (folder / "reward" / "kind.yaml").write_text("defaults: [model, _self_]\npath: outputs/kindness\noutput: kind\n")
     return folder
 
 
-def test_specs_find_the_users_own_yamls(own_dir):
-    kind, vader = parts("[kind, vader]", extra_dir=str(own_dir))
+def test_specs_find_the_users_yamls(config_dir):
+    kind, vader = build_parts("[kind, vader]", extra_dir=str(config_dir))
     assert kind.reward == ModelReward("outputs/kindness", "kind", 1.0, False, None, 64, 512)
     assert vader.reward == FunctionReward("apa_cli.rewards.vader:compound", None)
     with pytest.raises(ConfigError, match="no 'kind'"):
-        parts("[kind]")
+        build_parts("[kind]")
 
 
-def apa_train(*words, cwd, after="pass"):
-    """The command in a process of its own, and then, whatever it did, the statement `after`."""
+def run_apa_train(*overrides, cwd, after="pass"):
+    """Run the command in a subprocess, then the statement `after` even if the command failed."""
     start = "import sys\nfrom apa_cli.cli.train import main\nsys.argv[0] = 'apa-train'\n"
     code = f"{start}try:\n    main()\nfinally:\n    {after}"
-    return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *overrides], cwd=cwd, capture_output=True, text=True, check=False
+    )
 
 
-def test_the_command_checks_specs_before_anything_heavy_is_imported(own_dir, tmp_path):
-    words = ["--config-dir", str(own_dir), "--cfg", "job", "reward=sum"]
+def test_the_command_checks_specs_before_heavy_imports(config_dir, tmp_path):
+    overrides = ["--config-dir", str(config_dir), "--cfg", "job", "reward=sum"]
     after = f"print({HEAVY}, file=sys.stderr)"
-    good = apa_train(*words, "reward.parts=[kind, {use: vader, weight: 0.3}]", cwd=tmp_path, after=after)
+    good = run_apa_train(*overrides, "reward.parts=[kind, {use: vader, weight: 0.3}]", cwd=tmp_path, after=after)
     assert good.returncode == 0 and good.stderr == "[]\n" and "- kind" in good.stdout
-    bad = apa_train(*words, "reward.parts=[kidn]", cwd=tmp_path, after=after)
+    bad = run_apa_train(*overrides, "reward.parts=[kidn]", cwd=tmp_path, after=after)
     line, loaded, _ = bad.stderr.split("\n")
     assert bad.returncode == 2 and bad.stdout == "" and loaded == "[]"
     assert line == "apa-train: reward.parts[0]: no 'kidn'; did you mean 'kind'?"
 
 
 @pytest.mark.slow
-def test_every_job_of_a_sweep_finds_the_users_own_yamls(own_dir, tmp_path):
-    done = apa_train(
-        "--config-dir", str(own_dir), "-m", "seed=0,1", "dry_run=true", "reward=sum",
+def test_every_job_of_a_sweep_finds_the_users_yamls(config_dir, tmp_path):
+    process = run_apa_train(
+        "--config-dir", str(config_dir), "-m", "seed=0,1", "dry_run=true", "reward=sum",
         "reward.parts=[{use: kind, weight: 2}]", "evaluation.rewards=[vader]", cwd=tmp_path,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("reward: 2 × (kind: ModelReward outputs/kindness)") == 2
-    assert done.stdout.count("reward in evaluation, vader: FunctionReward apa_cli.rewards.vader:compound") == 2
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("reward: 2 × (kind: ModelReward outputs/kindness)") == 2
+    assert process.stdout.count("reward in evaluation, vader: FunctionReward apa_cli.rewards.vader:compound") == 2

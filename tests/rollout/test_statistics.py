@@ -1,4 +1,4 @@
-"""Numbers about a rollout, by hand: which log-probs each is made of, over which tokens, and with what sign."""
+"""Metrics of a rollout, by hand: their log-probs, tokens and signs."""
 
 import math
 from dataclasses import replace
@@ -6,20 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from apa_cli.rollout.statistics import distinct_n, mean_interval, response_statistics, rollout_statistics
+from apa_cli.rollout.statistics import confidence_half_width, distinct_n, response_statistics, rollout_statistics
 from apa_cli.types import Rollout
 
 JUNK = 77.0
-"""What lies outside the mask."""
+"""Value outside the mask."""
 
 
-def padded(*rows: list[float]) -> torch.Tensor:
+def pad_with_junk(*rows: list[float]) -> torch.Tensor:
     return torch.tensor([[*row, *[JUNK] * (3 - len(row))] for row in rows])
 
 
 @pytest.fixture
 def rollout() -> Rollout:
-    """Four responses of 3, 1, 2 and 1 tokens; every log-prob there is differs from every other kind."""
+    """Four responses of 3, 1, 2 and 1 tokens; the kinds of log-probs all differ."""
     lengths = [3, 1, 2, 1]
     return Rollout(
         prompt_ids=torch.tensor([[1], [2], [3], [4]]),
@@ -27,72 +27,76 @@ def rollout() -> Rollout:
         response_ids=torch.tensor([[5, 6, 5], [6, 5, 6], [5, 6, 6], [9, 8, 7]]),
         mask=torch.tensor([[t < length for t in range(3)] for length in lengths]),
         prefix_mask=torch.zeros(4, 3, dtype=torch.bool),
-        sampler_logprobs=padded([-1.0, -2.0, -0.5], [-3.0], [-0.25, -4.0], [-1.25]),
+        sampler_logprobs=pad_with_junk([-1.0, -2.0, -0.5], [-3.0], [-0.25, -4.0], [-1.25]),
         prompts=["a", "b", "c", "d"],
         responses=["e", "f", "g", "h"],
         endings=["length", "length", "length", "eos"],
         groups=torch.tensor([0, 1, 2, 3]),
         columns=[{}] * 4,
         scores=torch.tensor([1.0, 4.0, 7.0, 10.0]),
-        init_logprobs=padded([-1.5, -1.0, -2.0], [-2.0], [-1.0, -4.5], [-1.0]),
-        ref_logprobs=padded([-1.25, -2.5, -1.0], [-3.5], [-2.0, -3.0], [-5.25]),
-        old_logprobs=padded([-9.0, -8.0, -7.0], [-6.0], [-5.0, -10.0], [-11.0]),
-        values={"value": padded([0.1, 0.2, 0.3], [0.4], [0.5, 0.6], [0.7])},
+        init_logprobs=pad_with_junk([-1.5, -1.0, -2.0], [-2.0], [-1.0, -4.5], [-1.0]),
+        ref_logprobs=pad_with_junk([-1.25, -2.5, -1.0], [-3.5], [-2.0, -3.0], [-5.25]),
+        old_logprobs=pad_with_junk([-9.0, -8.0, -7.0], [-6.0], [-5.0, -10.0], [-11.0]),
+        values={"value": pad_with_junk([0.1, 0.2, 0.3], [0.4], [0.5, 0.6], [0.7])},
     )
 
 
-def test_scores_by_hand(rollout):
-    found = rollout_statistics(rollout)
-    assert found["reward/mean"] == 5.5  # 22 of 4
+def test_reward_mean_and_std_by_hand(rollout):
+    metrics = rollout_statistics(rollout)
+    assert metrics["reward/mean"] == 5.5  # 22 of 4
     # −4½, −1½, 1½ and 4½: squares 20¼ + 2¼ + 2¼ + 20¼ = 45 of 4 (of 3 it would be 15)
-    assert found["reward/std"] == pytest.approx(math.sqrt(45 / 4), rel=1e-6)
+    assert metrics["reward/std"] == pytest.approx(math.sqrt(45 / 4), rel=1e-6)
 
 
-def test_entropy_is_the_mean_surprise_of_the_sampler(rollout):
+def test_entropy_is_the_mean_negative_log_prob_of_the_sampler(rollout):
     # 1 + 2 + ½ + 3 + ¼ + 4 + 1¼ = 12 on seven tokens
     assert rollout_statistics(rollout)["policy/entropy"] == pytest.approx(12 / 7, rel=1e-6)
 
 
 K1 = [0.5, -1.0, 1.5, -1.0, 0.75, 0.5, -0.25]
-"""Sampler less π_init, of the seven tokens in order: 1, −1, 1.25 and −0.25 per response."""
+"""Sampler minus π_init of the seven tokens in order; per response 1, −1, 1.25 and −0.25."""
 
 
-def test_kl_is_of_the_sampler_against_the_first_reference(rollout):
-    found = rollout_statistics(rollout)
-    assert found["kl/sequence"] == pytest.approx((1 - 1 + 1.25 - 0.25) / 4, rel=1e-6)
-    assert found["kl/token_k3"] == pytest.approx(sum(math.exp(-k) - 1 + k for k in K1) / 7, rel=1e-6)
-    assert found["kl/token_k3"] != pytest.approx(sum(math.exp(k) - 1 - k for k in K1) / 7, rel=0.1)  # turned round
+def test_kl_is_between_the_sampler_and_the_initial_policy(rollout):
+    metrics = rollout_statistics(rollout)
+    assert metrics["kl/sequence"] == pytest.approx((1 - 1 + 1.25 - 0.25) / 4, rel=1e-6)
+    assert metrics["kl/token_k3"] == pytest.approx(sum(math.exp(-k) - 1 + k for k in K1) / 7, rel=1e-6)
+    assert metrics["kl/token_k3"] != pytest.approx(
+        sum(math.exp(k) - 1 - k for k in K1) / 7, rel=0.1
+    )  # the opposite sign
 
 
-def test_kl_refreshed_is_of_the_sampler_against_the_moving_reference(rollout):
-    # Sampler less it: ¼ + ½ + ½; ½; 1¾ − 1; 4: 1.25 + 0.5 + 0.75 + 4 = 6.5 of four responses.
+def test_kl_refreshed_is_between_the_sampler_and_the_moving_reference(rollout):
+    # Sampler minus reference: ¼ + ½ + ½; ½; 1¾ − 1; 4. Sum over four responses: 1.25 + 0.5 + 0.75 + 4 = 6.5.
     assert rollout_statistics(rollout)["kl/refreshed"] == pytest.approx(6.5 / 4, rel=1e-6)
     fixed = rollout_statistics(replace(rollout, ref_logprobs=rollout.init_logprobs))
     assert "kl/refreshed" not in fixed and fixed["kl/sequence"] == 0.25
 
 
-def test_responses_by_hand(rollout):
-    found = response_statistics(rollout)
-    # Pairs of tokens: 56, 65 and 56: two of three are different.
-    assert found == {
+def test_response_statistics_by_hand(rollout):
+    metrics = response_statistics(rollout)
+    # Bigrams 56, 65 and 56: two of three are distinct.
+    assert metrics == {
         "response/length": 7 / 4,
         "response/eos_rate": 1 / 4,
         "response/truncated_rate": 3 / 4,
         "response/distinct_2": pytest.approx(2 / 3),
     }
-    assert rollout_statistics(rollout).items() >= found.items()
+    assert rollout_statistics(rollout).items() >= metrics.items()
     stopped = response_statistics(replace(rollout, endings=["stop", "length", "eos", "eos"]))
     assert (stopped["response/eos_rate"], stopped["response/truncated_rate"]) == (2 / 4, 1 / 4)
 
 
-def test_ngrams_are_of_all_responses_together_and_never_across_two(rollout):
-    # 5, 6, 5; 6; 5, 6; 9: three different tokens of seven; 565 alone has three.
+def test_ngrams_are_counted_over_all_responses_but_not_across_two(rollout):
+    # 5, 6, 5; 6; 5, 6; 9: three distinct tokens of seven; 565 is the only trigram.
     assert distinct_n(rollout.response_ids, rollout.mask, 1) == 3 / 7
     assert distinct_n(rollout.response_ids, rollout.mask, 3) == 1
     assert distinct_n(rollout.response_ids, rollout.mask, 4) == 0  # there are none
 
 
-def test_the_interval_of_a_mean():
-    # Squares about 5½ are 45, of 3: deviation √15, over √4.
-    assert mean_interval(torch.tensor([1.0, 4.0, 7.0, 10.0])) == pytest.approx(1.96 * math.sqrt(15) / 2, rel=1e-6)
-    assert mean_interval(torch.tensor([3.0])) == 0
+def test_the_confidence_interval_of_a_mean():
+    # Squared deviations from 5½ sum to 45, over N − 1 = 3: standard deviation √15, over √4.
+    assert confidence_half_width(torch.tensor([1.0, 4.0, 7.0, 10.0])) == pytest.approx(
+        1.96 * math.sqrt(15) / 2, rel=1e-6
+    )
+    assert confidence_half_width(torch.tensor([3.0])) == 0

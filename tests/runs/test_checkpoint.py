@@ -1,4 +1,4 @@
-"""Checkpoints: everything comes back, damage is named, only what was asked for stays."""
+"""Checkpoints: saved and restored tensors and state, damaged files, pruning."""
 
 import json
 
@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from apa_cli.errors import UserError
-from apa_cli.training.launch import checkpoint as checkpoints
+from apa_cli.runs import checkpoint as checkpoints
 
 
 class Tied(nn.Module):
-    """Two names for one matrix, as a language model with tied embeddings has, and a buffer."""
+    """Model with two names for one matrix, as with tied embeddings, and a buffer."""
 
     def __init__(self, seed: int):
         super().__init__()
@@ -26,8 +26,8 @@ class Tied(nn.Module):
         return self.head(self.embedding(ids) * self.scale)
 
 
-def trained(seed: int, steps: int):
-    """A model after some steps of AdamW, and the optimizer."""
+def train_model(seed: int, steps: int):
+    """Return a model after some steps of AdamW, and its optimizer."""
     model = Tied(seed)
     optimizer = torch.optim.AdamW(
         [{"params": [model.embedding.weight], "lr": 0.1}, {"params": [model.scale], "lr": 0.01}]
@@ -39,33 +39,34 @@ def trained(seed: int, steps: int):
     return model, optimizer
 
 
-def saved(folder, iteration, value=0.0):
+def save_one(folder, iteration, value=0.0):
+    """Save a checkpoint of one tensor of two equal values."""
     tensors = {"policy": {"weight": torch.full((2,), value)}, "algorithm": {}}
-    return checkpoints.save(folder, iteration, tensors, {"iteration": iteration})
+    return checkpoints.save_checkpoint(folder, iteration, tensors, {"iteration": iteration})
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(tmp_path):
-    model, _ = trained(0, 3)
-    tensors = checkpoints.module_tensors(model)
+    model, _ = train_model(0, 3)
+    tensors = checkpoints.gather_module_tensors(model)
     assert sorted(tensors) == ["count", "embedding.weight", "scale"]
-    path = checkpoints.save(tmp_path, 1, {"policy": tensors}, {})
+    path = checkpoints.save_checkpoint(tmp_path, 1, {"policy": tensors}, {})
     other = Tied(1)
-    checkpoints.load_module(other, checkpoints.load(path)[0]["policy"])
+    checkpoints.load_module(other, checkpoints.load_checkpoint(path)[0]["policy"])
     assert other.head.weight is other.embedding.weight
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-    assert other.count.item() == 0.0  # buffers come back as well
+    assert other.count.item() == 0.0  # buffers are restored as well
 
 
-def test_the_optimizer_goes_on_where_it_was(tmp_path):
-    model, optimizer = trained(0, 3)
+def test_optimizer_state_is_restored(tmp_path):
+    model, optimizer = train_model(0, 3)
     tensors = {
-        "policy": checkpoints.module_tensors(model),
-        "optimizer": checkpoints.optimizer_tensors(optimizer),
+        "policy": checkpoints.gather_module_tensors(model),
+        "optimizer": checkpoints.gather_optimizer_tensors(optimizer),
     }
-    path = checkpoints.save(tmp_path, 3, tensors, {})
-    other, other_optimizer = trained(1, 1)
-    loaded, _ = checkpoints.load(path)
+    path = checkpoints.save_checkpoint(tmp_path, 3, tensors, {})
+    other, other_optimizer = train_model(1, 1)
+    loaded, _ = checkpoints.load_checkpoint(path)
     checkpoints.load_module(other, loaded["policy"])
     checkpoints.load_optimizer(other_optimizer, loaded["optimizer"])
     for network, stepper in ((model, optimizer), (other, other_optimizer)):
@@ -74,84 +75,84 @@ def test_the_optimizer_goes_on_where_it_was(tmp_path):
         stepper.step()
     assert torch.equal(model.embedding.weight, other.embedding.weight)
     assert torch.equal(model.scale, other.scale)
-    moments, other_moments = (checkpoints.optimizer_tensors(o) for o in (optimizer, other_optimizer))
+    moments, other_moments = (checkpoints.gather_optimizer_tensors(o) for o in (optimizer, other_optimizer))
     assert moments.keys() == other_moments.keys() and "0.exp_avg_sq" in moments
     assert all(torch.equal(moments[name], other_moments[name]) for name in moments)
     assert moments["0.step"] == 4
 
 
-def test_another_models_tensors_are_refused():
+def test_tensors_of_another_model_are_refused():
     with pytest.raises(UserError, match="scale"):
         checkpoints.load_module(Tied(0), {"embedding.weight": torch.zeros(7, 3), "count": torch.zeros(1)})
 
 
-def test_state_comes_back(tmp_path):
+def test_state_is_restored(tmp_path):
     state = {"iteration": 4, "best_reward": 0.1 + 0.2, "best_iteration": None, "algorithm": {"m": [1.5, 2]}}
-    path = checkpoints.save(tmp_path, 4, {"algorithm": {"pool": torch.arange(3)}, "critics": {}}, state)
-    tensors, loaded = checkpoints.load(path)
+    path = checkpoints.save_checkpoint(tmp_path, 4, {"algorithm": {"pool": torch.arange(3)}, "critics": {}}, state)
+    tensors, loaded = checkpoints.load_checkpoint(path)
     assert loaded == state
     assert tensors["algorithm"]["pool"].tolist() == [0, 1, 2] and tensors["critics"] == {}
     assert path.name == "iteration_000004" and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.parametrize("name", ["policy.safetensors", "state.json"])
-def test_a_damaged_file_is_named(name, tmp_path):
-    path = saved(tmp_path, 1)
+def test_damaged_file_is_named_in_the_error(name, tmp_path):
+    path = save_one(tmp_path, 1)
     content = bytearray((path / name).read_bytes())
     content[-1] ^= 1
     (path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"{name} is missing or damaged"):
-        checkpoints.load(path)
+        checkpoints.load_checkpoint(path)
     (path / name).unlink()
     with pytest.raises(UserError, match=name):
-        checkpoints.load(path)
+        checkpoints.load_checkpoint(path)
 
 
-def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path):
-    path = saved(tmp_path, 1)
+def test_folder_without_manifest_is_not_a_checkpoint(tmp_path):
+    path = save_one(tmp_path, 1)
     (path / "manifest.json").unlink()
     with pytest.raises(UserError, match="not a checkpoint"):
-        checkpoints.load(path)
+        checkpoints.load_checkpoint(path)
 
 
-def test_a_save_that_is_cut_short_leaves_no_checkpoint(tmp_path, monkeypatch):
-    saved(tmp_path, 1)
-    monkeypatch.setattr(checkpoints, "digest", lambda file: (_ for _ in ()).throw(OSError("disk full")))
+def test_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
+    save_one(tmp_path, 1)
+    monkeypatch.setattr(checkpoints, "hash_file", lambda file: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(UserError, match=r"iteration_000002 cannot be written \(disk full\)"):
-        saved(tmp_path, 2)
+        save_one(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["iteration_000001"]
 
 
-def test_saving_the_same_iteration_again_replaces_it(tmp_path):
-    saved(tmp_path, 1, value=1.0)
-    path = saved(tmp_path, 1, value=2.0)
-    assert checkpoints.load(path)[0]["policy"]["weight"].tolist() == [2.0, 2.0]
+def test_saving_an_iteration_again_replaces_its_checkpoint(tmp_path):
+    save_one(tmp_path, 1, value=1.0)
+    path = save_one(tmp_path, 1, value=2.0)
+    assert checkpoints.load_checkpoint(path)[0]["policy"]["weight"].tolist() == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "best", "left"),
+    ("keep_last", "best", "kept"),
     [(1, None, [5]), (2, None, [4, 5]), (2, 1, [1, 4, 5]), (2, 5, [4, 5]), (9, 2, [1, 2, 3, 4, 5])],
 )
-def test_the_last_and_the_best_are_kept(keep_last, best, left, tmp_path):
+def test_prune_keeps_the_last_and_the_best(keep_last, best, kept, tmp_path):
     for iteration in range(1, 6):
-        saved(tmp_path, iteration)
-    checkpoints.prune(tmp_path, keep_last, best)
-    assert [int(path.name[-6:]) for path in checkpoints.all_in(tmp_path)] == left
+        save_one(tmp_path, iteration)
+    checkpoints.prune_checkpoints(tmp_path, keep_last, best)
+    assert [int(path.name[-6:]) for path in checkpoints.list_checkpoints(tmp_path)] == kept
 
 
-def test_the_latest_checkpoint_of_a_run_is_found_or_the_one_that_is_named(tmp_path):
+def test_find_checkpoints_of_a_run_or_a_single_one(tmp_path):
     run = tmp_path / "run"
     for iteration in (2, 10, 9):
-        saved(run / "checkpoints", iteration)
+        save_one(run / "checkpoints", iteration)
     (run / "checkpoints" / ".iteration_000011.77").mkdir()
-    named = [run / "checkpoints" / f"iteration_{iteration:06d}" for iteration in (2, 9, 10)]
-    assert checkpoints.located(str(run)) == (run, named)
-    assert checkpoints.located(str(named[0])) == (run, named[:1])
+    paths = [run / "checkpoints" / f"iteration_{iteration:06d}" for iteration in (2, 9, 10)]
+    assert checkpoints.locate_checkpoints(str(run)) == (run, paths)
+    assert checkpoints.locate_checkpoints(str(paths[0])) == (run, paths[:1])
     with pytest.raises(UserError, match="no checkpoint"):
-        checkpoints.located(str(tmp_path))
+        checkpoints.locate_checkpoints(str(tmp_path))
 
 
-def test_a_runs_checkpoints_are_pruned_as_it_was_asked(run_train, records):
+def test_run_prunes_checkpoints_as_configured(run_train, records):
     run = run_train("iterations=5", "evaluation.every=1", "checkpoint.keep_last=1", "optimizer.lr=1e-2")
     scores = {row["iteration"]: row["eval/reward_mean"] for row in records(run / "metrics.jsonl")}
     best = max(scores, key=lambda iteration: (scores[iteration], -iteration))
@@ -161,6 +162,6 @@ def test_a_runs_checkpoints_are_pruned_as_it_was_asked(run_train, records):
     assert state["best_iteration"] == best and state["best_reward"] == scores[best]
 
 
-def test_without_keep_best_only_the_last_stay(run_train):
+def test_without_keep_best_only_the_last_checkpoints_stay(run_train):
     run = run_train("iterations=3", "evaluation.every=1", "checkpoint.keep_last=2", "checkpoint.keep_best=false")
     assert sorted(path.name[-1] for path in (run / "checkpoints").iterdir()) == ["2", "3"]

@@ -1,4 +1,4 @@
-"""Models, data sets and tokenizers that are missing, damaged or do not fit: one line, never a traceback."""
+"""Models, data sets and tokenizers that are missing, damaged or do not fit: an error of one line, no traceback."""
 
 import gzip
 import json
@@ -20,7 +20,8 @@ from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
 
 
-def said(call) -> str:
+def error_message(call) -> str:
+    """Return the message, of one line, with which `call` fails."""
     with pytest.raises(UserError) as caught:
         call()
     assert "\n" not in str(caught.value)
@@ -29,15 +30,17 @@ def said(call) -> str:
 
 @pytest.fixture
 def model(tiny, tmp_path):
-    """A copy of the tiny model, to be damaged."""
+    """Copy of the tiny model, to be damaged."""
     return shutil.copytree(tiny, tmp_path / "model")
 
 
-def halved(file) -> None:
+def truncate_file(file) -> None:
+    """Cut a file in half."""
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def without(file, name: str) -> None:
+def remove_tensor(file, name: str) -> None:
+    """Remove one tensor from a safetensors file."""
     tensors = load_file(file)
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
@@ -51,46 +54,47 @@ DAMAGES = {
     "config.json is a list": lambda model: (model / "config.json").write_text("[]"),
     "config.json of no known model": lambda model: (model / "config.json").write_text('{"model_type": "nothing"}'),
     "no weights": lambda model: (model / "model.safetensors").unlink(),
-    "weights cut off": lambda model: halved(model / "model.safetensors"),
+    "weights cut off": lambda model: truncate_file(model / "model.safetensors"),
     "weights are empty": lambda model: (model / "model.safetensors").write_bytes(b""),
     "weights of another size": lambda model: (model / "config.json").write_text(
         (model / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 48')
     ),
-    "a tensor is missing": lambda model: without(model / "model.safetensors", WEIGHT),
+    "a tensor is missing": lambda model: remove_tensor(model / "model.safetensors", WEIGHT),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_policy(damage, model, configured):
+def test_damaged_policy(damage, model, configured):
     DAMAGES[damage](model)
-    message = said(lambda: load_policy(configured().model, str(model)))
+    message = error_message(lambda: load_policy(configured().model, str(model)))
     assert message.startswith("model.path: ") and str(model) in message
     if damage == "a tensor is missing":
         assert WEIGHT in message
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "weights of another size"])
-def test_a_damaged_reward_model(damage, tiny, tmp_path):
+def test_damaged_reward_model(damage, tiny, tmp_path):
     config = GPT2Config(vocab_size=600, n_embd=32, n_layer=1, n_head=2, n_positions=64, num_labels=1, pad_token_id=1)
     model = tmp_path / "model"
     GPT2ForSequenceClassification(config).save_pretrained(model)
     AutoTokenizer.from_pretrained(tiny).save_pretrained(model)
     if damage == "a tensor is missing":
-        without(model / "model.safetensors", "score.weight")  # it would be random
+        remove_tensor(model / "model.safetensors", "score.weight")  # it would be initialized at random
     else:
         DAMAGES[damage](model)
-    message = said(lambda: ModelReward(str(model), 0, 1.0, False, None, 4, 64).load(Placement("cpu", "float32")))
+    reward = ModelReward(str(model), 0, 1.0, False, None, 4, 64)
+    message = error_message(lambda: reward.load(Placement("cpu", "float32")))
     assert message.startswith("reward.path: ") and str(model) in message
 
 
 @pytest.mark.parametrize("damage", ["cut off", "no json", "missing"])
-def test_a_damaged_tokenizer(damage, model, configured):
+def test_damaged_tokenizer(damage, model, configured):
     file = model / "tokenizer.json"
-    {"cut off": lambda: halved(file), "no json": lambda: file.write_text("no"), "missing": file.unlink}[damage]()
-    assert said(lambda: load_tokenizer(configured().model, str(model))).startswith("model.path: ")
+    {"cut off": lambda: truncate_file(file), "no json": lambda: file.write_text("no"), "missing": file.unlink}[damage]()
+    assert error_message(lambda: load_tokenizer(configured().model, str(model))).startswith("model.path: ")
 
 
-def test_texts_longer_than_the_reward_models_positions_lose_prompt_text(tiny, tmp_path):
+def test_text_beyond_the_reward_models_positions_is_cut_at_the_prompt(tiny, tmp_path):
     config = GPT2Config(vocab_size=600, n_embd=32, n_layer=1, n_head=2, n_positions=16, num_labels=1, pad_token_id=1)
     GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
@@ -100,47 +104,47 @@ def test_texts_longer_than_the_reward_models_positions_lose_prompt_text(tiny, tm
     assert long == pytest.approx(longer, rel=1e-6)
 
 
-# --- data ------------------------------------------------------------------------------------------------------
+# --- data ---------------------------------------------------------------------------------------------------
 
 LINES = "".join(json.dumps({"prompt": f"prompt {number}"}) + "\n" for number in range(40))
 
 
 @pytest.fixture
 def jsonl(tmp_path):
-    """jsonl(bytes, name) → what loading this file says."""
+    """jsonl(bytes, name) → the error message of loading this file."""
 
     def load(content: bytes, name: str = "mine.jsonl") -> str:
         (tmp_path / name).write_bytes(content)
         dataset = build(compose(["dataset=jsonl", f"dataset.path={tmp_path}/{name}"])).dataset
-        return said(lambda: dataset.load("train"))
+        return error_message(lambda: dataset.load("train"))
 
     return load
 
 
-def test_lines_that_are_cut_in_the_middle(jsonl):
+def test_jsonl_file_cut_within_a_line(jsonl):
     message = jsonl(LINES.encode()[:-10])
     assert message.startswith("dataset.path: ") and "row 40: not JSON" in message
 
 
-def test_a_file_that_is_not_text(jsonl):
+def test_jsonl_file_that_is_not_text(jsonl):
     assert "cannot read" in jsonl(b"\xff\xfe\x00\x80" * 10)
 
 
-def test_a_compressed_file_that_is_cut_off_or_is_none(jsonl):
+def test_gzip_file_that_is_cut_or_damaged(jsonl):
     whole = gzip.compress(LINES.encode())
     for content in (whole[:-12], whole[: len(whole) // 2], b"no gzip", whole[:20] + b"junk" + whole[24:]):
         assert jsonl(content, "mine.jsonl.gz").startswith("dataset.path: ")
 
 
 @pytest.mark.parametrize("name", ["prompts", "jsonl", "hh", "imdb"])
-def test_a_data_set_that_is_not_there(name, tmp_path):
+def test_missing_data_set(name, tmp_path):
     dataset = build(compose([f"dataset={name}", f"dataset.path={tmp_path}/nothing"])).dataset
-    message = said(lambda: dataset.load("train"))
+    message = error_message(lambda: dataset.load("train"))
     assert message.startswith("dataset.path: ") and "nothing" in message
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
-def test_a_damaged_parquet_file(kept, tmp_path):
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_damaged_parquet_file(share, tmp_path):
     import pyarrow
     from pyarrow import parquet
 
@@ -148,68 +152,64 @@ def test_a_damaged_parquet_file(kept, tmp_path):
     for split in ("train", "test"):
         file = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
         parquet.write_table(pyarrow.table({"text": ["a film " * 50] * 50, "label": [1] * 50}), file)
-        file.write_bytes(file.read_bytes()[: int(file.stat().st_size * kept)])
+        file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     dataset = build(compose(["dataset=imdb", f"dataset.path={tmp_path}"])).dataset
-    assert said(lambda: dataset.load("train")).startswith("dataset.path: ")
+    assert error_message(lambda: dataset.load("train")).startswith("dataset.path: ")
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------
+# --- sizes that do not fit ----------------------------------------------------------------------------------
 
 
-def test_a_prompt_longer_than_the_models_positions(run_train):
-    message = said(lambda: run_train("sampling.max_prompt_tokens=120", "sampling.max_new_tokens=9"))
+def test_prompt_longer_than_the_models_positions(run_train):
+    message = error_message(lambda: run_train("sampling.max_prompt_tokens=120", "sampling.max_new_tokens=9"))
     assert message == "sampling: max_prompt_tokens 120 + max_new_tokens 9 is more than the model's 128 positions"
 
 
-def test_a_tokenizer_with_ids_beyond_the_models_vocabulary(model, run_train):
+def test_tokenizer_with_ids_beyond_the_models_vocabulary(model, run_train):
     tokenizer = json.loads((model / "tokenizer.json").read_text())
-    tokenizer["added_tokens"][1]["id"] = 700  # of <|padding|>: still 600 pieces
+    tokenizer["added_tokens"][1]["id"] = 700  # that of <|padding|>: there are still 600 tokens
     tokenizer["model"]["vocab"]["<|padding|>"] = 700
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    message = said(lambda: run_train(f"model.path={model}"))
+    message = error_message(lambda: run_train(f"model.path={model}"))
     assert message == "model.tokenizer: its highest token is number 700, the model has 600"
 
 
-def test_a_tokenizer_without_any_special_token(model, run_train):
+def test_tokenizer_without_special_tokens(model, run_train):
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (model / name).exists():
             config = json.loads((model / name).read_text())
             kept = {key: value for key, value in config.items() if not key.endswith("_token")}
             (model / name).write_text(json.dumps(kept))
-    message = said(lambda: run_train(f"model.path={model}"))
+    message = error_message(lambda: run_train(f"model.path={model}"))
     assert message.startswith("model.path: ") and "pad" in message
 
 
-def always(model, token: int) -> None:
-    """The last layer norm adds 0.1 to every feature: a row of ones · 100 gives this token a logit of 320."""
+def make_token_certain(model, token: int) -> None:
+    """Give `token` a logit of 320: the last layer norm adds 0.1 to each of 32 features, and its row is ones · 100."""
     tensors = load_file(model / "model.safetensors")
     tensors["embed_out.weight"][token] = 100.0
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
-SEEN = """\
-seen = []
-
-
+PLACE_REWARD = """\
 def score(prompts, responses):
-    seen.extend(responses)
     return [0.1 * (place % 3) for place, _ in enumerate(responses)]
 """
 
 
-@pytest.mark.parametrize("words", [["algo=apa"], ["algo=ppo"], ["algo=awr"], ["dataset=embedded", "critic=head"]])
+@pytest.mark.parametrize("overrides", [["algo=apa"], ["algo=ppo"], ["algo=awr"], ["dataset=embedded", "critic=head"]])
 @pytest.mark.parametrize("ending", ["eos", "stop"])
-def test_replies_that_are_empty_at_once(words, ending, model, run_train, records, tmp_path):
+def test_empty_responses(overrides, ending, model, run_train, records, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
-    always(model, tokenizer.eos_token_id if ending == "eos" else tokenizer.convert_tokens_to_ids("e"))
-    (tmp_path / "seen.py").write_text(SEEN)
+    make_token_certain(model, tokenizer.eos_token_id if ending == "eos" else tokenizer.convert_tokens_to_ids("e"))
+    (tmp_path / "place.py").write_text(PLACE_REWARD)
     stop = ["sampling.stop_strings=[e]"] if ending == "stop" else []
     run = run_train(
         f"model.path={model}",
-        f"reward.target={tmp_path}/seen.py:score",
+        f"reward.target={tmp_path}/place.py:score",
         "iterations=2",
         "evaluation.every=1",
-        *words,
+        *overrides,
         *stop,
     )
     rows = records(run / "metrics.jsonl")
@@ -218,11 +218,11 @@ def test_replies_that_are_empty_at_once(words, ending, model, run_train, records
     assert {(row["response"], row["ending"]) for row in records(run / "samples.jsonl")} == {("", ending)}
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------
+# --- the hub ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("answer", ["nothing", "silence", "503"])
-def test_a_hub_that_does_not_answer_is_asked_once(answer, configured, monkeypatch):
+def test_unreachable_hub_is_asked_once(answer, configured, monkeypatch):
     from huggingface_hub import constants
 
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -244,11 +244,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(answer, configured, monkeypatc
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(network, "HUB_TIMEOUT", 0.5)
-        network.hub_answers.cache_clear()
-        begun = time.monotonic()
+        network.is_hub_reachable.cache_clear()
+        start_time = time.monotonic()
         try:
-            message = said(lambda: load_policy(configured().model, f"nobody/none-{answer}"))
+            message = error_message(lambda: load_policy(configured().model, f"nobody/none-{answer}"))
         finally:
-            network.hub_answers.cache_clear()
-        assert time.monotonic() - begun < 3  # five tries for each file would take minutes
+            network.is_hub_reachable.cache_clear()
+        assert time.monotonic() - start_time < 3  # five tries for each file would take minutes
     assert f"nobody/none-{answer}" in message and message.endswith("works too, model.path=FOLDER")

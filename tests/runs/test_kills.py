@@ -1,8 +1,7 @@
-"""kill -9 at any moment, then resume=auto: the records and the weights are those of a run that was never killed.
+"""kill -9 at any moment, then resume=auto: records and weights equal those of a run that was never killed.
 
-A run is killed by the test's process from outside, at a moment keyed by seed; or it kills itself in the middle of a
-save. Only one of the quick tests starts the real command; in the others the run is a fork of this process, which
-spares the start-up.
+Either the test's process kills the run, at a moment keyed by a seed; or the run kills itself in the middle of a save.
+Only one test starts the real command; in the others the run is a fork of this process, which saves the start-up.
 """
 
 import contextlib
@@ -19,13 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from apa_cli.runs.checkpoint import load
-from apa_cli.training.launch import checkpoint as checkpoints
+from apa_cli.runs import checkpoint as checkpoints
+from apa_cli.runs.checkpoint import load_checkpoint
 
 KILLS = int(os.environ.get("APA_KILLS", "10"))
 """Kills of each slow test."""
 ALGORITHMS = {
-    "apa": ["algo=apa", "optimizer.lr_scheduler=cosine", "optimizer.warmup_ratio=3"],
+    "apa": ["algo=apa", "optimizer.lr_scheduler=cosine", "optimizer.warmup_ratio=0.0625"],
     "ppo-adaptive": ["algo=ppo", "algo.kl_controller=adaptive", "algo.kl_horizon=16"],
     "awr": ["algo=awr", "critic=head"],
     "apa-moving-reference": ["algo=apa", "reference.refresh_every=2"],
@@ -35,28 +34,28 @@ LONG = ["iterations=12", "evaluation.every=3", "checkpoint.every=2", "checkpoint
 
 @pytest.fixture(scope="module")
 def uninterrupted(train, tmp_path_factory):
-    """uninterrupted(name) → the directory of that algorithm's run, and how many seconds it took."""
-    made: dict[str, tuple[Path, float]] = {}
+    """uninterrupted(name) → directory of that algorithm's run, and its duration in seconds."""
+    runs: dict[str, tuple[Path, float]] = {}
 
     def make(name: str) -> tuple[Path, float]:
-        if name not in made:
-            begun = time.monotonic()
+        if name not in runs:
+            start_time = time.monotonic()
             directory = train(tmp_path_factory.mktemp("uninterrupted") / "run", *ALGORITHMS[name], *LONG)
-            made[name] = directory, time.monotonic() - begun
-        return made[name]
+            runs[name] = directory, time.monotonic() - start_time
+        return runs[name]
 
     return make
 
 
 @pytest.fixture
-def forked(train):
-    """forked(directory, *words, before=) → the process id of a run in a fork of this process.
+def fork_run(train):
+    """fork_run(directory, *overrides, before=) → process id of a run in a fork of this process.
 
-    `before()` is called in the fork. What it prints goes nowhere.
+    `before()` is called in the fork, whose output is discarded.
     """
     children = []
 
-    def begin(directory: Path, *words: str, before=lambda: None) -> int:
+    def start(directory: Path, *overrides: str, before=lambda: None) -> int:
         sys.stdout.flush()
         child = os.fork()
         if child:
@@ -64,27 +63,27 @@ def forked(train):
             return child
         status = 1
         with contextlib.suppress(BaseException):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
             before()
-            train(directory, *words, "resume=auto")
+            train(directory, *overrides, "resume=auto")
             status = 0
         os._exit(status)
 
-    yield begin
+    yield start
     for child in children:
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
 
-def ended(child: int, seconds: float) -> int | None:
-    """The exit status of a child that ends within that time, else None."""
+def wait_for_exit(child: int, seconds: float) -> int | None:
+    """Return the exit status of a child that ends within `seconds`, else None."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
+        process, status = os.waitpid(child, os.WNOHANG)
+        if process:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     return None
@@ -103,12 +102,15 @@ def assert_equal(comparable, records):
         assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
         assert records(run / "samples.jsonl") == records(whole / "samples.jsonl")
         names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (run, whole)]
-        assert names[0] == names[1]  # no half-written one either
-        (tensors, state), (expected, other) = (load(folder / "checkpoints" / names[0][-1]) for folder in (run, whole))
-        assert state == other and tensors.keys() == expected.keys()
-        for group, own in tensors.items():
-            assert own.keys() == expected[group].keys()
-            differing = [name for name, tensor in own.items() if not torch.equal(tensor, expected[group][name])]
+        assert names[0] == names[1]  # and there is no incomplete one
+        last = names[0][-1]
+        tensors, state = load_checkpoint(run / "checkpoints" / last)
+        expected_tensors, expected_state = load_checkpoint(whole / "checkpoints" / last)
+        assert state == expected_state and tensors.keys() == expected_tensors.keys()
+        for group, actual in tensors.items():
+            expected = expected_tensors[group]
+            assert actual.keys() == expected.keys()
+            differing = [name for name, tensor in actual.items() if not torch.equal(tensor, expected[name])]
             assert not differing
         models = [(folder / "model" / "model.safetensors").read_bytes() for folder in (run, whole)]
         assert models[0] == models[1]
@@ -117,45 +119,45 @@ def assert_equal(comparable, records):
 
 
 @pytest.mark.parametrize("name", ["ppo-adaptive"])
-def test_a_killed_run_goes_on_as_if_nothing_had_been(name, uninterrupted, forked, assert_equal, tmp_path):
+def test_killed_run_resumes_to_the_same_result(name, uninterrupted, fork_run, assert_equal, tmp_path):
     whole, seconds = uninterrupted(name)
-    run, words = tmp_path / "run", [*ALGORITHMS[name], *LONG]
-    # Half a run has a checkpoint to go on from, and lines behind it.
-    child = forked(run, *words)
-    while len(checkpoints.all_in(run / "checkpoints")) < 2:
-        assert ended(child, 0.005) is None
-    status = ended(child, random.Random(name).uniform(0, seconds / 4))
+    run, overrides = tmp_path / "run", [*ALGORITHMS[name], *LONG]
+    # Two checkpoints and more: then there are records after the one to resume from.
+    child = fork_run(run, *overrides)
+    while len(checkpoints.list_checkpoints(run / "checkpoints")) < 2:
+        assert wait_for_exit(child, 0.005) is None
+    status = wait_for_exit(child, random.Random(name).uniform(0, seconds / 4))
     assert status is None, "the run ended before it was killed"
     kill(child)
     assert not (run / "result.json").exists()
-    assert ended(forked(run, *words), 120) == 0
+    assert wait_for_exit(fork_run(run, *overrides), 120) == 0
     assert_equal(run, whole)
 
 
 @pytest.mark.slow
-def test_the_command_itself_killed(uninterrupted, small_words, forked, assert_equal, tmp_path):
+def test_killed_command_resumes_to_the_same_result(uninterrupted, small_words, fork_run, assert_equal, tmp_path):
     whole, _ = uninterrupted("apa")
-    words = [*small_words, *ALGORITHMS["apa"], *LONG]
-    last = {word.split("=")[0]: word for word in words}
+    overrides = [*small_words, *ALGORITHMS["apa"], *LONG]
+    last = {override.split("=")[0]: override for override in overrides}
     code = "from apa_cli.cli.train import main; main()"
     command = [sys.executable, "-c", code, *last.values(), "name=run", "resume=auto"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     run = tmp_path / "outputs" / "run"
-    while len(checkpoints.all_in(run / "checkpoints")) < 2:
+    while len(checkpoints.list_checkpoints(run / "checkpoints")) < 2:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
     process.kill()
     process.communicate()
     assert not (run / "result.json").exists()
-    assert ended(forked(run, *ALGORITHMS["apa"], *LONG), 120) == 0
+    assert wait_for_exit(fork_run(run, *ALGORITHMS["apa"], *LONG), 120) == 0
     assert_equal(run, whole)
 
 
-def killing_itself(monkeypatch, name: str, times: int, after: bool) -> None:
-    """The process kills itself at the given call of a function of checkpoint.py, before or after it has run."""
+def kill_at_call(monkeypatch, name: str, times: int, after: bool) -> None:
+    """Make the process kill itself at the given call of a function of checkpoint.py, before or after the call."""
     original, calls = getattr(checkpoints, name), itertools.count(1)
 
-    def dying(*arguments, **keywords):
+    def call(*arguments, **keywords):
         last = next(calls) == times
         if last and not after:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -164,48 +166,50 @@ def killing_itself(monkeypatch, name: str, times: int, after: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    monkeypatch.setattr(checkpoints, name, dying)
+    monkeypatch.setattr(checkpoints, name, call)
 
 
 @pytest.mark.parametrize(
     ("function", "times", "after"),
     [
-        pytest.param("save_file", 1, True, id="the-first", marks=pytest.mark.slow),
-        pytest.param("save_file", 7, True, id="half-written"),
-        pytest.param("write", 2, True, id="without-its-name", marks=pytest.mark.slow),
-        pytest.param("prune", 2, False, id="before-pruning", marks=pytest.mark.slow),
-        pytest.param("prune", 3, True, id="after-pruning", marks=pytest.mark.slow),
+        pytest.param("save_file", 1, True, id="first-file", marks=pytest.mark.slow),
+        pytest.param("save_file", 7, True, id="incomplete"),
+        pytest.param("write_files", 2, True, id="not-renamed", marks=pytest.mark.slow),
+        pytest.param("prune_checkpoints", 2, False, id="before-pruning", marks=pytest.mark.slow),
+        pytest.param("prune_checkpoints", 3, True, id="after-pruning", marks=pytest.mark.slow),
     ],
 )
-def test_killed_while_saving(function, times, after, uninterrupted, forked, assert_equal, tmp_path, monkeypatch):
+def test_run_killed_while_saving_resumes_to_the_same_result(
+    function, times, after, uninterrupted, fork_run, assert_equal, tmp_path, monkeypatch
+):
     whole, _ = uninterrupted("apa")
-    run, words = tmp_path / "run", [*ALGORITHMS["apa"], *LONG]
-    child = forked(run, *words, before=lambda: killing_itself(monkeypatch, function, times, after))
-    assert ended(child, 120) == -signal.SIGKILL
-    half = list((run / "checkpoints").glob(".iteration_*"))
-    assert bool(half) == (function in ("save_file", "write"))
-    assert ended(forked(run, *words), 120) == 0
+    run, overrides = tmp_path / "run", [*ALGORITHMS["apa"], *LONG]
+    child = fork_run(run, *overrides, before=lambda: kill_at_call(monkeypatch, function, times, after))
+    assert wait_for_exit(child, 120) == -signal.SIGKILL
+    incomplete = list((run / "checkpoints").glob(".iteration_*"))
+    assert bool(incomplete) == (function in ("save_file", "write_files"))
+    assert wait_for_exit(fork_run(run, *overrides), 120) == 0
     assert_equal(run, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_many_kills(name, uninterrupted, forked, assert_equal, tmp_path):
-    """A run is killed again and again, every third time while it saves, until it gets to its end; then the next one."""
+def test_many_kills_do_not_change_the_result(name, uninterrupted, fork_run, assert_equal, tmp_path):
+    """Kill a run repeatedly, every third time while it saves, until it finishes; then the next run."""
     whole, seconds = uninterrupted(name)
-    words, moment = [*ALGORITHMS[name], *LONG], random.Random(f"many {name}")
+    overrides, moment = [*ALGORITHMS[name], *LONG], random.Random(f"many {name}")
     kills, in_saving, runs = 0, 0, 0
     run = tmp_path / "run"
     while True:
-        child = forked(run, *words)
+        child = fork_run(run, *overrides)
         saving, wait = kills % 3 == 2, moment.uniform(0, 0.7 * seconds)
-        status = in_a_save(child, run, moment) if saving else ended(child, wait)
+        status = wait_for_save(child, run, moment) if saving else wait_for_exit(child, wait)
         if status is None and kills < KILLS:
             kill(child)
             kills += 1
             in_saving += bool(list((run / "checkpoints").glob(".iteration_*")))
             continue
-        assert (ended(child, 120) if status is None else status) == 0
+        assert (wait_for_exit(child, 120) if status is None else status) == 0
         assert_equal(run, whole)
         runs += 1
         shutil.rmtree(run)
@@ -214,11 +218,11 @@ def test_many_kills(name, uninterrupted, forked, assert_equal, tmp_path):
     print(f"{name}: {kills} kills survived, {in_saving} of them in the middle of a save, in {runs} runs")
 
 
-def in_a_save(child: int, run: Path, moment: random.Random) -> int | None:
-    """Waits until the child is saving, for the first to fourth time; its exit status if it ends before."""
+def wait_for_save(child: int, run: Path, moment: random.Random) -> int | None:
+    """Wait until the child saves, for the first to fourth time; return its exit status if it ends before, else None."""
     for _ in range(moment.randint(1, 4)):
         while not list((run / "checkpoints").glob(".iteration_*")):
-            if (status := ended(child, 0.0005)) is not None:
+            if (status := wait_for_exit(child, 0.0005)) is not None:
                 return status
         while list((run / "checkpoints").glob(".iteration_*")) and moment.random() < 0.9:
             time.sleep(0.0005)

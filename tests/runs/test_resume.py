@@ -1,29 +1,31 @@
-"""Going on with a run: whose settings, from where, in which directory; and what cannot go on."""
+"""Resumes and forks: settings, checkpoint and directory of the run that continues; stops; a full disk."""
 
 import json
 import os
 import resource
 import shutil
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from apa_cli.cli.app import checked_jobs
+from apa_cli.cli.app import check_job
 from apa_cli.config.build import build
-from apa_cli.config.compose import compose, run_directory_name
-from apa_cli.config.from_run import compose_again, source_of
+from apa_cli.config.compose import compose
+from apa_cli.config.continuation import compose_continuation, find_continued_run
 from apa_cli.errors import ConfigError, UserError
+from apa_cli.runs import checkpoint as checkpoints
+from apa_cli.runs import stopping
 from apa_cli.runs.directory import RunDirectory
-from apa_cli.runs.records import rows_until
-from apa_cli.runs.resume import code_in, resume_words
-from apa_cli.runs.stopping import Stopped
-from apa_cli.training.launch import checkpoint as checkpoints
-from apa_cli.training.launch import resume_command, start, stopping
+from apa_cli.runs.files import read_config
+from apa_cli.runs.resume import build_resume_overrides, find_code
+from apa_cli.runs.stopping import RunStopped
+from apa_cli.training.launch import format_resume_command, start_training
 
-WORDS = [
+OVERRIDES = [
     "algo=ppo",
     "algo.kl_controller=adaptive",
     "lambda=0.2",
@@ -31,144 +33,148 @@ WORDS = [
     "checkpoint.keep_last=9",
     "evaluation.every=2",
 ]
-"""A run that differs from conf/ in a group, in a key of it, in lambda and at the top."""
+"""Overrides of a group, a key in it, lambda, and keys at the top level."""
+
+SINGLE_JOB = Namespace(config_dir=None, multirun=False)
+"""Arguments of a command line without flags."""
 
 
 @pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+def uninterrupted(train, tmp_path_factory):
     """A finished run of four iterations."""
-    return train(tmp_path_factory.mktemp("whole") / "whole", *WORDS, "iterations=4")
+    return train(tmp_path_factory.mktemp("uninterrupted") / "uninterrupted", *OVERRIDES, "iterations=4")
 
 
 @pytest.fixture
-def copied(whole, tmp_path):
-    return Path(shutil.copytree(whole, tmp_path / "copied"))
+def run_copy(uninterrupted, tmp_path):
+    return Path(shutil.copytree(uninterrupted, tmp_path / "run_copy"))
 
 
 @pytest.fixture
-def begun(copied):
+def half_run(run_copy):
     """The run as it was after two iterations."""
-    checkpoints.drop_after(copied / "checkpoints", 2)
-    RunDirectory(copied).cut_back(yaml.safe_load((copied / "config.yaml").read_text()), 2)
-    return copied
+    checkpoints.remove_later_checkpoints(run_copy / "checkpoints", 2)
+    RunDirectory(run_copy).truncate_records(read_config(run_copy), 2)
+    return run_copy
 
 
 @pytest.fixture
 def target(small_words):
-    """The word that names the reward function, which no run's directory may do by itself."""
-    return next(word for word in small_words if word.startswith("reward.target="))
+    """Override that names the reward function, which no run's directory may do by itself."""
+    return next(override for override in small_words if override.startswith("reward.target="))
 
 
 @pytest.fixture
-def again(target, monkeypatch):
-    """again(*words) → the directory of what `apa-train` does with these words and reward.target=, in this process."""
-    monkeypatch.setattr("apa_cli.training.trainer.draw_curves", lambda directory: None)
+def run_command(target, monkeypatch):
+    """run_command(*overrides) → directory of the run of `apa-train` with these overrides and reward.target=."""
+    monkeypatch.setattr("apa_cli.training.results.plot_curves", lambda directory: None)
 
-    def go_on(*words: str) -> Path:
-        ((_, config),), composed_here = checked_jobs([*words, target], False, None, ())
-        assert composed_here
-        path = Path(run_directory_name(config.run.name, config.run.resume))
-        start(config, path, None)
-        return path
+    def run(*overrides: str) -> Path:
+        job = check_job([*overrides, target], SINGLE_JOB, ())
+        start_training(job.config, job.directory, None)
+        return job.directory
 
-    return go_on
+    return run
 
 
-def policy(directory: Path, iteration: int) -> dict:
-    return checkpoints.load(directory / "checkpoints" / f"iteration_{iteration:06d}")[0]["policy"]
+def load_policy_tensors(directory: Path, iteration: int) -> dict:
+    """Return the policy's tensors in a checkpoint."""
+    tensors, _ = checkpoints.load_checkpoint(directory / "checkpoints" / f"iteration_{iteration:06d}")
+    return tensors["policy"]
 
 
-def same(first: dict, second: dict) -> bool:
+def are_equal(first: dict, second: dict) -> bool:
+    """Return True if the tensors are equal to the bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- the run's own settings ---------------------------------------------------------------------------------
+# --- settings of a resumed run ------------------------------------------------------------------------------
 
 
-def test_a_directory_is_all_that_needs_to_be_said(begun, again, whole, comparable):
-    again(f"resume={begun}")
-    assert comparable(begun / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
-    assert (begun / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    assert same(policy(begun, 4), policy(whole, 4))
-    assert yaml.safe_load((begun / "config.yaml").read_text()) == yaml.safe_load((whole / "config.yaml").read_text())
+def test_resume_needs_only_the_directory(half_run, run_command, uninterrupted, comparable):
+    run_command(f"resume={half_run}")
+    assert comparable(half_run / "metrics.jsonl") == comparable(uninterrupted / "metrics.jsonl")
+    assert (half_run / "samples.jsonl").read_text() == (uninterrupted / "samples.jsonl").read_text()
+    assert are_equal(load_policy_tensors(half_run, 4), load_policy_tensors(uninterrupted, 4))
+    assert read_config(half_run) == read_config(uninterrupted)
 
 
-def test_so_are_all_words_or_some_of_them(begun, small_words):
-    recorded = yaml.safe_load((begun / "config.yaml").read_text())
-    target = [word for word in small_words if word.startswith("reward.target=")]
-    for words in ([*small_words, *WORDS, "iterations=4"], ["algo=ppo", "lambda=0.2", "algo.kl_controller=adaptive"]):
-        config = build(compose_again([*words, *target, f"resume={begun}"], begun))
-        RunDirectory(begun).check_resume(config.raw)
-        assert config.raw == recorded | {"resume": str(begun)}
+def test_resume_accepts_all_or_some_of_the_original_overrides(half_run, small_words, target):
+    recorded = read_config(half_run)
+    all_overrides, some_overrides = [*small_words, *OVERRIDES, "iterations=4"], ["algo=ppo", OVERRIDES[1], "lambda=0.2"]
+    for overrides in (all_overrides, some_overrides):
+        config = build(compose_continuation([*overrides, target, f"resume={half_run}"], half_run))
+        RunDirectory(half_run).check_resume(config.raw)
+        assert config.raw == recorded | {"resume": str(half_run)}
 
 
-def test_a_group_brings_what_it_brings_in_a_new_run(tmp_path):
-    def on_top(*words):
-        return build(compose_again(list(words), tmp_path))
+def test_group_option_sets_all_that_it_sets_in_a_new_run(tmp_path):
+    def compose_on(*overrides):
+        return build(compose_continuation(list(overrides), tmp_path))
 
     recorded = build(compose(["algo=awr", "optimizer.lr=0.5", "lambda=2", "critic=head", "iterations=9"])).raw
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
-    changed = on_top("algo=apa")
+    changed = compose_on("algo=apa")
     assert (type(changed.algo).__name__, changed.algo.lambda_, changed.raw["lambda"]) == ("APA", 0.1, 0.1)
     assert (changed.optimizer.lr, changed.critic.kind.value) == (0.5, "head")
-    assert on_top("critic=separate").critic.kind.value == "separate"
-    assert on_top("model=embedded").optimizer.lr == 5e-4  # the embedded model has a learning rate of its own
-    assert on_top("model=embedded", "optimizer.lr=3").optimizer.lr == 3
-    paper = on_top("experiment=paper/hh_125m_ppo", "iterations=7")
+    assert compose_on("critic=separate").critic.kind.value == "separate"
+    assert compose_on("model=embedded").optimizer.lr == 5e-4  # the embedded model sets its run learning rate
+    assert compose_on("model=embedded", "optimizer.lr=3").optimizer.lr == 3
+    paper = compose_on("experiment=paper/hh_125m_ppo", "iterations=7")
     assert (type(paper.algo).__name__, type(paper.dataset).__name__, paper.run.iterations) == ("PPO", "HH", 7)
     assert paper.algo.kl_coef == paper.raw["lambda"] == 0.05
     with pytest.raises(ConfigError, match=r"^algo: no 'pppo'; did you mean 'ppo'"):
-        on_top("algo=pppo")
+        compose_on("algo=pppo")
 
 
-def test_lambda_goes_where_the_runs_algorithm_has_it(begun, target):
-    config = build(compose_again(["lambda=0.9", target, f"resume={begun}"], begun))
+def test_lambda_sets_the_key_of_the_runs_algorithm(half_run, target):
+    config = build(compose_continuation(["lambda=0.9", target, f"resume={half_run}"], half_run))
     assert config.algo.kl_coef == 0.9
     with pytest.raises(ConfigError) as error:
-        RunDirectory(begun).check_resume(config.raw)
+        RunDirectory(half_run).check_resume(config.raw)
     assert "lambda: 0.2 → 0.9;" in str(error.value) and "kl_coef" not in str(error.value)
     with pytest.raises(ConfigError, match=r"unknown key 'dataset\.path'"):
-        compose_again(["dataset.path=x"], begun)
+        compose_continuation(["dataset.path=x"], half_run)
 
 
-def test_what_differs_is_listed_and_may_be_named(begun, again, comparable, whole):
-    with pytest.raises(ConfigError, match=r"lr: 0\.0003 → 0\.01.*resume_changed=\[lambda,optimizer\.lr\]") as error:
-        again(f"resume={begun}", "optimizer.lr=0.01", "lambda=0.5", "iterations=5")
+def test_differing_settings_are_listed_and_can_be_allowed(half_run, run_command, comparable, uninterrupted):
+    with pytest.raises(ConfigError, match=r"lr: 0\.0003 → 0\.01.*resume_changed=\[optimizer\.lr,lambda\]") as error:
+        run_command(f"resume={half_run}", "optimizer.lr=0.01", "lambda=0.5", "iterations=5")
     assert "\n" not in str(error.value) and error.value.status == 2
     with pytest.raises(ConfigError, match=r"resume_changed=\[lambda\]"):
-        again(f"resume={begun}", "optimizer.lr=0.01", "lambda=0.5", "resume_changed=[optimizer]")
-    again(f"resume={begun}", "optimizer.lr=0.01", "lambda=0.5", "resume_changed=[optimizer.lr,lambda]")
-    before, after = comparable(whole / "metrics.jsonl"), comparable(begun / "metrics.jsonl")
+        run_command(f"resume={half_run}", "optimizer.lr=0.01", "lambda=0.5", "resume_changed=[optimizer]")
+    run_command(f"resume={half_run}", "optimizer.lr=0.01", "lambda=0.5", "resume_changed=[optimizer.lr,lambda]")
+    before, after = comparable(uninterrupted / "metrics.jsonl"), comparable(half_run / "metrics.jsonl")
     assert after[:3] == before[:3]
     assert [row["optimizer/lr"] for row in after[1:]] == [3e-4, 3e-4, 0.01, 0.01]
-    again(f"resume={begun}")  # and from now on these are the run's own
+    run_command(f"resume={half_run}")  # the run has recorded them
 
 
-def test_a_runs_directory_names_no_code_to_run(begun, small_words):
-    config = yaml.safe_load((begun / "config.yaml").read_text())
+def test_run_directory_cannot_name_code_to_run(half_run, small_words):
+    config = read_config(half_run)
     with pytest.raises(ConfigError, match=r"^reward\.target: .*vowels.*give reward\.target="):
-        compose_again([f"resume={begun}"], begun)
+        compose_continuation([f"resume={half_run}"], half_run)
     config["algo"]["_target_"] = "pathlib.Path"
-    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    (half_run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=r"^algo\._target_ in .*pathlib\.Path.*no yaml"):
-        compose_again([f"resume={begun}", *small_words], begun)
-    assert code_in({"a": [{"use": "f", "target": "x"}], "model": {"trust_remote_code": True}, "target": None}) == [
+        compose_continuation([f"resume={half_run}", *small_words], half_run)
+    assert find_code({"a": [{"use": "f", "target": "x"}], "model": {"trust_remote_code": True}, "target": None}) == [
         ("a", [{"use": "f", "target": "x"}]),
         ("model.trust_remote_code", True),
     ]
 
 
-def test_the_words_printed_are_read_as_what_they_say():
+def test_printed_overrides_parse_to_their_values():
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parts = [
         {"use": "function", "target": "/a b/it's.py:f", "weight": 1.0, "timeout": None},
         {"use": "model", "path": "x/y-z", "scale": -0.5, "centered": True, "output": "no", "dtype": "float32"},
     ]
-    words = resume_words({"reward": {"parts": parts}}, Path("outputs/run"))
-    parsed = OverridesParser.create().parse_overrides(words)
+    overrides = build_resume_overrides({"reward": {"parts": parts}}, Path("outputs/run"))
+    parsed = OverridesParser.create().parse_overrides(overrides)
     assert [each.value() for each in parsed] == ["outputs/run", parts]
-    assert resume_words({"reward": {"target": "my.py:f"}}, Path("r")) == ["resume=r", "reward.target=my.py:f"]
+    assert build_resume_overrides({"reward": {"target": "my.py:f"}}, Path("r")) == ["resume=r", "reward.target=my.py:f"]
 
 
 @pytest.mark.parametrize(
@@ -181,68 +187,69 @@ def test_the_words_printed_are_read_as_what_they_say():
         ("reward", 5),
     ],
 )
-@pytest.mark.parametrize("word", ["resume", "fork"])
-def test_nothing_is_hidden_in_a_runs_configuration(word, key, value, begun, small_words):
-    config = yaml.safe_load((begun / "config.yaml").read_text())
+@pytest.mark.parametrize("start", ["resume", "fork"])
+def test_interpolations_in_a_recorded_configuration_are_refused(start, key, value, half_run, small_words):
+    config = read_config(half_run)
     section, _, last = key.rpartition(".")
     (config[section] if section else config)[last] = value
-    (begun / "config.yaml").write_text(yaml.safe_dump(config))
+    (half_run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=rf"^{key} in .*config\.yaml (refers to|is ).*no run writes that$"):
-        compose_again([f"{word}={begun}", *small_words[-1:]], begun)
+        compose_continuation([f"{start}={half_run}", *small_words[-1:]], half_run)
 
 
-def test_the_packages_own_reward_function_need_not_be_named_again(begun):
-    config = yaml.safe_load((begun / "config.yaml").read_text())
+def test_reward_function_of_the_package_need_not_be_named_again(half_run):
+    config = read_config(half_run)
     config["reward"]["target"] = "apa_cli.rewards.vader:compound"
-    (begun / "config.yaml").write_text(yaml.safe_dump(config))
-    assert build(compose_again([f"resume={begun}"], begun)).reward.target == "apa_cli.rewards.vader:compound"
+    (half_run / "config.yaml").write_text(yaml.safe_dump(config))
+    resumed = build(compose_continuation([f"resume={half_run}"], half_run))
+    assert resumed.reward.target == "apa_cli.rewards.vader:compound"
 
 
-def test_other_rewards_than_before_are_compared_with_the_sft_models_own(begun, again, whole, records):
-    words = ["reward.target=", "resume_changed=[reward]"]
-    file = begun.parent / "digits.py"
+def test_after_a_change_of_reward_the_sft_model_is_scored_again(half_run, run_command, uninterrupted, records):
+    file = half_run.parent / "digits.py"
     file.write_text("def digits(prompts, responses):\n    return [float(len(text) % 7) for text in responses]\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("apa_cli.training.trainer.draw_curves", lambda directory: None)
-        config = build(compose_again([f"resume={begun}", f"{words[0]}{file}:digits", words[1]], begun))
-        start(config, begun, None)
-    last = records(begun / "metrics.jsonl")[-1]
-    first = [row["response"] for row in records(whole / "samples.jsonl") if row["iteration"] == 0]
+        patch.setattr("apa_cli.training.results.plot_curves", lambda directory: None)
+        overrides = [f"resume={half_run}", f"reward.target={file}:digits", "resume_changed=[reward]"]
+        config = build(compose_continuation(overrides, half_run))
+        start_training(config, half_run, None)
+    last = records(half_run / "metrics.jsonl")[-1]
+    first = [row["response"] for row in records(uninterrupted / "samples.jsonl") if row["iteration"] == 0]
     assert last["eval/reward_mean_sft"] == pytest.approx(sum(len(text) % 7 for text in first) / 6, rel=1e-6)
 
 
 # --- resume=auto --------------------------------------------------------------------------------------------
 
 
-def test_auto_begins_goes_on_and_ends_with_the_same_words(train, tmp_path, comparable, whole, capsys):
-    words = [*WORDS, "iterations=4", "resume=auto"]
-    run = train(tmp_path / "whole", *words)  # nothing is there yet
-    assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
+def test_auto_starts_resumes_and_ends_with_the_same_overrides(train, tmp_path, comparable, uninterrupted, capsys):
+    overrides = [*OVERRIDES, "iterations=4", "resume=auto"]
+    run = train(tmp_path / "uninterrupted", *overrides)  # nothing is there yet
+    assert comparable(run / "metrics.jsonl") == comparable(uninterrupted / "metrics.jsonl")
     weights = (run / "model" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
-    train(run, *words)
+    train(run, *overrides)
     assert capsys.readouterr().out == f"{run}: finished (4 iterations), nothing is left to do\n"
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == weights
-    checkpoints.drop_after(run / "checkpoints", 2)
+    checkpoints.remove_later_checkpoints(run / "checkpoints", 2)
     (run / "result.json").unlink()
-    train(run, *words)
-    assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
-    assert same(policy(run, 4), policy(whole, 4))
+    train(run, *overrides)
+    assert comparable(run / "metrics.jsonl") == comparable(uninterrupted / "metrics.jsonl")
+    assert are_equal(load_policy_tensors(run, 4), load_policy_tensors(uninterrupted, 4))
     assert json.loads((run / "result.json").read_text())["iteration"] == 4
 
 
-def test_auto_begins_anew_what_never_reached_a_checkpoint(train, tmp_path, comparable, whole):
-    run = tmp_path / "whole"
+def test_auto_restarts_a_run_without_checkpoint(train, tmp_path, comparable, uninterrupted):
+    run = tmp_path / "uninterrupted"
     run.mkdir()
-    (run / "config.yaml").write_text("name: who")  # killed while it was written
+    (run / "config.yaml").write_text("name: who")  # killed while it was being written
     (run / "metrics.jsonl").write_text('{"iteration": 0}\n{"itera')
-    train(run, *WORDS, "iterations=4", "resume=auto")
-    assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
+    train(run, *OVERRIDES, "iterations=4", "resume=auto")
+    assert comparable(run / "metrics.jsonl") == comparable(uninterrupted / "metrics.jsonl")
 
 
-def test_auto_refuses_other_words(begun, train):
+def test_auto_refuses_other_settings(half_run, train):
     with pytest.raises(ConfigError, match="seed: 4 → 5"):
-        train(begun, *WORDS, "iterations=4", "seed=5", "resume=auto")
+        train(half_run, *OVERRIDES, "iterations=4", "seed=5", "resume=auto")
 
 
 def test_auto_needs_a_name():
@@ -251,75 +258,78 @@ def test_auto_needs_a_name():
     assert build(compose(["resume=auto", "name=x"])).run.resume == "auto"
 
 
-def test_where_the_settings_come_from(begun, tmp_path, monkeypatch):
+def test_run_that_provides_the_settings(half_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("outputs").mkdir()
-    begun.rename("outputs/run")
-    own = Path("outputs/run")
-    assert source_of(["name=run", "resume=auto"]) == own
-    assert source_of(["name=other", "resume=auto"]) is None
-    assert source_of(["name=run", "seed=1"]) is None
-    assert source_of(["resume=outputs/run/checkpoints/iteration_000001"]) == own
-    assert source_of(["fork=outputs/run", "name=new", "resume=auto"]) == own
+    half_run.rename("outputs/run")
+    run = Path("outputs/run")
+    assert find_continued_run(["name=run", "resume=auto"]) == run
+    assert find_continued_run(["name=other", "resume=auto"]) is None
+    assert find_continued_run(["name=run", "seed=1"]) is None
+    assert find_continued_run(["resume=outputs/run/checkpoints/iteration_000001"]) == run
+    assert find_continued_run(["fork=outputs/run", "name=new", "resume=auto"]) == run
     with pytest.raises(ConfigError, match="fork: there is no run in outputs/nothing"):
-        source_of(["fork=outputs/nothing"])
+        find_continued_run(["fork=outputs/nothing"])
     with pytest.raises(ConfigError, match=r"resume: there is no run in outputs/rum; did you mean outputs/run[?]$"):
-        source_of(["resume=outputs/rum"])
+        find_continued_run(["resume=outputs/rum"])
 
 
 # --- forks --------------------------------------------------------------------------------------------------
 
 
-def test_a_fork_goes_on_elsewhere_and_leaves_its_origin_alone(copied, again, tmp_path, monkeypatch, comparable):
+def test_fork_continues_elsewhere_and_does_not_change_its_source(
+    run_copy, run_command, tmp_path, monkeypatch, comparable
+):
     monkeypatch.chdir(tmp_path)
-    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    fork = again(f"fork={copied}/checkpoints/iteration_000002", "name=same")
+    before = {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()}
+    fork = run_command(f"fork={run_copy}/checkpoints/iteration_000002", "name=same")
     assert fork == Path("outputs/same")
-    assert comparable(fork / "metrics.jsonl") == comparable(copied / "metrics.jsonl")
-    assert (fork / "samples.jsonl").read_text() == (copied / "samples.jsonl").read_text()
-    assert same(policy(fork, 4), policy(copied, 4))
-    other = again(f"fork={copied}/checkpoints/iteration_000002", "name=other", "lambda=0.9", "iterations=3")
-    rows, old = comparable(other / "metrics.jsonl"), comparable(copied / "metrics.jsonl")
+    assert comparable(fork / "metrics.jsonl") == comparable(run_copy / "metrics.jsonl")
+    assert (fork / "samples.jsonl").read_text() == (run_copy / "samples.jsonl").read_text()
+    assert are_equal(load_policy_tensors(fork, 4), load_policy_tensors(run_copy, 4))
+    other_fork = [f"fork={run_copy}/checkpoints/iteration_000002", "name=other", "lambda=0.9", "iterations=3"]
+    other = run_command(*other_fork)
+    rows, old = comparable(other / "metrics.jsonl"), comparable(run_copy / "metrics.jsonl")
     assert rows[:3] == old[:3] and len(rows) == 4 and rows[3] != old[3]
-    stored = yaml.safe_load((other / "config.yaml").read_text())
+    stored = read_config(other)
     assert (stored["name"], stored["lambda"], stored["algo"]["kl_coef"], stored["seed"]) == ("other", 0.9, 0.9, 4)
-    assert before == {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
-    # A fork is a run like any other: with the same words it is not begun twice, and it can be resumed.
-    again(f"fork={copied}/checkpoints/iteration_000002", "name=other", "lambda=0.9", "iterations=3", "resume=auto")
-    again("resume=outputs/other", "iterations=4")
-    again("fork=outputs/other/checkpoints/iteration_000003", "name=third", "lambda=0.5", "resume=auto")
+    assert before == {path: path.read_bytes() for path in run_copy.rglob("*") if path.is_file()}
+    # A fork is a run like any other: with the same overrides it continues, and it can be resumed and forked.
+    run_command(*other_fork, "resume=auto")
+    run_command("resume=outputs/other", "iterations=4")
+    run_command("fork=outputs/other/checkpoints/iteration_000003", "name=third", "lambda=0.5", "resume=auto")
     assert [row["iteration"] for row in comparable(Path("outputs/third/metrics.jsonl"))] == [0, 1, 2, 3, 4]
     assert comparable(Path("outputs/third/metrics.jsonl"))[:4] == rows
 
 
-def test_what_contradicts_a_fork_is_refused(copied):
+def test_overrides_that_contradict_a_fork_are_refused(run_copy):
     with pytest.raises(ConfigError, match=r"^fork: give it without resume="):
-        source_of([f"fork={copied}", f"resume={copied}"])
+        find_continued_run([f"fork={run_copy}", f"resume={run_copy}"])
     with pytest.raises(ConfigError, match=r"^fork: one run"):
-        checked_jobs([f"fork={copied}", "seed=0,1"], True, None, ())
+        check_job([f"fork={run_copy}", "seed=0"], Namespace(config_dir=None, multirun=True), ())
 
 
 # --- one live run in a directory ----------------------------------------------------------------------------
 
 
-def test_a_directory_in_use_is_refused_until_its_run_is_dead(begun, again):
+def test_directory_is_locked_until_its_run_is_dead(half_run, run_command):
     ready, release = os.pipe()
     child = os.fork()
     if child == 0:
-        with RunDirectory(begun).held():
+        with RunDirectory(half_run).lock():
             os.write(release, b"x")
             signal.pause()
     os.read(ready, 1)
-    before = (begun / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match=rf"^{begun}: in use by another live run$"):
-        again(f"resume={begun}")
-    assert (begun / "metrics.jsonl").read_text() == before
+    before = (half_run / "metrics.jsonl").read_text()
+    with pytest.raises(UserError, match=rf"^{half_run}: in use by another live run$"):
+        run_command(f"resume={half_run}")
+    assert (half_run / "metrics.jsonl").read_text() == before
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    again(f"resume={begun}")
+    run_command(f"resume={half_run}")
 
 
-def test_a_file_in_the_way_is_named(train, tmp_path):
+def test_file_in_place_of_the_directory_is_named(train, tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(UserError, match=rf"^{tmp_path}/run: cannot write there \(File exists\)$"):
         train(tmp_path / "run")
@@ -329,42 +339,29 @@ def test_a_file_in_the_way_is_named(train, tmp_path):
 # --- records ------------------------------------------------------------------------------------------------
 
 
-def test_half_a_line_and_what_follows_the_checkpoint_are_cut(begun, again, whole, comparable):
+def test_incomplete_line_and_records_after_the_checkpoint_are_removed(half_run, run_command, uninterrupted, comparable):
     for name in ("metrics.jsonl", "samples.jsonl"):
-        text = (whole / name).read_bytes()
-        (begun / name).write_bytes(text[: len(text) - 25])  # its last line ends in the middle
-    again(f"resume={begun}")
-    assert comparable(begun / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
-    assert (begun / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+        text = (uninterrupted / name).read_bytes()
+        (half_run / name).write_bytes(text[: len(text) - 25])  # the last line is cut
+    run_command(f"resume={half_run}")
+    assert comparable(half_run / "metrics.jsonl") == comparable(uninterrupted / "metrics.jsonl")
+    assert (half_run / "samples.jsonl").read_text() == (uninterrupted / "samples.jsonl").read_text()
 
 
-def test_lines_end_only_where_the_file_ends_them(tmp_path):
-    file = tmp_path / "samples.jsonl"
-    odd = "a\u2028b\x85c"
-    RunDirectory(tmp_path).record(file, [{"iteration": number, "response": odd} for number in (1, 2, 3)])
-    assert [json.loads(row)["response"] for row in rows_until(file, 2)] == [odd, odd]
-    half = file.read_bytes()[:-8]
-    file.write_bytes(half)
-    assert len(rows_until(file, 9)) == 2
-    file.write_bytes(b'{"iteration": 1}\nnonsense\n{"iteration": 2}\n')
-    with pytest.raises(UserError, match=f"line 2 of {file} cannot be read"):
-        rows_until(file, 9)
-
-
-def test_checkpoints_of_a_future_that_was_given_up_are_gone(copied, again):
-    (copied / "checkpoints" / ".iteration_000003.77").mkdir()  # left by a save that was killed
-    again(f"resume={copied}/checkpoints/iteration_000001", "iterations=2")
-    names = sorted(path.name for path in (copied / "checkpoints").iterdir())
+def test_later_checkpoints_are_removed_on_resume(run_copy, run_command):
+    (run_copy / "checkpoints" / ".iteration_000003.77").mkdir()  # left by a killed save
+    run_command(f"resume={run_copy}/checkpoints/iteration_000001", "iterations=2")
+    names = sorted(path.name for path in (run_copy / "checkpoints").iterdir())
     assert names == ["iteration_000001", "iteration_000002"]
 
 
-def test_the_best_is_kept_although_no_checkpoint_was_due(run_train, records):
+def test_best_checkpoint_is_kept_although_none_was_due(run_train, records):
     run = run_train(
         "iterations=4", "evaluation.every=1", "checkpoint.every=4", "checkpoint.keep_last=1", "optimizer.lr=1e-2"
     )
     scores = [row["eval/reward_mean"] for row in records(run / "metrics.jsonl")]
     best = scores.index(max(scores))
-    assert 0 < best < 4  # else this run shows nothing
+    assert 0 < best < 4  # else this run does not test it
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
         f"iteration_{best:06d}",
         "iteration_000004",
@@ -375,82 +372,83 @@ def test_the_best_is_kept_although_no_checkpoint_was_due(run_train, records):
 
 
 @pytest.fixture
-def stopping_at(monkeypatch):
-    """stopping_at(iteration, action): `action()` happens in the middle of that iteration."""
-    from apa_cli.training.trainer import Trainer
+def run_in_iteration(monkeypatch):
+    """run_in_iteration(number, action): calls `action()` in the middle of that iteration."""
+    from apa_cli.training.rollout_builder import RolloutBuilder
 
-    original = Trainer.sample
+    original = RolloutBuilder.sample
 
-    def at(wanted, action):
-        def sample(trainer, iteration):
-            if iteration == wanted:
+    def patch_iteration(number, action):
+        def sample(builder, iteration):
+            if iteration == number:
                 action()
-            return original(trainer, iteration)
+            return original(builder, iteration)
 
-        monkeypatch.setattr(Trainer, "sample", sample)
+        monkeypatch.setattr(RolloutBuilder, "sample", sample)
 
-    yield at
-    monkeypatch.setattr(Trainer, "sample", original)
+    yield patch_iteration
+    monkeypatch.setattr(RolloutBuilder, "sample", original)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_after_its_iteration_saved(
-    number, status, stopping_at, train, again, tmp_path, monkeypatch, whole, comparable, target
+def test_signal_ends_the_run_after_its_iteration_and_saves(
+    number, status, run_in_iteration, train, run_command, tmp_path, monkeypatch, uninterrupted, comparable, target
 ):
     monkeypatch.chdir(tmp_path)
-    stopping_at(2, lambda: os.kill(os.getpid(), number))
-    words = [*WORDS, "iterations=4", "checkpoint.every=0"]
-    with pytest.raises(Stopped) as error:
-        train(Path("outputs/whole"), *words)
+    run_in_iteration(2, lambda: os.kill(os.getpid(), number))
+    overrides = [*OVERRIDES, "iterations=4", "checkpoint.every=0"]
+    with pytest.raises(RunStopped) as error:
+        train(Path("outputs/uninterrupted"), *overrides)
     assert error.value.status == status
     name = signal.Signals(number).name
     assert str(error.value) == (
-        f"stopped by {name} after iteration 2 of 4, saved; go on with: apa-train resume=outputs/whole {target}"
+        f"stopped by {name} after iteration 2 of 4, saved; continue with: "
+        f"apa-train resume=outputs/uninterrupted {target}"
     )
-    run = Path("outputs/whole")
+    run = Path("outputs/uninterrupted")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["iteration_000002"]
     assert len(comparable(run / "metrics.jsonl")) == 3 and not (run / "model").exists()
-    stopping_at(0, None)
-    again("resume=outputs/whole")
-    assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
+    run_in_iteration(0, None)
+    run_command("resume=outputs/uninterrupted")
+    assert comparable(run / "metrics.jsonl") == comparable(uninterrupted / "metrics.jsonl")
 
 
-def test_stop_after_ends_the_run_with_a_status_of_its_own(stopping_at, train, again, tmp_path, monkeypatch):
-    def late():
-        monkeypatch.setattr(stopping.time, "monotonic", lambda: stopping.STARTED + 3601)
+def test_stop_after_ends_the_run_with_its_own_status(run_in_iteration, train, run_command, tmp_path, monkeypatch):
+    def let_time_pass():
+        monkeypatch.setattr(stopping.time, "monotonic", lambda: stopping.START_TIME + 3601)
 
-    stopping_at(2, late)
-    monkeypatch.setattr(stopping, "STARTED", stopping.time.monotonic())
-    with pytest.raises(Stopped, match=r"stopped by stop_after=1h after iteration 2 of 3, saved") as error:
+    run_in_iteration(2, let_time_pass)
+    monkeypatch.setattr(stopping, "START_TIME", stopping.time.monotonic())
+    with pytest.raises(RunStopped, match=r"stopped by stop_after=1h after iteration 2 of 3, saved") as error:
         train(tmp_path / "run", "stop_after=1h", "checkpoint.every=0")
     assert error.value.status == 75
     monkeypatch.undo()
-    assert checkpoints.all_in(tmp_path / "run" / "checkpoints")[-1].name == "iteration_000002"
-    again(f"resume={tmp_path}/run")  # without the limit
+    assert checkpoints.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "iteration_000002"
+    run_command(f"resume={tmp_path}/run")  # without the time limit
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["stop_after"] is None
 
 
-def test_when_no_time_is_left_nothing_is_begun(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping, "STARTED", stopping.time.monotonic() - 100)
-    with pytest.raises(Stopped, match="no time is left to begin"):
+def test_run_does_not_start_without_time_left(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "START_TIME", stopping.time.monotonic() - 100)
+    with pytest.raises(RunStopped, match="no time is left to begin"):
         train(tmp_path / "run", "stop_after=90s")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_in_the_last_iteration_lets_the_run_finish(stopping_at, run_train):
-    stopping_at(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def test_signal_in_the_last_iteration_lets_the_run_finish(run_in_iteration, run_train):
+    run_in_iteration(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     run = run_train()
     assert (run / "result.json").is_file() and (run / "model" / "config.json").is_file()
 
 
-def test_a_wrong_time_is_refused_before_anything_is_loaded():
+def test_malformed_duration_is_refused():
     with pytest.raises(ConfigError, match=r"^stop_after: '90' is not a time such as 90s"):
         build(compose(["stop_after=90"]))
 
 
-def test_the_command_that_goes_on_is_quoted_for_the_shell(configured, monkeypatch):
+def test_resume_command_is_quoted_for_the_shell(configured, monkeypatch):
     monkeypatch.setattr("sys.argv", ["apa-train", "--config-dir", "my conf", "seed=1"])
-    command = resume_command("apa-train", configured("name=x"), Path("outputs/sweeps/a/seed=1,x=(2)"))
+    command = format_resume_command("apa-train", configured("name=x"), Path("outputs/sweeps/a/seed=1,x=(2)"))
     assert command.startswith("apa-train 'resume=outputs/sweeps/a/seed=1,x=(2)' reward.target=/")
     assert command.endswith(" --config-dir 'my conf'")
 
@@ -459,74 +457,76 @@ def test_the_command_that_goes_on_is_quoted_for_the_shell(configured, monkeypatc
 
 
 @pytest.fixture
-def small_files():
-    """small_files(bytes): no file may grow larger, as on a disk that is full; undone at the end."""
+def limit_file_size():
+    """limit_file_size(bytes): no file may grow larger, as on a full disk; undone at the end."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_up_while_saving_costs_nothing_that_was_saved(
-    small_files, stopping_at, train, again, tmp_path, comparable, whole
+def test_full_disk_while_saving_keeps_earlier_checkpoints(
+    limit_file_size, run_in_iteration, train, run_command, tmp_path, comparable, uninterrupted
 ):
-    run = tmp_path / "whole"
-    stopping_at(3, lambda: small_files(50_000))  # the policy's file needs 140 kB
-    with pytest.raises(UserError, match=r"iteration_000003 cannot be written \(.*\); what was saved before") as error:
-        train(run, *WORDS, "iterations=4")
+    run = tmp_path / "uninterrupted"
+    run_in_iteration(3, lambda: limit_file_size(50_000))  # the policy's file needs 140 kB
+    message = r"iteration_000003 cannot be written \(.*\); earlier checkpoints are intact"
+    with pytest.raises(UserError, match=message) as error:
+        train(run, *OVERRIDES, "iterations=4")
     assert "\n" not in str(error.value)
-    small_files(resource.RLIM_INFINITY)
-    stopping_at(0, None)
+    limit_file_size(resource.RLIM_INFINITY)
+    run_in_iteration(0, None)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["iteration_000001", "iteration_000002"]
-    again(f"resume={run}")
-    assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
+    run_command(f"resume={run}")
+    assert comparable(run / "metrics.jsonl") == comparable(uninterrupted / "metrics.jsonl")
 
 
-def test_results_that_cannot_be_written_leave_the_checkpoint(
-    small_files, train, again, tmp_path, comparable, whole, monkeypatch
+def test_full_disk_while_writing_results_keeps_the_checkpoint(
+    limit_file_size, train, run_command, tmp_path, comparable, uninterrupted, monkeypatch
 ):
-    from apa_cli.training.trainer import Trainer
+    from apa_cli.training import results, trainer
 
-    run, writing = tmp_path / "whole", Trainer.save_models
-    monkeypatch.setattr(Trainer, "save_models", lambda *arguments: (small_files(50_000), writing(*arguments)))
+    run, save_models = tmp_path / "uninterrupted", results.save_models
+    monkeypatch.setattr(trainer, "save_models", lambda *arguments: (limit_file_size(50_000), save_models(*arguments)))
     with pytest.raises(UserError, match=r"the trained models cannot be written \(.*\); the checkpoint is intact"):
-        train(run, *WORDS, "iterations=4")
-    small_files(resource.RLIM_INFINITY)
-    monkeypatch.setattr(Trainer, "save_models", writing)
+        train(run, *OVERRIDES, "iterations=4")
+    limit_file_size(resource.RLIM_INFINITY)
+    monkeypatch.setattr(trainer, "save_models", save_models)
     assert not (run / "result.json").exists()
-    again("name=whole", f"resume={run}")
-    assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
+    run_command("name=uninterrupted", f"resume={run}")
+    models = [(directory / "model" / "model.safetensors").read_bytes() for directory in (run, uninterrupted)]
+    assert models[0] == models[1]
 
 
-def test_a_disk_that_fills_up_while_logging_stops_the_run_in_one_line(
-    small_files, stopping_at, train, again, tmp_path, comparable, whole
+def test_full_disk_while_logging_stops_the_run_in_one_line(
+    limit_file_size, run_in_iteration, train, run_command, tmp_path, comparable, uninterrupted
 ):
-    run = tmp_path / "whole"
-    stopping_at(3, lambda: small_files((run / "metrics.jsonl").stat().st_size + 100))
+    run = tmp_path / "uninterrupted"
+    run_in_iteration(3, lambda: limit_file_size((run / "metrics.jsonl").stat().st_size + 100))
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(File too large\)") as error:
-        train(run, *WORDS, "iterations=4")
+        train(run, *OVERRIDES, "iterations=4")
     assert "\n" not in str(error.value)
-    small_files(resource.RLIM_INFINITY)
-    stopping_at(0, None)
-    again(f"resume={run}")
-    assert comparable(run / "metrics.jsonl") == comparable(whole / "metrics.jsonl")
+    limit_file_size(resource.RLIM_INFINITY)
+    run_in_iteration(0, None)
+    run_command(f"resume={run}")
+    assert comparable(run / "metrics.jsonl") == comparable(uninterrupted / "metrics.jsonl")
 
 
-def test_a_fork_may_take_another_algorithm_and_a_reference_that_moves(run_train, records):
+def test_fork_may_change_the_algorithm_and_the_reference(run_train, records):
     run = run_train("iterations=1", "algo=apa")
     fork = run_train(f"fork={run}", "algo=ppo", "reference.refresh_every=1", "iterations=2", name="fork")
     *_, first, second = records(fork / "metrics.jsonl")
     assert first == records(run / "metrics.jsonl")[-1]
     assert second["ppo/kl_coef"] == 0.05
-    # The loss's reference was still the SFT model when the fork began.
+    # The reference of the loss was still the SFT model at the start of the fork.
     assert second["kl/refreshed"] == pytest.approx(second["kl/sequence"], rel=1e-6)
     assert "from iteration 2 on: " in (log := (fork / "run.log").read_text()) and "reference.refresh_every 0 → 1" in log
 
 
-def test_a_shortened_run_ends_with_an_evaluation_of_the_policy_that_it_leaves(run_train, records):
-    words = ["evaluation.every=0", "checkpoint.keep_last=3"]
-    run = run_train(*words, "iterations=3")
-    run_train(*words, "iterations=2", f"resume={run}/checkpoints/iteration_000002")
+def test_shortened_run_ends_with_an_evaluation(run_train, records):
+    overrides = ["evaluation.every=0", "checkpoint.keep_last=3"]
+    run = run_train(*overrides, "iterations=3")
+    run_train(*overrides, "iterations=2", f"resume={run}/checkpoints/iteration_000002")
     rows = records(run / "metrics.jsonl")
-    assert "goes on after iteration 2" in (run / "run.log").read_text()
+    assert "continues after iteration 2" in (run / "run.log").read_text()
     assert [row["iteration"] for row in rows] == [0, 1, 2, 2] and rows[-1]["eval/kl_exact"] > 1e-4
     assert json.loads((run / "result.json").read_text())["eval/kl_exact"] == rows[-1]["eval/kl_exact"]

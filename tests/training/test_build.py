@@ -1,4 +1,4 @@
-"""How a run is put together: a critic from the reward model, and a run that goes on with other held-out prompts."""
+"""Construction of a trainer: a critic from the reward model, and a resume with other held-out prompts."""
 
 import json
 import shutil
@@ -17,15 +17,15 @@ from transformers import (
 from apa_cli.errors import ConfigError
 from apa_cli.runs.console import Console
 from apa_cli.training.build import build_trainer
-from apa_cli.training.evaluator import win_rate
+from apa_cli.training.evaluator import compute_win_rate
 from apa_cli.training.trainer import Trainer
 
-# A critic that starts from the reward model
+# A critic initialised from the reward model
 
 
 @pytest.fixture(scope="module")
 def make_reward(tiny, tmp_path_factory):
-    """make_reward(model=None, **dimensions) → the folder of a reward model with random weights of its own."""
+    """make_reward(configuration=None, **dimensions) → the folder of a reward model with other random weights."""
 
     def make(configuration=None, **dimensions):
         folder = tmp_path_factory.mktemp("reward")
@@ -45,33 +45,35 @@ def reward(make_reward):
 
 @pytest.fixture(scope="module")
 def make_trainer(configured, tmp_path_factory):
-    def make(*words: str) -> Trainer:
+    def make(*overrides: str) -> Trainer:
         with Console(None, 1, quiet=True) as console:
-            return build_trainer(configured(*words), tmp_path_factory.mktemp("trainer"), None, None, console)
+            return build_trainer(configured(*overrides), tmp_path_factory.mktemp("trainer"), None, None, console)
 
     return make
 
 
-def words(folder) -> list[str]:
+def list_overrides(folder) -> list[str]:
+    """Return the overrides of a run whose critic starts from the reward model in `folder`."""
     return ["reward=model", "~reward.target", f"reward.path={folder}", "critic.init=reward"]
 
 
-def assert_equal(found: dict, expected: dict) -> None:
-    assert found.keys() == expected.keys() and found
-    assert not [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
+def assert_equal(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys() and actual
+    assert not [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)]
 
 
-def trunk(path) -> dict[str, torch.Tensor]:
+def load_trunk(path) -> dict[str, torch.Tensor]:
+    """Return the weights of the model in `path` without its head."""
     return AutoModel.from_pretrained(path).state_dict()
 
 
 def test_the_critic_starts_from_the_reward_models_trunk_and_the_policy_does_not(make_trainer, reward, tiny):
-    trainer = make_trainer(*words(reward))
-    critic = trainer.model.critics["value"]
-    assert_equal(critic.backbone.state_dict(), trunk(reward))
-    assert_equal(trainer.model.policy.base_model.state_dict(), trunk(tiny))
-    assert_equal(trainer.reference.base_model.state_dict(), trunk(tiny))
-    assert not torch.equal(trunk(reward)["embed_in.weight"], trunk(tiny)["embed_in.weight"])
+    trainer = make_trainer(*list_overrides(reward))
+    critic = trainer.models.critics["value"]
+    assert_equal(critic.backbone.state_dict(), load_trunk(reward))
+    assert_equal(trainer.models.policy.base_model.state_dict(), load_trunk(tiny))
+    assert_equal(trainer.models.reference.base_model.state_dict(), load_trunk(tiny))
+    assert not torch.equal(load_trunk(reward)["embed_in.weight"], load_trunk(tiny)["embed_in.weight"])
     assert not critic.head.weight.any() and not critic.head.bias.any()
     assert all(parameter.requires_grad for parameter in critic.parameters())
     trained = {id(parameter) for parameter in trainer.updater.optimizer.param_groups[1]["params"]}
@@ -79,19 +81,19 @@ def test_the_critic_starts_from_the_reward_models_trunk_and_the_policy_does_not(
 
 
 def test_by_default_the_critic_starts_from_the_policy(make_trainer, reward, tiny):
-    trainer = make_trainer(*words(reward)[:-1])
-    assert_equal(trainer.model.critics["value"].backbone.state_dict(), trunk(tiny))
+    trainer = make_trainer(*list_overrides(reward)[:-1])
+    assert_equal(trainer.models.critics["value"].backbone.state_dict(), load_trunk(tiny))
 
 
 def test_with_lora_the_critics_frozen_base_is_the_reward_models(make_trainer, reward):
-    trainer = make_trainer(*words(reward), "lora=default", "critic=separate")
-    backbone = trainer.model.critics["value"].backbone
+    trainer = make_trainer(*list_overrides(reward), "lora=default", "critic=separate")
+    backbone = trainer.models.critics["value"].backbone
     base = {name.replace(".base_layer.", "."): p for name, p in backbone.state_dict().items() if ".lora_" not in name}
-    assert_equal(base, trunk(reward))
+    assert_equal(base, load_trunk(reward))
     assert all((".lora_" in name) is p.requires_grad for name, p in backbone.named_parameters())
 
 
-def test_a_lora_reward_models_trunk_has_what_its_adapter_learnt(make_trainer, tiny, tmp_path):
+def test_the_trunk_of_a_lora_reward_model_has_its_adapter_merged(make_trainer, tiny, tmp_path):
     config = LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["query_key_value"], modules_to_save=["score"])
     model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1), config)
     torch.manual_seed(0)
@@ -100,18 +102,18 @@ def test_a_lora_reward_models_trunk_has_what_its_adapter_learnt(make_trainer, ti
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(tmp_path)
     expected = model.merge_and_unload().base_model.state_dict()
-    trainer = make_trainer(*words(tmp_path))
-    found = trainer.model.critics["value"].backbone.state_dict()
-    assert found.keys() == expected.keys()
+    trainer = make_trainer(*list_overrides(tmp_path))
+    trunk = trainer.models.critics["value"].backbone.state_dict()
+    assert trunk.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, msg=name)
+        torch.testing.assert_close(trunk[name], tensor, msg=name)
 
 
 GPT2 = GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=2, n_positions=128, num_labels=1, pad_token_id=1)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"hidden_size": 48}, "hidden_size is 48, the policy's 32"),
         ({"vocab_size": 700}, "vocab_size is 700, the policy's 600"),
@@ -119,26 +121,44 @@ GPT2 = GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=2, n_positions=12
     ],
     ids=["width", "vocabulary", "architecture"],
 )
-def test_a_reward_model_that_cannot_be_a_critic_is_one_line(changes, said, make_trainer, make_reward):
-    with pytest.raises(ConfigError) as caught:
-        make_trainer(*words(make_reward(**changes)))
-    assert str(caught.value) == f"critic.init: the reward model's {said}"
+def test_a_reward_model_unlike_the_policy_is_a_one_line_error(changes, message, make_trainer, make_reward):
+    with pytest.raises(ConfigError) as error:
+        make_trainer(*list_overrides(make_reward(**changes)))
+    assert str(error.value) == f"critic.init: the reward model's {message}"
 
 
 @pytest.mark.parametrize("other", [["critic=head"], ["lora=default", "critic=adapter"], None])
-def test_a_critic_without_a_trunk_and_a_reward_without_a_model_are_one_line(other, make_trainer, reward):
-    asked = ["critic.init=reward"] if other is None else [*words(reward), *other]  # by default a function rewards
-    with pytest.raises(ConfigError) as caught:
-        make_trainer(*asked)
-    assert str(caught.value) == "critic.init: reward needs critic.kind=separate and a reward that is a model"
+def test_critic_init_without_a_trunk_or_a_reward_model_is_a_one_line_error(other, make_trainer, reward):
+    # Without overrides the reward is a function.
+    overrides = ["critic.init=reward"] if other is None else [*list_overrides(reward), *other]
+    with pytest.raises(ConfigError) as error:
+        make_trainer(*overrides)
+    assert str(error.value) == "critic.init: reward needs critic.kind=separate and a reward that is a model"
 
 
-def test_an_algorithm_without_a_critic_asks_for_none(make_trainer):
+def test_an_algorithm_without_a_critic_builds_none(make_trainer):
     trainer = make_trainer("critic.init=reward", "algo.advantage_estimator=group_mean", "samples_per_prompt=2")
-    assert not trainer.model.critics
+    assert not trainer.models.critics
 
 
-# Going on with other held-out prompts
+# environment.json
+
+
+def test_environment_json_has_how_the_algorithm_is_shown(configured, tmp_path):
+    config = configured("algo=awr")
+    with Console(None, 1, quiet=True) as console:
+        build_trainer(config, tmp_path, None, None, console)
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    algorithm = config.algo
+    assert environment["algorithm"] == {
+        "label": algorithm.label,
+        "color": algorithm.color,
+        "lambda_meaning": algorithm.lambda_meaning,
+    }
+    assert environment["algorithm"]["label"] == "AWR" and environment["processes"] == 1
+
+
+# Resume with other held-out prompts
 
 
 @pytest.mark.parametrize(
@@ -148,26 +168,24 @@ def test_an_algorithm_without_a_critic_asks_for_none(make_trainer):
         pytest.param(9, [], id="more", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_that_goes_on_with_other_held_out_prompts_is_compared_on_those(
-    prompts, lora, run_train, records, tmp_path
-):
-    """As if it had been evaluated on them from the start: its policy does not depend on what it is evaluated on."""
+def test_a_resume_with_other_held_out_prompts_compares_on_those(prompts, lora, run_train, records, tmp_path):
+    """The metrics are those of a run with these prompts from the start: the policy does not depend on them."""
     common = [*lora, "iterations=3", "evaluation.every=1", "checkpoint.keep_last=9", "optimizer.lr=1e-2"]
     fresh = run_train(*common, f"evaluation.prompts={prompts}", name="fresh")
     run = tmp_path / "run"
-    shutil.copytree(run_train(*common, "iterations=1", name="first"), run)  # six prompts
+    shutil.copytree(run_train(*common, "iterations=1", name="first"), run)  # with six prompts
     run_train(*common, "name=first", f"evaluation.prompts={prompts}", f"resume={run}", name="run")
     start, *expected = records(fresh / "metrics.jsonl")
-    before, first, *found = records(run / "metrics.jsonl")
+    before, first, *resumed = records(run / "metrics.jsonl")
     assert before["eval/reward_mean_sft"] == first["eval/reward_mean_sft"] != start["eval/reward_mean_sft"]
-    figures = [key for key in start if key.startswith("eval/")]
-    for row, wanted in zip(found, expected[1:], strict=True):
-        assert {key: row[key] for key in figures} == {key: wanted[key] for key in figures}
+    keys = [key for key in start if key.startswith("eval/")]
+    for row, other in zip(resumed, expected[1:], strict=True):
+        assert {key: row[key] for key in keys} == {key: other[key] for key in keys}
         assert row["eval/reward_mean_sft"] == start["eval/reward_mean"]
     scores = {
         iteration: [row["score"] for row in records(fresh / "samples.jsonl") if row["iteration"] == iteration]
         for iteration in (0, 3)
     }
-    assert found[-1]["eval/win_rate_sft"] == pytest.approx(win_rate(scores[3], scores[0])) != 0.5
+    assert resumed[-1]["eval/win_rate_sft"] == pytest.approx(compute_win_rate(scores[3], scores[0])) != 0.5
     state = json.loads((run / "checkpoints" / "iteration_000003" / "state.json").read_text())
-    assert state["best_reward"] == max(row["eval/reward_mean"] for row in found)  # of those on the same prompts
+    assert state["best_reward"] == max(row["eval/reward_mean"] for row in resumed)  # only those on the same prompts

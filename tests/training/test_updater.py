@@ -1,4 +1,4 @@
-"""The update: the same gradients however a minibatch is split or padded, and who moves when."""
+"""The update: gradients that do not depend on microbatches or padding, and the weights that each step changes."""
 
 import itertools
 import math
@@ -10,20 +10,22 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from apa_cli.algorithms.apa import APA, Normalizer
 from apa_cli.algorithms.awr import AWR
-from apa_cli.algorithms.base import Algorithm, Estimator, ScoreScaling, Whitening
-from apa_cli.algorithms.ppo import PPO, Controller
+from apa_cli.algorithms.base import AdvantageEstimator, Algorithm, ScoreScaling, Whitening
+from apa_cli.algorithms.ppo import PPO, KLController
 from apa_cli.errors import UserError
-from apa_cli.hardware.oom import Halving
-from apa_cli.models.critic import Critic, value_head
-from apa_cli.models.forward import TrainingModel, response_logprobs
-from apa_cli.settings import DType, HeadKind, OptimizerSettings, RunSettings, Schedule, UpdateOrder
+from apa_cli.hardware.oom import BatchSizeHalver
+from apa_cli.models.critic import Critic, build_value_head
+from apa_cli.models.forward import TrainingModel, compute_response_logprobs
+from apa_cli.settings import DType, HeadKind, LRScheduler, OptimizerSettings, RunSettings, UpdateOrder
 from apa_cli.training.updater import (
     StepMetrics,
     Updater,
+    average_over_steps,
     build_optimizer,
-    microbatch_rows,
-    minibatch_rows,
-    schedule_factor,
+    compute_lr_factor,
+    reduce_over_ranks,
+    split_into_microbatches,
+    split_into_minibatches,
 )
 from apa_cli.types import Batch, Loss, LossTerm, Metric
 
@@ -47,14 +49,16 @@ COMMON = {
     "score_scaling": ScoreScaling.none,
     "score_clip": None,
     "whitening": Whitening.minibatch,
-    "advantage_estimator": Estimator.gae,
+    "advantage_estimator": AdvantageEstimator.gae,
     "value_coef": 0.7,
     "value_clip_range": 0.2,
 }
 ALGORITHMS = {
     "apa": APA(**COMMON, lambda_=0.5, normalizer=Normalizer.batch),
     "awr": AWR(**COMMON, lambda_=0.5, weight_clip=20.0),
-    "ppo": PPO(**COMMON, kl_coef=0.1, clip_range=0.2, kl_controller=Controller.fixed, kl_target=6.0, kl_horizon=10_000),
+    "ppo": PPO(
+        **COMMON, kl_coef=0.1, clip_range=0.2, kl_controller=KLController.fixed, kl_target=6.0, kl_horizon=10_000
+    ),
 }
 
 RUN = RunSettings(
@@ -82,13 +86,13 @@ OPTIMIZER = OptimizerSettings(
     eps=1e-8,
     weight_decay=1e-6,
     max_grad_norm=1.0,
-    lr_scheduler=Schedule.constant,
+    lr_scheduler=LRScheduler.constant,
     warmup_ratio=0.0,
     critic_warmup_iterations=0,
 )
 
 
-def tiny_policy(seed: int) -> GPTNeoXForCausalLM:
+def make_policy(seed: int) -> GPTNeoXForCausalLM:
     torch.manual_seed(seed)
     config = GPTNeoXConfig(
         vocab_size=11,
@@ -102,20 +106,20 @@ def tiny_policy(seed: int) -> GPTNeoXForCausalLM:
     return GPTNeoXForCausalLM(config).eval()
 
 
-def tiny_model(on_trunk: bool = False) -> TrainingModel:
-    """A policy and a critic that does not say 0."""
-    head = value_head(HeadKind.linear, 16)
+def make_model(on_trunk: bool = False) -> TrainingModel:
+    """Return a policy and a critic whose values are not 0."""
+    head = build_value_head(HeadKind.linear, 16)
     torch.manual_seed(5)
     torch.nn.init.normal_(head.weight, std=0.3)
-    critic = Critic(None if on_trunk else tiny_policy(1).base_model, head)
-    return TrainingModel(tiny_policy(0), {"value": critic}, temperature=1.0)
+    critic = Critic(None if on_trunk else make_policy(1).base_model, head)
+    return TrainingModel(make_policy(0), {"value": critic}, temperature=1.0)
 
 
 @torch.no_grad()
 def make_batch(model: TrainingModel, left: int = 0, right: int = 0, junk: int = 0, drift: float = 0.0) -> Batch:
-    """The eight responses, with `left` and `right` further columns of padding, which holds the token `junk`.
+    """Return the eight responses with `left` and `right` further columns of padding, filled with the token `junk`.
 
-    `drift` is the deviation by which the sampler's, the reference's and the old log-probs and values are off.
+    `drift` is the standard deviation of the noise on the sampler's, the reference's and the old log-probs and values.
     """
     before, after = max(map(len, PROMPTS)) + left, max(map(len, RESPONSES)) + right
     mask = torch.tensor([[True] * len(r) + [False] * (after - len(r)) for r in RESPONSES])
@@ -136,43 +140,46 @@ def make_batch(model: TrainingModel, left: int = 0, right: int = 0, junk: int = 
         returns={"value": noise["returns"]},
         values={"value": zeros},
     )
-    own = response_logprobs(model.policy, batch, 1.0)
-    return batch.with_(
-        sampler_logprobs=own + drift * noise["sampler"],
-        ref_logprobs=own + drift * noise["reference"],
-        old_logprobs=own + drift * noise["old"],
+    logprobs = compute_response_logprobs(model.policy, batch, 1.0)
+    return batch.replace(
+        sampler_logprobs=logprobs + drift * noise["sampler"],
+        ref_logprobs=logprobs + drift * noise["reference"],
+        old_logprobs=logprobs + drift * noise["old"],
         values={"value": model(batch, with_policy=False).values["value"] + drift * noise["values"]},
     )
 
 
-def updater(algorithm: Algorithm, model: TrainingModel, optimizer=None, settings=OPTIMIZER, **run) -> Updater:
-    optimizer, run = optimizer or build_optimizer(model, settings), replace(RUN, **run)
-    microbatch = Halving("microbatch_size", run.microbatch_size, 1, print)
+def make_updater(algorithm: Algorithm, model: TrainingModel, optimizer=None, settings=OPTIMIZER, **changes) -> Updater:
+    """Return the updater of a run with `changes` to its settings."""
+    optimizer, run = optimizer or build_optimizer(model, settings), replace(RUN, **changes)
+    microbatch = BatchSizeHalver("microbatch_size", run.microbatch_size, 1, print)
     return Updater(algorithm, model, optimizer, run, settings, DType.float32, CPU, microbatch)
 
 
-def gradients(algorithm: Algorithm, batch: Batch, microbatch: int = 8) -> tuple[dict, dict[str, float]]:
-    """The gradient of the whole batch as one minibatch, by parameter, and the metrics."""
-    model = tiny_model()
+def compute_gradients(algorithm: Algorithm, batch: Batch, microbatch: int = 8) -> tuple[dict, dict[str, float]]:
+    """Return the gradient of the whole batch as one minibatch, by parameter, and the metrics."""
+    model = make_model()
     minibatch = algorithm.prepare_minibatch(batch)
-    part = updater(algorithm, model, microbatch_size=microbatch).accumulate(minibatch, first=True)
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, part.sums | part.maxima
+    updater = make_updater(algorithm, model, microbatch_size=microbatch)
+    metrics = updater.accumulate_gradients(minibatch, is_first=True)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, metrics.sums | metrics.maxima
 
 
 def assert_same(one: tuple[dict, dict], other: tuple[dict, dict]) -> None:
-    """Equal gradients and metrics: sums of float32 in another order, 1e-4 relative or 1e-6 absolute."""
+    """Assert equal gradients and metrics: float32 sums in another order, 1e-4 relative or 1e-6 absolute."""
     assert one[0].keys() == other[0].keys()
     for name, gradient in one[0].items():
         torch.testing.assert_close(other[0][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     assert one[1] == pytest.approx(other[1], rel=1e-4, abs=1e-6)
 
 
-def flat(parameters) -> torch.Tensor:
+def flatten(parameters) -> torch.Tensor:
+    """Return a copy of all weights as one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in parameters]).clone()
 
 
 def plain_descent(model: TrainingModel, rate: float = 1.0) -> torch.optim.SGD:
-    """Steps that are the clipped gradients, times `rate`."""
+    """Return an optimizer whose steps are the clipped gradients times `rate`."""
     groups = [model.policy_parameters(), model.critic_parameters()]
     return torch.optim.SGD([{"params": group, "lr": rate, "base_lr": rate} for group in groups])
 
@@ -180,70 +187,70 @@ def plain_descent(model: TrainingModel, rate: float = 1.0) -> torch.optim.SGD:
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 
 
-# What the result must not depend on
+# Invariances
 
 
 @algorithms
 @pytest.mark.parametrize("microbatch", [1, 2, 3, 4])
 def test_gradients_and_metrics_do_not_depend_on_the_microbatch(algorithm, microbatch):
-    batch = make_batch(tiny_model(), drift=0.3)
-    whole = gradients(algorithm, batch)
-    assert float(flat(whole[0].values()).norm()) > 0.1
-    assert_same(whole, gradients(algorithm, batch, microbatch))
+    batch = make_batch(make_model(), drift=0.3)
+    whole = compute_gradients(algorithm, batch)
+    assert float(flatten(whole[0].values()).norm()) > 0.1
+    assert_same(whole, compute_gradients(algorithm, batch, microbatch))
 
 
 @algorithms
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (4, 5)])
 @pytest.mark.parametrize("microbatch", [8, 2])
 def test_gradients_and_metrics_do_not_depend_on_padding(algorithm, left, right, microbatch):
-    plain = gradients(algorithm, make_batch(tiny_model(), drift=0.3))
-    padded = make_batch(tiny_model(), left, right, junk=6, drift=0.3)
-    assert_same(plain, gradients(algorithm, padded, microbatch))
+    plain = compute_gradients(algorithm, make_batch(make_model(), drift=0.3))
+    padded = make_batch(make_model(), left, right, junk=6, drift=0.3)
+    assert_same(plain, compute_gradients(algorithm, padded, microbatch))
 
 
 @algorithms
 def test_tokens_and_numbers_outside_the_mask_change_nothing(algorithm):
-    batch = make_batch(tiny_model(), drift=0.3)
+    batch = make_batch(make_model(), drift=0.3)
 
-    def spoilt(x: torch.Tensor) -> torch.Tensor:
+    def set_nan(x: torch.Tensor) -> torch.Tensor:
         return x.masked_fill(~batch.mask, math.nan)
 
-    dirty = batch.with_(
+    dirty = batch.replace(
         prompt_ids=batch.prompt_ids.masked_fill(~batch.prompt_mask, 9),
         response_ids=batch.response_ids.masked_fill(~batch.mask, 10),
-        sampler_logprobs=spoilt(batch.sampler_logprobs),
-        ref_logprobs=spoilt(batch.ref_logprobs),
-        old_logprobs=spoilt(batch.old_logprobs),
-        advantages=spoilt(batch.advantages),
-        returns={"value": spoilt(batch.returns["value"])},
-        values={"value": spoilt(batch.values["value"])},
+        sampler_logprobs=set_nan(batch.sampler_logprobs),
+        ref_logprobs=set_nan(batch.ref_logprobs),
+        old_logprobs=set_nan(batch.old_logprobs),
+        advantages=set_nan(batch.advantages),
+        returns={"value": set_nan(batch.returns["value"])},
+        values={"value": set_nan(batch.values["value"])},
     )
-    assert_same(gradients(algorithm, batch), gradients(algorithm, dirty))
+    assert_same(compute_gradients(algorithm, batch), compute_gradients(algorithm, dirty))
 
 
 @algorithms
 def test_whole_updates_do_not_depend_on_the_microbatch(algorithm):
     results = []
     for microbatch in (4, 1):
-        model = tiny_model()
+        model = make_model()
         batch = make_batch(model, drift=0.3)
-        # plain descent: Adam makes a step of any gradient, the rounding of one that is 0 too
+        # Plain descent: Adam would turn the rounding of a zero gradient into a whole step.
         descent = plain_descent(model, rate=0.1)
-        run = updater(algorithm, model, descent, microbatch_size=microbatch, minibatch_size=4, update_epochs=2)
-        metrics = run.update(batch, 1)
-        results.append((metrics, flat(model.parameters())))
+        updater = make_updater(algorithm, model, descent, microbatch_size=microbatch, minibatch_size=4, update_epochs=2)
+        metrics = updater.update(batch, 1)
+        results.append((metrics, flatten(model.parameters())))
     (metrics, weights), (other_metrics, other_weights) = results
     assert metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-6)
-    assert float((weights - flat(tiny_model().parameters())).abs().max()) > 0.01
+    assert float((weights - flatten(make_model().parameters())).abs().max()) > 0.01
     torch.testing.assert_close(other_weights, weights, rtol=1e-4, atol=1e-6)
 
 
-# What is in it
+# Loss terms, masks and weights
 
 
 @dataclass(frozen=True)
 class Probe(Algorithm):
-    """Two terms under masks of their own with weights, and one metric of each kind."""
+    """Algorithm with two weighted terms, each with a mask of its own, and a metric of each reduction."""
 
     def prepare(self, rollout, state):
         raise NotImplementedError
@@ -256,27 +263,27 @@ class Probe(Algorithm):
             ],
             {
                 "probe/mean": Metric(batch.advantages, "others"),
-                "probe/max": Metric(batch.advantages, "first", reduce="max"),
+                "probe/max": Metric(batch.advantages, "first", reduction="max"),
             },
         )
 
 
 @pytest.mark.parametrize("microbatch", [8, 3, 1])
-def test_each_term_is_divided_by_its_own_masks_count_and_multiplied_by_its_weight(microbatch):
-    model = tiny_model()
+def test_each_term_is_divided_by_the_count_of_its_mask_and_multiplied_by_its_weight(microbatch):
+    model = make_model()
     batch = make_batch(model)
     first = torch.zeros_like(batch.mask)
     first[:, 0] = True
     others = batch.mask & ~first
-    batch = batch.with_(masks={"first": first, "others": others})
+    batch = batch.replace(masks={"first": first, "others": others})
     # 8 first tokens and 29 − 8 others
     assert (int(first.sum()), int(others.sum())) == (8, 21)
-    logprobs = response_logprobs(model.policy, batch, 1.0)
+    logprobs = compute_response_logprobs(model.policy, batch, 1.0)
     objective = 2 * logprobs[first].sum() / 8 - 3 * logprobs[others].sum() / 21
     expected = torch.autograd.grad(objective, list(model.policy.parameters()))
-    found, metrics = gradients(Probe(), batch, microbatch)
+    gradients, metrics = compute_gradients(Probe(), batch, microbatch)
     for parameter, gradient in zip(model.policy.named_parameters(), expected, strict=True):
-        torch.testing.assert_close(found[f"policy.{parameter[0]}"], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradients[f"policy.{parameter[0]}"], gradient, rtol=1e-4, atol=1e-6)
     assert metrics["loss/first"] == pytest.approx(float(logprobs[first].detach().mean()), rel=1e-5)
     assert metrics["loss/others"] == pytest.approx(float(logprobs[others].detach().mean()), rel=1e-5)
     assert metrics["probe/mean"] == pytest.approx(float(batch.advantages[others].mean()), rel=1e-5)
@@ -284,106 +291,108 @@ def test_each_term_is_divided_by_its_own_masks_count_and_multiplied_by_its_weigh
 
 
 def test_an_empty_mask_adds_nothing():
-    batch = make_batch(tiny_model())
+    batch = make_batch(make_model())
     none = torch.zeros_like(batch.mask)
-    found, metrics = gradients(Probe(), batch.with_(masks={"first": none, "others": batch.mask}))
+    gradients, metrics = compute_gradients(Probe(), batch.replace(masks={"first": none, "others": batch.mask}))
     assert metrics["loss/first"] == 0
     assert metrics["probe/max"] == -math.inf
-    expected = response_logprobs(tiny_model().policy, batch, 1.0).detach().sum() / 29
+    expected = compute_response_logprobs(make_model().policy, batch, 1.0).detach().sum() / 29
     assert metrics["loss/others"] == pytest.approx(float(expected), rel=1e-5)
-    assert all(gradient.isfinite().all() for gradient in found.values())
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
-def test_the_weight_of_the_critics_loss_is_in_its_gradient_and_not_in_its_metric():
-    batch = make_batch(tiny_model(), drift=0.3)
+def test_value_coef_scales_the_critics_gradient_and_not_its_metric():
+    batch = make_batch(make_model(), drift=0.3)
     plain, doubled = (replace(ALGORITHMS["awr"], value_coef=coefficient) for coefficient in (1.0, 2.0))
-    (one, one_metrics), (two, two_metrics) = gradients(plain, batch), gradients(doubled, batch)
+    (one, one_metrics), (two, two_metrics) = compute_gradients(plain, batch), compute_gradients(doubled, batch)
     for name, gradient in one.items():
         factor = 2 if name.startswith("critics.") else 1
         torch.testing.assert_close(two[name], factor * gradient, rtol=1e-5, atol=1e-7)
     assert two_metrics == pytest.approx(one_metrics, rel=1e-6)
 
 
-def test_microbatches_are_the_rows_by_length_shortest_first():
+def test_microbatches_take_the_rows_by_length_shortest_first():
     # prompt and response together: 5, 7, 5, 5, 5, 7, 5, 10
-    rows = [rows.tolist() for rows in microbatch_rows(make_batch(tiny_model()), 3)]
+    rows = [rows.tolist() for rows in split_into_microbatches(make_batch(make_model()), 3)]
     assert rows == [[0, 2, 3], [4, 6, 1], [5, 7]]
 
 
 # Diagnostics
 
 
-def test_sampler_gap_is_rounding_when_the_sampler_is_the_policy():
-    metrics = gradients(ALGORITHMS["apa"], make_batch(tiny_model()).with_(old_logprobs=None))[1]
+def test_sampler_gap_is_rounding_if_the_sampler_is_the_policy():
+    metrics = compute_gradients(ALGORITHMS["apa"], make_batch(make_model()).replace(old_logprobs=None))[1]
     assert metrics["policy/sampler_gap"] < 1e-6
     assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("microbatch", [8, 1])
-def test_sampler_gap_is_the_mean_difference_and_ratio_max_the_largest_ratio_of_all_tokens(microbatch):
-    batch = make_batch(tiny_model()).with_(old_logprobs=None)
-    # 29 true tokens: log π_θ − log π_sampler is 0.5 on one of them, −0.25 on another
+def test_sampler_gap_is_the_mean_difference_and_ratio_max_the_largest_ratio(microbatch):
+    batch = make_batch(make_model()).replace(old_logprobs=None)
+    # 29 tokens in the mask: log π_θ − log π_sampler is 0.5 on one of them, −0.25 on another
     sampler = batch.sampler_logprobs.clone()
     sampler[1, 2] -= 0.5
     sampler[7, 5] += 0.25
-    metrics = gradients(ALGORITHMS["apa"], batch.with_(sampler_logprobs=sampler), microbatch)[1]
+    metrics = compute_gradients(ALGORITHMS["apa"], batch.replace(sampler_logprobs=sampler), microbatch)[1]
     assert metrics["policy/sampler_gap"] == pytest.approx(0.75 / 29, rel=1e-4)
     assert metrics["policy/ratio_max"] == pytest.approx(math.exp(0.5), rel=1e-5)
 
 
-def test_sampler_gap_is_measured_before_the_first_step_only():
-    model = tiny_model()
-    run = updater(ALGORITHMS["apa"], model, settings=replace(OPTIMIZER, lr=0.1), minibatch_size=4, update_epochs=2)
-    metrics = run.update(make_batch(model).with_(old_logprobs=None), 1)
+def test_sampler_gap_is_measured_only_before_the_first_step():
+    model = make_model()
+    updater = make_updater(
+        ALGORITHMS["apa"], model, settings=replace(OPTIMIZER, lr=0.1), minibatch_size=4, update_epochs=2
+    )
+    metrics = updater.update(make_batch(model).replace(old_logprobs=None), 1)
     assert metrics["policy/sampler_gap"] < 1e-6
     assert metrics["policy/ratio_max"] > 1.1
 
 
 @pytest.mark.parametrize("microbatch", [8, 1])
-def test_ratio_max_is_of_true_tokens_and_against_the_log_probs_that_the_loss_divides_by(microbatch):
-    batch = make_batch(tiny_model())
-    # every ratio is e^−0.7, below the 1 that padding would give; the sampler's own log-probs are not looked at
-    batch = batch.with_(old_logprobs=batch.old_logprobs + 0.7, sampler_logprobs=batch.sampler_logprobs - 3)
-    metrics = gradients(ALGORITHMS["ppo"], batch, microbatch)[1]
+def test_ratio_max_ignores_padding_and_uses_the_old_logprobs_of_the_loss(microbatch):
+    batch = make_batch(make_model())
+    # Every ratio is e^−0.7, below the 1 that padding would give; the sampler's log-probs are not used.
+    batch = batch.replace(old_logprobs=batch.old_logprobs + 0.7, sampler_logprobs=batch.sampler_logprobs - 3)
+    metrics = compute_gradients(ALGORITHMS["ppo"], batch, microbatch)[1]
     assert metrics["policy/ratio_max"] == pytest.approx(math.exp(-0.7), rel=1e-5)
-    assert "policy/sampler_gap" not in metrics  # the trainer has it of the whole rollout
+    assert "policy/sampler_gap" not in metrics  # the trainer computes it from the whole rollout
 
 
 @pytest.mark.parametrize("algorithm", ["apa", "ppo"])
 @pytest.mark.parametrize("microbatch", [8, 1])
-def test_ratio_max_is_the_largest_ratio_and_not_the_largest_difference(algorithm, microbatch):
-    batch = make_batch(tiny_model())
+def test_ratio_max_is_signed(algorithm, microbatch):
+    batch = make_batch(make_model())
     old = batch.old_logprobs.clone()
-    # ratios e^0.3 and e^−0.9: in size the second difference is the larger
+    # Ratios e^0.3 and e^−0.9: the second log-difference is larger in size, and its ratio smaller.
     old[1, 2] -= 0.3
     old[7, 5] += 0.9
     changed = {"ppo": {"old_logprobs": old}, "apa": {"old_logprobs": None, "sampler_logprobs": old}}[algorithm]
-    metrics = gradients(ALGORITHMS[algorithm], batch.with_(**changed), microbatch)[1]
+    metrics = compute_gradients(ALGORITHMS[algorithm], batch.replace(**changed), microbatch)[1]
     assert metrics["policy/ratio_max"] == pytest.approx(math.exp(0.3), rel=1e-5)
 
 
-def test_clip_fraction_is_over_all_true_tokens():
-    batch = make_batch(tiny_model())
+def test_clip_fraction_counts_all_tokens_of_the_mask():
+    batch = make_batch(make_model())
     old = batch.old_logprobs.clone()
     # ratio e^0.5 with Â > 0 on three tokens of 29
     for row, token in ((0, 0), (1, 4), (7, 2)):
         old[row, token] -= 0.5
-    batch = batch.with_(old_logprobs=old, advantages=batch.mask.float())
+    batch = batch.replace(old_logprobs=old, advantages=batch.mask.float())
     algorithm = replace(ALGORITHMS["ppo"], whitening=Whitening.none)
     for microbatch in (8, 3):
-        metrics = gradients(algorithm, batch, microbatch)[1]
+        metrics = compute_gradients(algorithm, batch, microbatch)[1]
         assert metrics["policy/clip_fraction"] == pytest.approx(3 / 29, rel=1e-6)
 
 
 # The order of updates
 
 
-def run_settings(**changes) -> RunSettings:
+def make_run_settings(**changes) -> RunSettings:
     return replace(RUN, **{"rollout_batch_size": 12, "minibatch_size": 4, "update_epochs": 2, **changes})
 
 
 def test_epochs_are_shuffled_passes_over_the_rollout_batch():
-    rows = [part.tolist() for part in minibatch_rows(run_settings(update_epochs=3), iteration=1)]
+    rows = [part.tolist() for part in split_into_minibatches(make_run_settings(update_epochs=3), iteration=1)]
     assert [len(part) for part in rows] == [4] * 9
     passes = [list(itertools.chain(*rows[i : i + 3])) for i in (0, 3, 6)]
     for order in passes:
@@ -392,28 +401,29 @@ def test_epochs_are_shuffled_passes_over_the_rollout_batch():
 
 
 def test_consecutive_updates_repeat_each_minibatch_of_one_pass():
-    epochs = [part.tolist() for part in minibatch_rows(run_settings(), iteration=1)]
+    epochs = [part.tolist() for part in split_into_minibatches(make_run_settings(), iteration=1)]
     consecutive = [
-        part.tolist() for part in minibatch_rows(run_settings(update_order=UpdateOrder.consecutive), iteration=1)
+        part.tolist()
+        for part in split_into_minibatches(make_run_settings(update_order=UpdateOrder.consecutive), iteration=1)
     ]
     a, b, c = epochs[:3]
     assert consecutive == [a, a, b, b, c, c]
 
 
-def test_the_order_of_minibatches_is_keyed_by_seed_and_iteration():
+def test_minibatch_order_is_keyed_by_seed_and_iteration():
     def order(seed: int, iteration: int) -> list[int]:
-        return torch.cat(list(minibatch_rows(run_settings(seed=seed), iteration))).tolist()
+        return torch.cat(list(split_into_minibatches(make_run_settings(seed=seed), iteration))).tolist()
 
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(*key)) for key in ((0, 1), (0, 2), (1, 1))}) == 3
 
 
-def test_an_iteration_makes_epochs_times_minibatches_steps():
-    model = tiny_model()
-    run = updater(ALGORITHMS["awr"], model, minibatch_size=4, microbatch_size=2, update_epochs=3)
-    assert run.steps_per_iteration == 6
-    run.update(make_batch(model), 1)
-    assert {int(state["step"]) for state in run.optimizer.state.values()} == {6}
+def test_an_iteration_has_epochs_times_minibatches_steps():
+    model = make_model()
+    updater = make_updater(ALGORITHMS["awr"], model, minibatch_size=4, microbatch_size=2, update_epochs=3)
+    assert updater.steps_per_iteration == 6
+    updater.update(make_batch(model), 1)
+    assert {int(state["step"]) for state in updater.optimizer.state.values()} == {6}
 
 
 # Learning rates
@@ -422,44 +432,44 @@ def test_an_iteration_makes_epochs_times_minibatches_steps():
 @pytest.mark.parametrize(
     ("schedule", "factors"),
     [
-        # 2 steps of warm-up, then 4: done = 0, ¼, ½, ¾, and beyond the end 1 and 1.25
-        (Schedule.constant, [0.5, 1, 1, 1, 1, 1, 1, 1]),
-        (Schedule.linear, [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
+        # 2 steps of warm-up, then 4 with progress 0, ¼, ½, ¾, and beyond the end 1 and 1.25
+        (LRScheduler.constant, [0.5, 1, 1, 1, 1, 1, 1, 1]),
+        (LRScheduler.linear, [0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]),
         (
-            Schedule.cosine,
+            LRScheduler.cosine,
             [0.5, 1, 1, 0.5 + 0.5**0.5 / 2, 0.5, 0.5 - 0.5**0.5 / 2, 0, 0],
         ),
     ],
 )
-def test_schedule_by_hand(schedule, factors):
+def test_lr_factor_by_hand(schedule, factors):
     settings = replace(OPTIMIZER, lr_scheduler=schedule, warmup_ratio=2 / 6)
-    found = [schedule_factor(settings, step, total=6) for step in range(8)]
-    assert found == pytest.approx(factors, rel=1e-12, abs=1e-12)
+    actual = [compute_lr_factor(settings, step, total=6) for step in range(8)]
+    assert actual == pytest.approx(factors, rel=1e-12, abs=1e-12)
 
 
-def test_without_warm_up_the_first_step_has_the_full_rate():
-    assert schedule_factor(replace(OPTIMIZER, lr_scheduler=Schedule.linear), 0, total=10) == 1
+def test_without_warmup_the_first_step_has_the_full_rate():
+    assert compute_lr_factor(replace(OPTIMIZER, lr_scheduler=LRScheduler.linear), 0, total=10) == 1
 
 
-def test_a_run_that_is_all_warm_up_never_divides_by_zero():
-    settings = replace(OPTIMIZER, lr_scheduler=Schedule.linear, warmup_ratio=1.0)
-    assert schedule_factor(settings, 3, total=4) == 1
-    assert schedule_factor(settings, 4, total=4) == 1
-    assert schedule_factor(settings, 5, total=4) == 0  # a step beyond the end: done = 1
+def test_a_run_that_is_all_warmup_does_not_divide_by_zero():
+    settings = replace(OPTIMIZER, lr_scheduler=LRScheduler.linear, warmup_ratio=1.0)
+    assert compute_lr_factor(settings, 3, total=4) == 1
+    assert compute_lr_factor(settings, 4, total=4) == 1
+    assert compute_lr_factor(settings, 5, total=4) == 0  # a step beyond the end: progress 1
 
 
-def test_the_schedule_runs_over_all_steps_of_all_iterations_and_scales_both_rates():
-    model = tiny_model()
-    settings = replace(OPTIMIZER, lr_scheduler=Schedule.linear)
-    run = updater(ALGORITHMS["awr"], model, settings=settings, minibatch_size=4, iterations=5)
-    metrics = run.update(make_batch(model), 3)
+def test_the_schedule_spans_all_iterations_and_scales_both_rates():
+    model = make_model()
+    settings = replace(OPTIMIZER, lr_scheduler=LRScheduler.linear)
+    updater = make_updater(ALGORITHMS["awr"], model, settings=settings, minibatch_size=4, iterations=5)
+    metrics = updater.update(make_batch(model), 3)
     # 2 steps an iteration, 10 in all; the last of iteration 3 is number 5 from 0: 1 − 5/10
     assert metrics["optimizer/lr"] == pytest.approx(0.5 * 1e-3, rel=1e-12)
-    assert [group["lr"] for group in run.optimizer.param_groups] == pytest.approx([0.5e-3, 1e-3], rel=1e-12)
+    assert [group["lr"] for group in updater.optimizer.param_groups] == pytest.approx([0.5e-3, 1e-3], rel=1e-12)
 
 
-def test_one_adamw_has_a_group_for_the_policy_and_one_for_the_critics():
-    model = tiny_model()
+def test_the_optimizer_has_a_group_for_the_policy_and_one_for_the_critics():
+    model = make_model()
     optimizer = build_optimizer(model, OPTIMIZER)
     assert type(optimizer) is torch.optim.AdamW
     policy, critic = optimizer.param_groups
@@ -468,89 +478,103 @@ def test_one_adamw_has_a_group_for_the_policy_and_one_for_the_critics():
     assert (policy["lr"], critic["lr"]) == (1e-3, 2e-3)
     for group in (policy, critic):
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-8, 1e-6)
-    without = build_optimizer(TrainingModel(tiny_policy(0), {}, 1.0), OPTIMIZER)
+    without = build_optimizer(TrainingModel(make_policy(0), {}, 1.0), OPTIMIZER)
     assert len(without.param_groups) == 1
 
 
-# Who moves
+# Which weights move
 
 
 @pytest.mark.parametrize("on_trunk", [False, True])
-def test_critic_warm_up_leaves_the_policy_bit_identical_while_the_critic_moves(on_trunk):
-    model = tiny_model(on_trunk)
+def test_critic_warmup_leaves_the_policy_bit_identical_while_the_critic_moves(on_trunk):
+    model = make_model(on_trunk)
     settings = replace(OPTIMIZER, critic_warmup_iterations=2, weight_decay=0.1)
-    run = updater(ALGORITHMS["ppo"], model, settings=settings, minibatch_size=4)
+    updater = make_updater(ALGORITHMS["ppo"], model, settings=settings, minibatch_size=4)
     batch = make_batch(model)
-    policy, critic = flat(model.policy.parameters()), flat(model.critics.parameters())
+    policy, critic = flatten(model.policy.parameters()), flatten(model.critics.parameters())
     for iteration in (1, 2):
-        run.update(batch, iteration)
-        assert torch.equal(flat(model.policy.parameters()), policy)
-        moved = flat(model.critics.parameters())
+        updater.update(batch, iteration)
+        assert torch.equal(flatten(model.policy.parameters()), policy)
+        moved = flatten(model.critics.parameters())
         assert not torch.equal(moved, critic)
         critic = moved
-    run.update(batch, 3)
-    assert not torch.equal(flat(model.policy.parameters()), policy)
-    assert not torch.equal(flat(model.critics.parameters()), critic)
+    updater.update(batch, 3)
+    assert not torch.equal(flatten(model.policy.parameters()), policy)
+    assert not torch.equal(flatten(model.critics.parameters()), critic)
 
 
-def distances(max_grad_norm: float) -> tuple[float, float, dict[str, float]]:
-    """How far policy and critic move in a step at rate 1, and the metrics."""
-    model = tiny_model()
+def measure_step(max_grad_norm: float) -> tuple[float, float, dict[str, float]]:
+    """Return how far policy and critic move in a step at rate 1, and the metrics."""
+    model = make_model()
     settings = replace(OPTIMIZER, max_grad_norm=max_grad_norm)
-    run = updater(ALGORITHMS["awr"], model, plain_descent(model), settings)
+    updater = make_updater(ALGORITHMS["awr"], model, plain_descent(model), settings)
     batch = make_batch(model, drift=0.3)
-    before = [flat(part.parameters()) for part in (model.policy, model.critics)]
-    metrics = run.update(batch, 1)
-    after = [flat(part.parameters()) for part in (model.policy, model.critics)]
-    policy, critic = (float((new - old).norm()) for new, old in zip(after, before, strict=True))
+    start = [flatten(part.parameters()) for part in (model.policy, model.critics)]
+    metrics = updater.update(batch, 1)
+    end = [flatten(part.parameters()) for part in (model.policy, model.critics)]
+    policy, critic = (float((new - old).norm()) for new, old in zip(end, start, strict=True))
     return policy, critic, metrics
 
 
-def test_gradients_of_policy_and_critic_are_clipped_each_by_its_own_norm():
-    free_policy, free_critic, metrics = distances(1e9)
-    # 1e-4: differences of weights that have moved little
+def test_policy_and_critic_are_clipped_separately():
+    free_policy, free_critic, metrics = measure_step(1e9)
+    # 1e-4: the norms are of differences between nearly equal weights.
     assert metrics["optimizer/grad_norm"] == pytest.approx(free_policy, rel=1e-4)
     assert metrics["optimizer/critic_grad_norm"] == pytest.approx(free_critic, rel=1e-4)
     both = sorted([free_policy, free_critic])
     between = (both[0] + both[1]) / 2
-    policy, critic, metrics = distances(between)
+    policy, critic, metrics = measure_step(between)
     assert both[1] > 1.2 * both[0]
     assert sorted([policy, critic]) == pytest.approx([both[0], between], rel=1e-4)
-    assert metrics["optimizer/grad_norm"] == pytest.approx(free_policy, rel=1e-4)  # as they were before
+    assert metrics["optimizer/grad_norm"] == pytest.approx(free_policy, rel=1e-4)  # the norm before clipping
     assert metrics["optimizer/critic_grad_norm"] == pytest.approx(free_critic, rel=1e-4)
 
 
 def test_a_step_clears_the_gradients():
-    model = tiny_model()
-    updater(ALGORITHMS["awr"], model).update(make_batch(model), 1)
+    model = make_model()
+    make_updater(ALGORITHMS["awr"], model).update(make_batch(model), 1)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_anything_changes():
-    model = tiny_model()
+def test_a_nonfinite_gradient_raises_before_any_weight_changes():
+    model = make_model()
     batch = make_batch(model)
     advantages = batch.advantages.clone()
     advantages[2, 0] = math.inf
-    before = flat(model.parameters())
+    before = flatten(model.parameters())
     algorithm = replace(ALGORITHMS["apa"], whitening=Whitening.none, normalizer=Normalizer.none)
     with pytest.raises(UserError, match="iteration 4, update 1: loss/policy is inf, optimizer/grad_norm is nan"):
-        updater(algorithm, model).update(batch.with_(advantages=advantages), 4)
-    assert torch.equal(flat(model.parameters()), before)
+        make_updater(algorithm, model).update(batch.replace(advantages=advantages), 4)
+    assert torch.equal(flatten(model.parameters()), before)
 
 
-def test_metrics_of_an_iteration_are_means_over_its_steps_and_maxima_where_they_are_maxima():
+def test_metrics_of_an_iteration_are_means_and_maxima_over_its_steps():
+    steps = [StepMetrics({"mean": mean}, {"max": largest}) for mean, largest in ((1.0, 5.0), (2.0, 7.0), (6.0, -1.0))]
+    steps[0].add("once", 4.0)
+    assert average_over_steps(steps) == {"mean": 3.0, "once": 4.0, "max": 7.0}
+
+
+def test_shares_of_the_ranks_are_summed_and_maxima_compared():
+    ranks = [StepMetrics({"loss": 0.5}, {"max": -1.0}), StepMetrics({"loss": 0.25}, {"max": -3.0})]
+    assert reduce_over_ranks(ranks) == StepMetrics({"loss": 0.75}, {"max": -1.0})
+
+
+def test_microbatches_add_to_sums_and_raise_maxima():
     metrics = StepMetrics()
-    for mean, largest in ((1.0, 5.0), (2.0, 7.0), (6.0, -1.0)):
-        metrics.add("mean", mean)
-        metrics.largest("max", largest)
-    metrics.add("once", 4.0)
-    assert metrics.result() == {"mean": 3.0, "once": 4.0, "max": 7.0}
+    for value in (0.5, 0.25):
+        metrics.add("loss", value)
+    for value in (-3.0, -1.0, -2.0):
+        metrics.raise_maximum("max", value)
+    assert (metrics.sums, metrics.maxima) == ({"loss": 0.75}, {"max": -1.0})
 
 
-def test_minibatch_diagnostics_are_averaged_into_the_iterations_metrics():
-    model = tiny_model()
+def test_metrics_of_minibatches_are_averaged():
+    model = make_model()
     algorithm, batch = ALGORITHMS["apa"], make_batch(model, drift=0.3)
-    run = updater(algorithm, model, minibatch_size=4)
-    parts = [algorithm.prepare_minibatch(batch.rows(rows)).metrics["apa/log_z"] for rows in minibatch_rows(run.run, 1)]
-    assert run.update(batch, 1)["apa/log_z"] == pytest.approx(sum(parts) / 2, rel=1e-6)
-    assert parts[0] != pytest.approx(parts[1], rel=1e-3)
+    updater = make_updater(algorithm, model, minibatch_size=4)
+    values = [
+        algorithm.prepare_minibatch(batch.select_rows(rows)).metrics["apa/log_z"]
+        for rows in split_into_minibatches(updater.run, 1)
+    ]
+    assert updater.update(batch, 1)["apa/log_z"] == pytest.approx(sum(values) / 2, rel=1e-6)
+    assert values[0] != pytest.approx(values[1], rel=1e-3)

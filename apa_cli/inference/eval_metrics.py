@@ -1,0 +1,112 @@
+"""Metrics of apa-eval beyond those that training logs: intervals, paired differences, the SFT model's own, best of n.
+
+Every interval is half the width of the normal 95 % interval of the mean; differences are taken prompt by prompt.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apa_cli.kl import best_of_n_bound
+from apa_cli.models.forward import autocast_to
+from apa_cli.randomness import Stream
+from apa_cli.rollout.collect import collect_rollout
+from apa_cli.rollout.engine import EOS, LENGTH, STOP
+from apa_cli.rollout.statistics import confidence_half_width, distinct_n
+from apa_cli.tensor_ops import masked_mean
+from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, Replies, compare_scores
+from apa_cli.types import Prompt
+
+SFT_SUFFIX = "_sft"
+"""Ending of the name of a metric of the SFT model."""
+
+REPLY_METRICS = (
+    "entropy", "distinct_1", "distinct_2", "distinct_3", "length", "eos_rate", "stop_rate", "truncated_rate",
+)  # fmt: skip
+"""Metrics of any model's replies (`describe_replies`); a data set may add some of its own."""
+
+
+def compute_metrics(evaluator: Evaluator, policy_replies: Replies, sft_replies: Replies | None) -> dict[str, float]:
+    """Return what training logs, with intervals, the SFT model's metrics, and the paired differences.
+
+    Without `sft_replies` there is nothing to compare with, and the metrics of the policy alone are returned.
+    """
+    reference = policy_replies if sft_replies is None else sft_replies
+    metrics = evaluator.compute_metrics(policy_replies, reference.scores)
+    metrics["eval/kl_exact_ci"] = confidence_half_width(policy_replies.kl.sum(-1))
+    metrics |= {f"eval/{name}": value for name, value in describe_replies(evaluator, policy_replies).items()}
+    for name in evaluator.scores:
+        suffix = f"/{name}" if name != MAIN_REWARD else ""
+        summary = summarize_scores(policy_replies.scores[name])
+        if sft_replies is not None:
+            summary |= compare_with_sft(policy_replies.scores[name], sft_replies.scores[name])
+        metrics |= {f"eval/{key}{suffix}": value for key, value in summary.items()}
+    if sft_replies is None:
+        return {key: value for key, value in metrics.items() if not key.split("/")[1].endswith(SFT_SUFFIX)}
+    described = describe_replies(evaluator, sft_replies)
+    return metrics | {f"eval/{name}{SFT_SUFFIX}": value for name, value in described.items()}
+
+
+def describe_replies(evaluator: Evaluator, replies: Replies) -> dict[str, float]:
+    """Return the metrics of one model's replies that need no other model: `REPLY_METRICS` and the data set's own."""
+    rollout, n = replies.rollout, len(replies.rollout.endings)
+    return {
+        "entropy": float(masked_mean(replies.entropy, rollout.mask)),
+        **{f"distinct_{k}": distinct_n(rollout.response_ids, rollout.mask, k) for k in (1, 2, 3)},
+        "length": float(rollout.mask.sum(-1).float().mean()),
+        "eos_rate": rollout.endings.count(EOS) / n,
+        "stop_rate": rollout.endings.count(STOP) / n,
+        "truncated_rate": rollout.endings.count(LENGTH) / n,
+        **evaluator.describe(evaluator.sources, rollout.responses),
+    }
+
+
+def summarize_scores(scores: list[float]) -> dict[str, float]:
+    """Return the mean of scores and its interval."""
+    values = torch.tensor(scores)
+    return {"reward_mean": float(values.mean()), "reward_ci": confidence_half_width(values)}
+
+
+def compare_with_sft(scores: list[float], sft_scores: list[float]) -> dict[str, float]:
+    """Return the SFT model's mean score, and the policy's gain and win rate against it on the same prompts."""
+    won, difference = compare_scores(scores, sft_scores), torch.tensor(scores) - torch.tensor(sft_scores)
+    return {
+        **{f"{key}{SFT_SUFFIX}": value for key, value in summarize_scores(sft_scores).items()},
+        "gain": float(difference.mean()),
+        "gain_ci": confidence_half_width(difference),
+        "win_rate_sft": float(won.mean()),
+        "win_rate_sft_ci": confidence_half_width(won),
+    }
+
+
+def score_many_replies(evaluator: Evaluator, model: PreTrainedModel, prompts: list[Prompt], count: int) -> Tensor:
+    """Return the scores [P, count] of `count` replies to each prompt, sampled from a random stream of their own."""
+    many = [Prompt(p.text, p.token_ids, p.place, number, p.columns) for p in prompts for number in range(count)]
+    with autocast_to(model.device, evaluator.dtype):
+        rollout = collect_rollout(
+            {"policy": model}, evaluator.tokenizer, many, evaluator.sampling, evaluator.end_tokens,
+            evaluator.seed, Stream.best_of_n, iteration=0,
+        )  # fmt: skip
+    scores = evaluator.scores[MAIN_REWARD](rollout.prompts, rollout.responses, rollout.columns).values
+    return torch.tensor(scores).view(len(prompts), count)
+
+
+def compute_best_of_n(scores: Tensor, sizes: list[int], policy_scores: list[float]) -> dict[str, float]:
+    """Return for each n of `sizes` the mean of the best of each prompt's first n scores [P, N], and its KL bound, nats.
+
+    gain is the mean of the policy's own scores on these prompts, the first P, less that best.
+    """
+    metrics: dict[str, float] = {}
+    for n in sizes:
+        best = scores[:, :n].max(dim=1).values
+        gain = torch.tensor(policy_scores[: len(best)]) - best
+        metrics |= {
+            f"eval/best_of_{n}/reward_mean": float(best.mean()),
+            f"eval/best_of_{n}/reward_ci": confidence_half_width(best),
+            f"eval/best_of_{n}/kl_bound": best_of_n_bound(n),
+            f"eval/best_of_{n}/gain": float(gain.mean()),
+            f"eval/best_of_{n}/gain_ci": confidence_half_width(gain),
+        }
+    return metrics

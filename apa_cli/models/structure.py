@@ -1,0 +1,65 @@
+"""Structure of a loaded model: its trunk and blocks, its frozen parts, its size, and frozen copies of it."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from apa_cli.errors import ConfigError, UserError
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def move_to_device(model: ModelT, device: torch.device) -> ModelT:
+    """Return the same model with its tensors on `device`; `PreTrainedModel.to` has no usable type."""
+    cast(nn.Module, model).to(device)
+    return model
+
+
+def get_trunk(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model without its output head; a model that has none is its own trunk."""
+    return cast(PreTrainedModel, model.base_model)
+
+
+def find_blocks(trunk: PreTrainedModel) -> nn.ModuleList:
+    """Return the transformer blocks of a trunk. Raise UserError if they cannot be told from its other parts."""
+    count = trunk.config.num_hidden_layers
+    stacks = [part for part in trunk.children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    if len(stacks) != 1:
+        raise UserError(f"model: cannot find the {count} blocks of a {trunk.config.model_type} model")
+    return stacks[0]
+
+
+def freeze_all_but_top(model: PreTrainedModel, trainable_layers: int) -> None:
+    """Freeze the model except its top `trainable_layers` blocks, the norm after them, and an untied output head.
+
+    Raise ConfigError if the model has fewer blocks.
+    """
+    trunk = get_trunk(model)
+    stack = find_blocks(trunk)
+    count = len(stack)
+    if trainable_layers > count:
+        raise ConfigError(f"model.trainable_layers: {trainable_layers} is more than the model's {count} blocks")
+    parts = list(trunk.children())
+    head = model.get_output_embeddings()
+    is_tied = head is None or head.weight is model.get_input_embeddings().weight
+    model.requires_grad_(False)
+    for part in [*stack[count - trainable_layers :], *parts[parts.index(stack) + 1 :], *([] if is_tied else [head])]:
+        part.requires_grad_(True)
+
+
+def make_frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return an untrained copy in evaluation mode whose parameters have the given dtype."""
+    frozen = copy.deepcopy(model).requires_grad_(False).eval()
+    for parameter in frozen.parameters():  # not the buffers: rotary frequencies keep their precision
+        parameter.data = parameter.data.to(dtype)
+    return frozen
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of the model's parameters, trained or not."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,179 @@
+"""Models of a run: the policy with its LoRA adapter, the critics, the references, and the copy that samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from apa_cli.errors import ConfigError
+from apa_cli.models.critic import Critic, build_critic
+from apa_cli.models.forward import TrainingModel, enable_activation_checkpointing
+from apa_cli.models.loading import TORCH_DTYPES, load_merged, load_tokenizer
+from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapter
+from apa_cli.models.sharding import copy_gathered_weights
+from apa_cli.models.structure import freeze_all_but_top, make_frozen_copy
+from apa_cli.randomness import Stream, derive_torch_seed
+from apa_cli.settings import Config, CriticInit, CriticKind, Quantization
+
+ADAPTER_KEY = 1000
+"""Key of the random numbers that initialise the policy's adapter; those of critics count from 0."""
+
+
+@dataclass
+class RunModels:
+    """Models of a run on one rank."""
+
+    model: TrainingModel
+    """Policy and critics."""
+    trained: nn.Module
+    """What the update runs: `model`, or its wrapper that averages gradients over the ranks."""
+    sampler: PreTrainedModel
+    """What samples: the policy, or with FSDP a whole copy of it, which is refreshed after every update."""
+    reference: PreTrainedModel | AdapterDisabledModel
+    """π_init, frozen."""
+    moving_reference: PreTrainedModel | None
+    """The loss's reference if it is refreshed; kl/* are still against `reference`."""
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        return self.model.policy
+
+    @property
+    def critics(self) -> nn.ModuleDict:
+        return self.model.critics
+
+    def refresh_sampler(self) -> None:
+        """Copy the policy into the sampler if that is a copy."""
+        if self.sampler is not self.policy:
+            copy_gathered_weights(self.sampler, self.policy)
+
+    def refresh_moving_reference(self) -> None:
+        """Copy the policy into the moving reference."""
+        copy_gathered_weights(self.moving_reference, self.policy)
+
+    def borrow_reference_sampler(self) -> PreTrainedModel | AdapterDisabledModel:
+        """Return the reference as a model that can sample; `refresh_sampler` must follow.
+
+        A sharded reference is gathered into the sampler: responses end at different steps on each rank, while the
+        ranks have to run a sharded model in step.
+        """
+        if not hasattr(self.reference, "unshard"):
+            return self.reference
+        self.reference.reshard()
+        copy_gathered_weights(self.sampler, self.reference)
+        return self.sampler
+
+    def gather_policy(self) -> PreTrainedModel:
+        """Return the policy whole, in full precision; every rank must call this, after the last sampling.
+
+        With FSDP its weights are gathered into the sampler.
+        """
+        if self.sampler is not self.policy:
+            copy_gathered_weights(self.sampler.float(), self.policy)
+        return self.sampler
+
+
+def build_training_model(
+    config: Config, policy: PreTrainedModel
+) -> tuple[TrainingModel, PreTrainedModel | AdapterDisabledModel]:
+    """Return policy and critics with `requires_grad` on the trained weights, and the reference.
+
+    The reference is a frozen copy in the compute dtype, or with LoRA the policy's own base.
+    """
+    # Critics with a network of their own copy the trunk before the adapter is added to it.
+    critics = build_critics(config, policy) if config.critic.kind is CriticKind.separate else {}
+    reference: Any
+    if config.lora.rank:
+        add_adapter(
+            policy, config.lora, POLICY_ADAPTER, derive_torch_seed(config.run.seed, Stream.initialization, ADAPTER_KEY)
+        )
+        reference = AdapterDisabledModel(policy)
+    else:
+        reference = make_frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
+        if config.model.trainable_layers is not None:
+            freeze_all_but_top(policy, config.model.trainable_layers)
+    critics = critics or build_critics(config, policy)
+    if config.model.gradient_checkpointing:
+        for part in (policy, *(critic.backbone for critic in critics.values() if critic.backbone is not None)):
+            enable_activation_checkpointing(part)
+    return TrainingModel(policy, critics, config.sampling.temperature), reference
+
+
+def build_critics(config: Config, policy: PreTrainedModel) -> dict[str, Critic]:
+    """Return the critics that the algorithm needs, by name."""
+    names = config.algo.needs().critics
+    trunk = load_reward_trunk(config, policy) if names and config.critic.init is CriticInit.reward else None
+    return {
+        name: build_critic(
+            policy,
+            config.critic,
+            config.lora,
+            name,
+            derive_torch_seed(config.run.seed, Stream.initialization, number),
+            trunk,
+        )
+        for number, name in enumerate(names)
+    }
+
+
+def load_reward_trunk(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
+    """Load the reward model's trunk, from which critics start under critic.init=reward.
+
+    Raises ConfigError if the reward is not a model, or if the trunk or its tokenizer is not like the policy's.
+    """
+    path = getattr(config.reward, "path", None)
+    if config.critic.kind is not CriticKind.separate or path is None:
+        raise ConfigError("critic.init: reward needs critic.kind=separate and a reward that is a model")
+    # Loaded with its head, whatever the head's size: names in an adapter are those of the whole model.
+    classifier = load_merged(
+        AutoModelForSequenceClassification.from_pretrained,
+        path,
+        "reward.path",
+        dtype=torch.float32,
+        num_labels=1,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+    )
+    trunk = classifier.base_model
+    for name in ("model_type", "vocab_size", "hidden_size"):
+        value, expected = getattr(trunk.config, name), getattr(policy.config, name)
+        if value != expected:
+            raise ConfigError(f"critic.init: the reward model's {name} is {value}, the policy's {expected}")
+    tokenizer = load_tokenizer(replace(config.model, tokenizer=None), path)
+    if tokenizer.get_vocab() != load_tokenizer(config.model, config.model.path).get_vocab():
+        raise ConfigError("critic.init: the reward model's tokenizer is not the policy's")
+    return trunk.eval()
+
+
+def check_training_options(config: Config) -> None:
+    """Raise ConfigError for options of lora, critic and quantization that exclude each other."""
+    lora = config.lora.rank > 0
+    if lora and config.model.trainable_layers is not None:
+        raise ConfigError("model.trainable_layers: with lora the base is frozen; leave it null")
+    if config.critic.kind is CriticKind.adapter and not lora:
+        raise ConfigError("critic.kind: adapter needs lora, such as lora=default")
+    if config.model.quantization is not Quantization.none:
+        if not lora:
+            raise ConfigError("model.quantization: only a frozen base can be quantized; give lora=default")
+        if config.reference.refresh_every:
+            raise ConfigError("model.quantization: a quantized reference cannot be refreshed; leave refresh_every 0")
+        if config.critic.kind is CriticKind.separate:
+            raise ConfigError("model.quantization: the critic shares the base; give critic=adapter or critic=head")
+
+
+def check_model_limits(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError if prompt and response exceed the model's positions, or the tokenizer its vocabulary."""
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+    positions = getattr(policy.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"sampling: max_prompt_tokens {config.sampling.max_prompt_tokens} + max_new_tokens "
+            f"{config.sampling.max_new_tokens} is more than the model's {positions} positions"
+        )
+    size, highest = policy.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    if highest >= size:
+        raise ConfigError(f"model.tokenizer: its highest token is number {highest}, the model has {size}")

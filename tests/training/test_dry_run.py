@@ -1,0 +1,81 @@
+"""The start-up lines of a run: batch arithmetic, learning rates, λ, models; and dry_run=true."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from apa_cli.algorithms.apa import APA
+from apa_cli.training.dry_run import describe_run
+from apa_cli.training.launch import start_training
+
+
+@pytest.fixture
+def describe(configured):
+    """describe(*overrides, world_size=1) → the start-up lines of a small run by their first word or words."""
+
+    def run(*overrides: str, world_size: int = 1) -> dict[str, str]:
+        return dict(line.split(": ", 1) for line in describe_run(configured(*overrides), world_size))
+
+    return run
+
+
+SIZES = ["rollout_batch_size=24", "minibatch_size=12", "microbatch_size=4", "update_epochs=2", "iterations=5"]
+
+
+def test_the_batch_arithmetic_names_every_factor(describe):
+    lines = describe(*SIZES, "samples_per_prompt=3")
+    assert lines["batches"] == "5 iterations × 24 responses (8 prompts × 3) = 120 responses"
+    assert lines["updates"] == (
+        "2 epochs × 2 minibatches of 12 = 4 optimiser steps per iteration, 20 in all, each of 3 × 4 responses"
+    )
+
+
+def test_the_batch_arithmetic_divides_minibatches_over_processes(describe):
+    # 12 responses over 2 processes are 6 each: a microbatch of 4 and one of 2.
+    assert describe(*SIZES, world_size=2)["updates"].endswith("each of 2 processes × 2 × 4 responses")
+
+
+def test_learning_rates_have_their_schedule(describe):
+    rates = ["optimizer.lr=5e-4", "optimizer.critic_lr=1e-3", "optimizer.warmup_ratio=0.1"]
+    line = describe(*rates, "optimizer.lr_scheduler=linear")["learning rates"]
+    assert line == "policy 0.0005, critic 0.001 (linear, warm-up 10 % of the steps)"
+    without = describe("optimizer.lr=5e-4", "algo.advantage_estimator=group_mean", "samples_per_prompt=2")
+    assert without["learning rates"].startswith("policy 0.0005 (")
+
+
+@pytest.mark.parametrize(("name", "value"), [("apa", "0.1"), ("ppo", "0.07"), ("awr", "2")])
+def test_lambda_has_its_value_and_the_meaning_that_the_algorithm_gives_it(name, value, describe, configured):
+    overrides = [f"algo={name}", f"lambda={value}"]
+    meaning = configured(*overrides).algo.lambda_meaning
+    assert meaning and describe(*overrides)[f"lambda {value}"] == meaning
+
+
+@dataclass(frozen=True)
+class WithoutLambda(APA):
+    """An algorithm without λ."""
+
+    lambda_meaning = None
+
+
+def test_an_algorithm_without_lambda_has_no_such_line(configured):
+    config = configured()
+    lines = describe_run(replace(config, algo=WithoutLambda(**vars(config.algo))))
+    assert not [line for line in lines if line.startswith("lambda")]
+
+
+def test_models_have_their_parameters_and_memory(describe):
+    lines = describe("reference.refresh_every=3")
+    assert "of them trained" in lines["policy"] and lines["critic value"].endswith("(a network of its own)")
+    assert lines["reference"].endswith("(frozen, float32)")
+    assert lines["moving reference"].endswith("(refreshed every 3 iterations)")
+    lora = describe("lora=default", "critic=adapter")
+    assert lora["reference"] == "the policy's base without its adapter"
+    assert lora["critic value"].startswith("an adapter on the policy's base, ")
+
+
+def test_a_dry_run_prints_the_lines_and_leaves_no_directory(configured, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    config = configured("dry_run=true")
+    start_training(config, tmp_path / "run", None)
+    assert capsys.readouterr().out.splitlines() == describe_run(config)
+    assert not (tmp_path / "run").exists()
