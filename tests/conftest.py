@@ -7,16 +7,6 @@ from pathlib import Path
 
 import pytest
 
-TINY_ARCHITECTURE = {
-    "model_type": "gpt_neox",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-}
-
 SMALL = (
     "model=local",
     "dataset=story_openings",
@@ -68,28 +58,11 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A two-layer GPT-NeoX with random float32 weights and a tokenizer trained on embedded dialogues.
+    """The folder of a tiny model and its tokenizer, see `save_dialogue_model`."""
+    from tests.builders import save_dialogue_model
 
-    It ends a reply by EOS at about every twelfth token: its last layer norm adds 0.1 to every feature, so
-    that a row of ones · 1.2 in the output matrix gives EOS a constant logit of 0.1 · 1.2 · 32 = 3.84.
-    """
-    import torch
-
-    from apa_cli.datasets.embedded import EmbeddedDataset
-    from apa_cli.models.loading import build_policy, save_model, train_tokenizer
-    from apa_cli.settings import DType, ModelSettings, Quantization
-
-    rows = EmbeddedDataset(300, 1, 0, []).load("train")
-    tokenizer = train_tokenizer([row.prompt + row.chosen for row in rows], 600)
-    settings = ModelSettings(
-        None, DType.float32, "sdpa", False, None, 600, None, False, Quantization.none, TINY_ARCHITECTURE
-    )
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    model = build_policy(settings, tokenizer, seed=3)
-    with torch.no_grad():
-        model.gpt_neox.final_layer_norm.bias.fill_(0.1)
-        model.get_output_embeddings().weight[tokenizer.eos_token_id] = 1.2
-    save_model(model, tokenizer, folder)
+    save_dialogue_model(folder)
     gc.collect()
     gc.freeze()  # what is imported by now is not searched again by the collection at each run's end
     return folder
@@ -98,17 +71,11 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def make_classifier(tiny, tmp_path_factory):
     """make_classifier(seed, **configuration) → the folder of a GPT-NeoX classifier with the tiny model's tokenizer."""
+    from tests.builders import save_classifier
 
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    def make(seed=0, **changes):
+    def make(seed: int = 0, **changes) -> Path:
         folder = tmp_path_factory.mktemp("classifier")
-        torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(tiny, **{"num_labels": 2, **changes})
-        torch.nn.init.normal_(model.score.weight)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+        save_classifier(folder, tiny, seed, **changes)
         return folder
 
     return make
@@ -130,6 +97,22 @@ def configured(small_words):
 
     def make(*words: str):
         return build(compose(overriding([*small_words, *words])))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_trainer(configured, tmp_path_factory):
+    """make_trainer(*words, folder=) → the trainer of a small run before its first iteration; it prints nothing."""
+    from apa_cli.runs.console import Console
+    from apa_cli.training.build import build_trainer
+
+    def make(*words: str, folder: Path | None = None):
+        config = configured(*words)
+        with Console(None, 1, quiet=True) as console:
+            trainer = build_trainer(config, folder or tmp_path_factory.mktemp("trainer"), None, None, console)
+        trainer.progress.algorithm = config.algo.initial_state()
+        return trainer
 
     return make
 

@@ -8,14 +8,11 @@ import pytest
 import torch
 
 from apa_cli.advantages import gae, group_mean, place_scores_at_end, update_moments
+from tests.builders import make_mask
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 NAN, INF = math.nan, math.inf
 NO_SCORES = (0.0, 0.0, 0.0)
-
-
-def lengths_mask(lengths: list[int], width: int) -> torch.Tensor:
-    return torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
 
 
 def test_moments_by_hand():
@@ -44,7 +41,7 @@ def test_moments_of_float32_scores_are_computed_in_float64():
 
 
 def test_the_score_is_on_the_last_true_token_only():
-    mask = lengths_mask([1, 3, 2, 0], 3)
+    mask = make_mask([1, 3, 2, 0])
     expected = torch.tensor([[5.0, 0.0, 0.0], [0.0, 0.0, -2.0], [0.0, 7.0, 0.0], [0.0, 0.0, 0.0]])
     assert_close(place_scores_at_end(torch.tensor([5.0, -2.0, 7.0, 9.0]), mask), expected)
 
@@ -53,7 +50,7 @@ def test_gae_by_hand():
     rewards, values = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[1.0, 2.0, 4.0]])
     # γ = 0.5: δ = 1 + 0.5·2 − 1 = 1;  0 + 0.5·4 − 2 = 0;  2 + 0 − 4 = −2
     # γ·gae_lambda = 0.4: A_3 = −2;  A_2 = 0 + 0.4·(−2) = −0.8;  A_1 = 1 + 0.4·(−0.8) = 0.68;  G = A + V
-    advantages, returns = gae(rewards, values, lengths_mask([3], 3), gamma=0.5, gae_lambda=0.8)
+    advantages, returns = gae(rewards, values, make_mask([3]), gamma=0.5, gae_lambda=0.8)
     assert_close(advantages, torch.tensor([[0.68, -0.8, -2.0]]))
     assert_close(returns, torch.tensor([[1.68, 1.2, 2.0]]))
 
@@ -62,7 +59,7 @@ def test_gae_by_hand():
 def random_responses():
     """Token rewards, values and mask of twelve responses of 1 to 12 tokens, [12, 12] each."""
     torch.manual_seed(0)
-    return torch.randn(12, 12), torch.randn(12, 12), lengths_mask(list(range(1, 13)), 12)
+    return torch.randn(12, 12), torch.randn(12, 12), make_mask(list(range(1, 13)))
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.8), (1.0, 0.0), (1.0, 1.0)])
@@ -101,7 +98,9 @@ def test_with_gae_lambda_0_the_advantage_is_the_td_error(random_responses):
 
 def test_nothing_is_bootstrapped_after_the_last_true_token():
     # one token, reward 3, value 1: A = 3 − 1 and G = 3, although columns with values follow
-    advantages, returns = gae(torch.tensor([[3.0, 50.0]]), torch.tensor([[1.0, 70.0]]), lengths_mask([1], 2), 1.0, 0.95)
+    advantages, returns = gae(
+        torch.tensor([[3.0, 50.0]]), torch.tensor([[1.0, 70.0]]), make_mask([1], width=2), 1.0, 0.95
+    )
     assert_close(advantages, torch.tensor([[2.0, 0.0]]))
     assert_close(returns, torch.tensor([[3.0, 0.0]]))
 
@@ -128,7 +127,7 @@ def test_values_outside_the_mask_change_no_advantage(random_responses, junk):
 
 def test_group_mean_by_hand():
     totals, groups = torch.tensor([1.0, 10.0, 2.0, 6.0, 4.0]), torch.tensor([3, 8, 3, 3, 8])
-    mask = lengths_mask([1, 2, 2, 1, 2], 2)
+    mask = make_mask([1, 2, 2, 1, 2])
     # prompt 3: 1 − (2 + 6)/2 = −3;  2 − (1 + 6)/2 = −1.5;  6 − (1 + 2)/2 = 4.5
     # prompt 8: 10 − 4 = 6;  4 − 10 = −6
     expected = torch.tensor([[-3.0, 0.0], [6.0, 6.0], [-1.5, -1.5], [4.5, 0.0], [-6.0, -6.0]])
@@ -137,14 +136,14 @@ def test_group_mean_by_hand():
 
 def test_group_mean_counts_all_token_rewards_of_a_response_and_none_outside_the_mask():
     rewards = torch.tensor([[1.0, 2.0, 4.0], [0.5, 3.0, NAN], [2.0, -INF, NAN]])
-    mask = lengths_mask([3, 2, 1], 3)
+    mask = make_mask([3, 2, 1])
     # totals 7, 3.5, 2: 7 − 5.5/2 = 4.25;  3.5 − 9/2 = −1;  2 − 10.5/2 = −3.25
     expected = torch.tensor([[4.25, 4.25, 4.25], [-1.0, -1.0, 0.0], [-3.25, 0.0, 0.0]])
     assert_close(group_mean(rewards, torch.tensor([0, 0, 0]), mask), expected)
 
 
 def test_group_mean_refuses_a_prompt_with_a_single_response():
-    mask = lengths_mask([1, 1, 1], 1)
+    mask = make_mask([1, 1, 1])
     with pytest.raises(ValueError, match="two responses"):
         group_mean(torch.ones(3, 1), torch.tensor([0, 0, 1]), mask)
 

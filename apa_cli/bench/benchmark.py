@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from apa_cli.bench.synthetic import Subject, build_subject, check_memory, describe_memory, estimate_memory
 from apa_cli.errors import ConfigError
@@ -36,7 +37,6 @@ from apa_cli.hardware.roofline import (
 )
 from apa_cli.models.flops import measure_classifier_cost, measure_critic_cost, measure_policy_cost
 from apa_cli.models.loading import TORCH_DTYPES, load_model_config
-from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.environment import collect_environment
@@ -77,12 +77,12 @@ def start_bench(config: Config, path: Path) -> None:
 
 @dataclass
 class PhaseObserver:
-    """Phase hook for what would disturb the clock: peak memory, and positions that go into the models.
+    """Phase hook that records peak memory and the positions that go into the models, both of which take time.
 
     Positions are inputs of the models' embeddings, padding included.
     """
 
-    networks: list[nn.Module]
+    embeddings: list[nn.Module]
     device: torch.device
     counts: dict[str, int] = field(default_factory=dict)
     """Positions of each phase."""
@@ -97,7 +97,7 @@ class PhaseObserver:
         def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             self.counts[name] += inputs[0].numel()
 
-        handles = [network.get_input_embeddings().register_forward_pre_hook(count) for network in self.networks]
+        handles = [embedding.register_forward_pre_hook(count) for embedding in self.embeddings]
         try:
             yield
         finally:
@@ -127,7 +127,7 @@ def measure_phases(subject: Subject) -> dict[str, Any]:
         times.append(time.perf_counter() - start_time)
         work = count_phase_work(subject, costs, result.rollout)
         runs.append((stopwatch, {**work, "update": update.count_work(result.batch)}))
-    observer = PhaseObserver(list_networks(subject), device)
+    observer = PhaseObserver(list_embeddings(subject), device)
     rollout = trainer.run_phases(first + settings.iterations, observer).rollout
     # The trainer's other phases are not passes through a model, or are the sum of several.
     names = [name for name in runs[0][0].seconds if name in runs[0][1]]
@@ -206,12 +206,13 @@ def count_reward_tokens(subject: Subject, rollout: Rollout) -> list[int]:
     return [len(tokenizer(prompt + response)["input_ids"]) for prompt, response in pairs]
 
 
-def list_networks(subject: Subject) -> list[nn.Module]:
-    """Return every model with an embedding of its own."""
+def list_embeddings(subject: Subject) -> list[nn.Module]:
+    """Return the input embedding of every model that has one of its own."""
     models = subject.trainer.models
-    backbones = [critic.backbone for critic in models.critics.values()]
-    candidates = [models.policy, models.reference, models.moving_reference, subject.reward, *backbones]
-    return [model for model in candidates if model is not None and not isinstance(model, AdapterDisabledModel)]
+    candidates = [models.policy, models.reference, models.moving_reference, subject.reward]
+    networks = [model for model in candidates if isinstance(model, PreTrainedModel)]
+    networks += models.model.critic_backbones()
+    return [network.get_input_embeddings() for network in networks]
 
 
 def count_needed_positions(subject: Subject, rollout: Rollout) -> dict[str, int]:
@@ -241,7 +242,7 @@ def describe_phase(
     matrix: float,
     copy: float,
 ) -> dict[str, Any]:
-    """Return a phase's row, of the iteration in which it took its median time.
+    """Return a phase's row of the table, taken from the iteration in which the phase took its median time.
 
     `matrix` is in FLOP/s, `copy` in bytes per second.
     """

@@ -66,15 +66,16 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
     groups = list_groups(extra_dir)
     defaults = to_dict(compose([], extra_dir))
     recorded = read_config(source)
+    is_fork = any(override.key_or_group == FORK for override in parsed)
     if is_old(recorded):
         raise ConfigError(
-            f"{RESUME}: {source} was recorded by an earlier version, whose keys had other names; it can be evaluated, "
-            "exported and compared, but not continued"
+            f"{FORK if is_fork else RESUME}: {source} was recorded by an earlier version, whose keys had other names; "
+            "it can be evaluated, exported and compared, but not continued"
         )
     check_plain(recorded, source / "config.yaml", (*SECTIONS, *TARGET_SECTIONS))
     recorded = fill_missing(recorded, defaults)
     recorded |= {key: defaults[key] for key in OF_ONE_COMMAND}
-    if any(override.key_or_group == FORK for override in parsed):
+    if is_fork:
         recorded["name"] = defaults["name"]
     for section in TARGET_SECTIONS:
         recorded[section] = _restore_lambda_link(recorded[section], section, extra_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,5 +147,5 @@ def refuse_code(cfg: DictConfig, code: list[tuple[str, Any]], directory: Path) -
     for key, value in list_still_missing(cfg, code):
         raise ConfigError(
             f"{key}: config.yaml of {directory} has {value!r} there, which runs code; "
-            f"give {key}={format_override_value(value)} to allow that"
+            f"give {shlex.quote(f'{key}={format_override_value(value)}')} to allow that"
         )

@@ -102,7 +102,7 @@ class RunDirectory:
             keys = ",".join(key for key, _, _ in refused)
             raise ConfigError(
                 f"resume: the configuration differs from the run's: {shown}; leave these overrides out, or give "
-                f"resume_changed=[{keys}] to continue with them"
+                f"'resume_changed=[{keys}]' to continue with them"
             )
 
     def truncate_records(self, config: dict[str, Any], iteration: int) -> None:

@@ -100,7 +100,7 @@ def _pop_key(config: dict[str, Any], dotted: str) -> Any:
 
 
 def _compute_warmup_ratio(config: Mapping[str, Any]) -> float:
-    """Return optimizer.warmup_steps as a share of the run's optimiser steps; 0 if it cannot be computed."""
+    """Return optimizer.warmup_steps as a share of the run's optimizer steps; 0 if it cannot be computed."""
     try:
         steps = config["iterations"] * config["epochs"] * config["rollout_batch"] / config["minibatch"]
         return min(1.0, config["optimizer"]["warmup_steps"] / steps)

@@ -23,7 +23,7 @@ ADAMW_BETAS = (0.9, 0.95)
 SayFunction = Callable[[str], None]
 """Shows and logs one line."""
 ProgressFunction = Callable[[int, int, float], None]
-"""Takes (step, steps, loss) after each optimiser step."""
+"""Takes (step, steps, loss) after each optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def shuffle_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) 
 
 
 def learning_rate_factor(settings: SupervisedSettings, step: int, total: int) -> float:
-    """Return the factor of the learning rate at optimiser step `step` (counted from 0) of `total`.
+    """Return the factor of the learning rate at optimizer step `step` (counted from 0) of `total`.
 
     Unlike the schedule of `training.updater`, warm-up takes at least one step, even at warmup_ratio 0.
     """
@@ -73,7 +73,7 @@ def learning_rate_factor(settings: SupervisedSettings, step: int, total: int) ->
 
 
 class SupervisedTrainer:
-    """A model under supervised training: its optimiser, the steps done, and the best weights so far."""
+    """A model under supervised training: its optimizer, the steps done, and the best weights so far."""
 
     def __init__(self, model: nn.Module, settings: SupervisedSettings, steps: int, context: StageContext):
         self.model, self.settings, self.context = model, settings, context
@@ -82,16 +82,16 @@ class SupervisedTrainer:
             self.parameters, lr=settings.lr, betas=ADAMW_BETAS, weight_decay=settings.weight_decay, fused=True
         )
         self.steps = steps
-        """Optimiser steps in all."""
+        """Optimizer steps in all."""
         self.step = 0
-        """Optimiser steps done."""
+        """Optimizer steps done."""
         self.best: dict[str, float] = {}
         """Metrics of the evaluation with the lowest eval/loss; empty before the first."""
         self.best_tensors: dict[str, Tensor] = {}
         """The trained weights at that evaluation."""
 
     def load(self, checkpoint: Path) -> None:
-        """Restore weights, optimiser, step and best weights from a checkpoint."""
+        """Restore weights, optimizer, step and best weights from a checkpoint."""
         tensors, state = checkpoints.load_checkpoint(checkpoint)
         checkpoints.load_module(self.model, tensors["model"], trained_only=True)
         checkpoints.load_optimizer(self.optimizer, tensors["optimizer"])
@@ -109,7 +109,7 @@ class SupervisedTrainer:
         self.context.say(f"checkpoint: {path}")
 
     def train_step(self, compute_loss: Callable[[list[int]], Tensor], rows: list[int]) -> float:
-        """Take one optimiser step on the examples `rows` and return their loss. UserError for a non-finite gradient."""
+        """Take one optimizer step on the examples `rows` and return their loss. UserError for a non-finite gradient."""
         factor = learning_rate_factor(self.settings, self.step, self.steps)
         self.optimizer.param_groups[0]["lr"] = self.settings.lr * factor
         loss = compute_loss(rows)

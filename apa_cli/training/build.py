@@ -28,7 +28,7 @@ from apa_cli.models.sharding import (
     shard_reference,
     shard_reward_model,
 )
-from apa_cli.models.structure import make_frozen_copy
+from apa_cli.models.structure import make_frozen_copy, move_to_device
 from apa_cli.rewards.base import CheckedScoreFunction, Placement, add_score_check
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
@@ -75,17 +75,19 @@ def build_trainer(
         console.say(line)
     warn_of_biased_sampling(config, console)
     check_training_options(config)
-    tokenizer = load_tokenizer(config.model, config.model.path)
-    policy = load_policy(config.model, config.model.path, frozen_base=config.lora.rank > 0)
+    tokenizer = load_tokenizer(config.model, config.model.resolved_path)
+    policy = load_policy(config.model, config.model.resolved_path, frozen_base=config.lora.rank > 0)
     models = prepare_models(config, policy, tokenizer, device)
     inputs = load_inputs(config, train, held_out, policy, tokenizer, device, world)
     update_meter = build_update_meter(config, models, device, world)
     models = distribute(config, models, device, world)
     checkpoint = None if resume is None else checkpoints.load_checkpoint(resume)
-    continues = resume is not None and resume.resolve().is_relative_to(path.resolve())
+    wandb_id = None
+    if resume is not None and checkpoint is not None and resume.resolve().is_relative_to(path.resolve()):
+        wandb_id = checkpoint[1]["wandb_id"]
     directory, tracker = RunDirectory(path), Tracker()
     if world.is_main:
-        tracker = start_tracker(config, path, group, checkpoint[1]["wandb_id"] if continues else None, console)
+        tracker = start_tracker(config, path, group, wandb_id, console)
         write_environment(config, directory, device, world)
     trainer = construct_trainer(config, inputs, models, update_meter, directory, console, tracker, device, world)
     if checkpoint is not None:
@@ -181,7 +183,7 @@ def prepare_models(
 ) -> RunModels:
     """Return the models of a run, whole on `device`. Raises ConfigError if the policy does not fit the tokenizer."""
     check_model_limits(config, policy, tokenizer)
-    policy.to(device)
+    move_to_device(policy, device)
     model, reference = build_training_model(config, policy)
     model.to(device)
     moving_reference = copy_policy(config, policy) if config.reference.refresh_every else None
@@ -252,10 +254,11 @@ def distribute(config: Config, models: RunModels, device: torch.device, world: W
         return replace(models, trained=replicate_model(model, device))
     probe_models([model.policy, models.reference, *model.critic_backbones()])
     sampler = copy_policy(config, model.policy)
-    if config.lora.rank:
+    reference = models.reference
+    if isinstance(reference, AdapterDisabledModel):
         reference = AdapterDisabledModel(sampler)
     else:
-        reference = shard_reference(models.reference, config.launch.frozen_placement)
+        reference = shard_reference(reference, config.launch.frozen_placement)
     return replace(models, trained=shard_model(model, find_trained_blocks(model)), sampler=sampler, reference=reference)
 
 

@@ -48,7 +48,7 @@ def describe_batches(config: Config, world_size: int) -> list[str]:
         f"batches: {run.iterations} iterations × {run.rollout_batch_size} responses "
         f"({run.rollout_batch_size // run.samples_per_prompt} prompts × {run.samples_per_prompt}) "
         f"= {run.iterations * run.rollout_batch_size} responses",
-        f"updates: {run.update_epochs} epochs × {minibatches} minibatches of {run.minibatch_size} = {steps} optimiser "
+        f"updates: {run.update_epochs} epochs × {minibatches} minibatches of {run.minibatch_size} = {steps} optimizer "
         f"steps per iteration, {steps * run.iterations} in all, each of {processes}{-(-share // microbatch)} × "
         f"{microbatch} responses",
     ]
@@ -64,8 +64,12 @@ def describe_learning_rates(config: Config) -> str:
 
 def describe_lambda(config: Config) -> list[str]:
     """Return a line with λ and its meaning in this algorithm; none if the algorithm has no λ."""
-    meaning = config.algo.lambda_meaning
-    return [] if meaning is None else [f"lambda {config.raw['lambda']:g}: {meaning}"]
+    meaning, value = config.algo.lambda_meaning, config.raw.get("lambda")
+    if meaning is None or value is None:
+        return []
+    gae_lambda = getattr(config.algo, "gae_lambda", None)
+    note = "" if gae_lambda is None else f" (GAE's λ is algo.gae_lambda, {gae_lambda:g})"
+    return [f"lambda {value:g}: {meaning}{note}"]
 
 
 def describe_passes(config: Config) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -85,14 +85,15 @@ class Evaluator:
         return self.compute_metrics(replies, sft_scores or scores), rows, scores
 
     @torch.no_grad()
-    def generate_replies(self, policy: PreTrainedModel) -> Replies:
+    def generate_replies(self, policy: PreTrainedModel | AdapterDisabledModel) -> Replies:
         """Sample a model's responses to the prompts, score them by every reward, and measure KL and entropy."""
         prompts = [self.prompts[i] for i in self.world.shard_indices(len(self.prompts))]
+        model = cast(PreTrainedModel, policy)  # an AdapterDisabledModel is called like one
 
         def sample(microbatch: int) -> Rollout:
             with autocast_to(policy.device, self.dtype):
                 return collect_rollout(
-                    {"policy": policy}, self.tokenizer, prompts, replace(self.sampling, microbatch_size=microbatch),
+                    {"policy": model}, self.tokenizer, prompts, replace(self.sampling, microbatch_size=microbatch),
                     self.end_tokens, self.seed, Stream.evaluation, iteration=0,
                 )  # fmt: skip
 
@@ -143,7 +144,7 @@ class Evaluator:
         return metrics | {f"eval/{name}": value for name, value in figures.items()}
 
     def compute_kl_and_entropy(
-        self, policy: PreTrainedModel, rollout: Rollout, microbatch: int
+        self, policy: PreTrainedModel | AdapterDisabledModel, rollout: Rollout, microbatch: int
     ) -> tuple[Tensor, Tensor]:
         """Return KL(π_θ ‖ π_init) and the entropy of π_θ, exact sums over the vocabulary in nats, each [N, T]."""
         kls, entropies = [], []

@@ -279,7 +279,7 @@ def run_stage(
     """Run a stage as a command of its own; `build` trains and saves the model and returns its figures.
 
     The directory gets model/, result.json, and the files of every run; metrics.jsonl has a line per evaluation, with
-    the optimiser step as its `iteration`. `name` is the stage's in messages, `key` the one that takes its model.
+    the optimizer step as its `iteration`. `name` is the stage's in messages, `key` the one that takes its model.
     """
     for option in (FORK, "stop_after", "dry_run"):
         if getattr(config.run, option) not in (None, False):

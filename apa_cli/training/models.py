@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from apa_cli.models.forward import TrainingModel, enable_activation_checkpointin
 from apa_cli.models.loading import TORCH_DTYPES, load_merged, load_tokenizer
 from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapter
 from apa_cli.models.sharding import copy_gathered_weights
-from apa_cli.models.structure import freeze_all_but_top, make_frozen_copy
+from apa_cli.models.structure import freeze_all_but_top, get_trunk, make_frozen_copy
 from apa_cli.randomness import Stream, derive_torch_seed
 from apa_cli.settings import Config, CriticInit, CriticKind, Quantization
 
@@ -40,10 +40,12 @@ class RunModels:
 
     @property
     def policy(self) -> PreTrainedModel:
+        """The policy under training, sharded with FSDP."""
         return self.model.policy
 
     @property
     def critics(self) -> nn.ModuleDict:
+        """The critics by name."""
         return self.model.critics
 
     def refresh_sampler(self) -> None:
@@ -52,8 +54,9 @@ class RunModels:
             copy_gathered_weights(self.sampler, self.policy)
 
     def refresh_moving_reference(self) -> None:
-        """Copy the policy into the moving reference."""
-        copy_gathered_weights(self.moving_reference, self.policy)
+        """Copy the policy into the moving reference, if there is one."""
+        if self.moving_reference is not None:
+            copy_gathered_weights(self.moving_reference, self.policy)
 
     def borrow_reference_sampler(self) -> PreTrainedModel | AdapterDisabledModel:
         """Return the reference as a model that can sample; `refresh_sampler` must follow.
@@ -61,10 +64,11 @@ class RunModels:
         A sharded reference is gathered into the sampler: responses end at different steps on each rank, while the
         ranks have to run a sharded model in step.
         """
-        if not hasattr(self.reference, "unshard"):
-            return self.reference
-        self.reference.reshard()
-        copy_gathered_weights(self.sampler, self.reference)
+        reference: Any = self.reference
+        if not hasattr(reference, "unshard"):
+            return reference
+        reference.reshard()
+        copy_gathered_weights(self.sampler, reference)
         return self.sampler
 
     def gather_policy(self) -> PreTrainedModel:
@@ -138,13 +142,13 @@ def load_reward_trunk(config: Config, policy: PreTrainedModel) -> PreTrainedMode
         ignore_mismatched_sizes=True,
         trust_remote_code=False,
     )
-    trunk = classifier.base_model
+    trunk = get_trunk(classifier)
     for name in ("model_type", "vocab_size", "hidden_size"):
         value, expected = getattr(trunk.config, name), getattr(policy.config, name)
         if value != expected:
             raise ConfigError(f"critic.init: the reward model's {name} is {value}, the policy's {expected}")
     tokenizer = load_tokenizer(replace(config.model, tokenizer=None), path)
-    if tokenizer.get_vocab() != load_tokenizer(config.model, config.model.path).get_vocab():
+    if tokenizer.get_vocab() != load_tokenizer(config.model, config.model.resolved_path).get_vocab():
         raise ConfigError("critic.init: the reward model's tokenizer is not the policy's")
     return trunk.eval()
 
@@ -174,6 +178,7 @@ def check_model_limits(config: Config, policy: PreTrainedModel, tokenizer: PreTr
             f"sampling: max_prompt_tokens {config.sampling.max_prompt_tokens} + max_new_tokens "
             f"{config.sampling.max_new_tokens} is more than the model's {positions} positions"
         )
-    size, highest = policy.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values())
+    embedding = cast(nn.Embedding, policy.get_input_embeddings())
+    size, highest = embedding.num_embeddings, max(tokenizer.get_vocab().values())
     if highest >= size:
         raise ConfigError(f"model.tokenizer: its highest token is number {highest}, the model has {size}")

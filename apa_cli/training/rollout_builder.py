@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from apa_cli.datasets.base import shuffle_rows
 from apa_cli.distributed.world import SINGLE_PROCESS, World
 from apa_cli.hardware.oom import BatchSizeHalver
 from apa_cli.models.forward import autocast_to, compute_response_logprobs
+from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.randomness import Stream, make_generator
 from apa_cli.rollout.collect import collect_rollout, concatenate_rollouts
@@ -90,15 +92,20 @@ class RolloutBuilder:
                 old = self.compute_per_token(rollout, lambda part: models.model(part, critics=()).logprobs)
         for name in needs.critics:
             with phase(f"critic {name}"):
-                values[name] = self.compute_per_token(
-                    rollout, lambda part, name=name: models.model(part, with_policy=False, critics=(name,)).values[name]
-                )
+                values[name] = self.compute_values(name, rollout)
         return rollout.replace(init_logprobs=init, ref_logprobs=anchor, old_logprobs=old, values=values)
 
-    def compute_logprobs(self, model: Callable, rollout: Rollout) -> Tensor:
+    def compute_logprobs(self, model: PreTrainedModel | AdapterDisabledModel, rollout: Rollout) -> Tensor:
         """Return log π of a model for the response tokens, [N, T] float32."""
         temperature = self.config.sampling.temperature
         return self.compute_per_token(rollout, lambda part: compute_response_logprobs(model, part, temperature))
+
+    def compute_values(self, critic: str, rollout: Rollout) -> Tensor:
+        """Return a critic's value before each response token, [N, T] float32."""
+        model = self.models.model
+        return self.compute_per_token(
+            rollout, lambda part: model(part, with_policy=False, critics=(critic,)).values[critic]
+        )
 
     def compute_per_token(self, rollout: Rollout, compute: Callable[[Sequences], Tensor]) -> Tensor:
         """Return a [N, T] float32 result of a forward pass, computed on microbatches of similar length."""
@@ -130,6 +137,13 @@ def compute_penalties(rollout: Rollout, settings: PenaltySettings) -> Tensor | N
         return None
     truncated = torch.tensor([ending == LENGTH for ending in rollout.endings])
     return settings.per_token * rollout.mask.sum(-1) + settings.missing_eos * truncated
+
+
+def subtract_penalties(rollout: Rollout, penalties: Tensor | None) -> Rollout:
+    """Return the scored rollout with `penalties` subtracted from its scores, unless they are None."""
+    if penalties is None or rollout.scores is None:
+        return rollout
+    return rollout.replace(scores=rollout.scores - penalties)
 
 
 def compute_sampler_gap(rollout: Rollout) -> dict[str, float]:

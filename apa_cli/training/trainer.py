@@ -19,7 +19,7 @@ from torch import Tensor
 from apa_cli.distributed.world import SINGLE_PROCESS, RankLost, World
 from apa_cli.errors import UserError
 from apa_cli.hardware.machine import read_peak_memory
-from apa_cli.rewards.base import ScoreFunction
+from apa_cli.rewards.base import CheckedScoreFunction
 from apa_cli.rollout.statistics import rollout_statistics
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
@@ -36,7 +36,7 @@ from apa_cli.training.mfu import PhaseHook, Stopwatch, UpdateMeter
 from apa_cli.training.models import RunModels
 from apa_cli.training.progress import Progress, collect_state, digest_sft_settings, restore_state
 from apa_cli.training.results import plot_run, report_results, save_models
-from apa_cli.training.rollout_builder import RolloutBuilder, compute_penalties, compute_sampler_gap
+from apa_cli.training.rollout_builder import RolloutBuilder, compute_penalties, compute_sampler_gap, subtract_penalties
 from apa_cli.training.updater import NonFiniteUpdate, Updater
 from apa_cli.types import Batch, Rollout
 
@@ -63,7 +63,7 @@ class Trainer:
     tracker: Tracker
     models: RunModels
     rollout_builder: RolloutBuilder
-    score: ScoreFunction
+    score: CheckedScoreFunction
     updater: Updater
     evaluator: Evaluator
     update_meter: UpdateMeter
@@ -162,7 +162,7 @@ class Trainer:
             )
             self.faults.check_rollout(iteration, rollout)
             penalties = compute_penalties(rollout, self.config.penalty)
-            penalized = rollout if penalties is None else rollout.replace(scores=rollout.scores - penalties)
+            penalized = subtract_penalties(rollout, penalties)
             batch, self.progress.algorithm = self.config.algo.prepare(penalized, self.progress.algorithm)
             self.faults.check_batch(iteration, rollout, batch)
         with phase("update"):
@@ -260,9 +260,10 @@ class Trainer:
 
     @contextmanager
     def save_on_reward_failure(self) -> Iterator[None]:
-        """If the reward fails in the block, save the state after the last finished iteration before the run ends.
+        """Save the state after the last finished iteration if the reward fails in the block, which ends the run.
 
-        The block must change nothing of that state before the reward returns.
+        The block must change nothing of that state before the reward returns. Raises UserError with the overrides
+        that continue the run.
         """
         try:
             yield
@@ -382,7 +383,7 @@ class Trainer:
             return
         self.prune_checkpoints()  # a run that was killed right after its last save has not done so
         tokenizer = self.rollout_builder.prompt_format.tokenizer
-        save_models(self.directory.path, policy, critics, self.models.model, tokenizer, self.config.model.path)
+        save_models(self.directory.path, policy, critics, self.models.model, tokenizer, self.config.model.resolved_path)
         plot_run(self.directory, self.console)
         report_results(self.directory, self.console, self.progress, self.config.evaluation.print_samples)
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +47,14 @@ def build_optimizer(model: TrainingModel, settings: OptimizerSettings) -> torch.
     groups = [{"params": model.policy_parameters(), "lr": settings.lr, "base_lr": settings.lr}]
     if model.critic_parameters():
         groups.append({"params": model.critic_parameters(), "lr": settings.critic_lr, "base_lr": settings.critic_lr})
+    beta1, beta2 = settings.betas
     return torch.optim.AdamW(
-        groups, betas=tuple(settings.betas), eps=settings.eps, weight_decay=settings.weight_decay, fused=True
+        groups, betas=(beta1, beta2), eps=settings.eps, weight_decay=settings.weight_decay, fused=True
     )
 
 
 def compute_lr_factor(settings: OptimizerSettings, step: int, total: int) -> float:
-    """Return the factor of the learning rates at optimiser step `step`, counted from 0, of `total`."""
+    """Return the factor of the learning rates at optimizer step `step`, counted from 0, of `total`."""
     warmup = round(settings.warmup_ratio * total)
     if step < warmup:
         return (step + 1) / warmup
@@ -92,7 +94,7 @@ def split_into_microbatches(batch: Batch | Rollout, size: int, world: World = SI
     return order[world.rank :: world.size].split(size)
 
 
-def move_to_device(batch: Batch, device: torch.device) -> Batch:
+def move_batch_to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with its tensors on `device`."""
 
     def move(value):
@@ -105,7 +107,7 @@ def move_to_device(batch: Batch, device: torch.device) -> Batch:
 
 @dataclass
 class StepMetrics:
-    """Metrics of one optimiser step, or one rank's share of them: sums and maxima by name."""
+    """Metrics of one optimizer step, or one rank's share of them: sums and maxima by name."""
 
     sums: dict[str, float] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
@@ -162,13 +164,13 @@ class Updater:
 
     @property
     def steps_per_iteration(self) -> int:
-        """Optimiser steps per iteration."""
+        """Optimizer steps per iteration."""
         return self.run.update_epochs * self.run.rollout_batch_size // self.run.minibatch_size
 
     def update(
         self, batch: Batch, iteration: int, on_fault: Callable[[NonFiniteUpdate], None] = raise_fault
     ) -> dict[str, float]:
-        """Run all optimiser steps of an iteration, counted from 1, and return the means of their metrics.
+        """Run all optimizer steps of an iteration, counted from 1, and return the means of their metrics.
 
         A step whose loss or gradient is not finite changes no weight. `on_fault` gets the error; if it returns, the
         step is left out of the metrics and the next one follows.
@@ -193,13 +195,13 @@ class Updater:
         return metrics | {"optimizer/lr": self.optimizer.param_groups[0]["lr"]}
 
     def set_learning_rates(self, step: int) -> None:
-        """Set the learning rates of optimiser step `step`, counted from 0 over the whole run."""
+        """Set the learning rates of optimizer step `step`, counted from 0 over the whole run."""
         factor = compute_lr_factor(self.settings, step, self.run.iterations * self.steps_per_iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
 
     def gather_steps(self, shares: list[StepMetrics]) -> list[StepMetrics]:
-        """Return the metrics of optimiser steps from the shares of all ranks."""
+        """Return the metrics of optimizer steps from the shares of all ranks."""
         return [reduce_over_ranks(ranks) for ranks in zip(*self.world.all_gather(shares), strict=True)]
 
     def accumulate_gradients(self, minibatch: Batch, is_first: bool) -> StepMetrics:
@@ -235,8 +237,9 @@ class Updater:
                 raise
             memory_error = error
         if self.world.any_rank(memory_error is not None):
-            if hasattr(self.model, "reducer"):  # of DistributedDataParallel, whose last forward pass gets no backward
-                self.model.reducer._reset_state()
+            reducer: Any = getattr(self.model, "reducer", None)
+            if reducer is not None:  # DistributedDataParallel's; its last forward pass gets no backward pass
+                reducer._reset_state()
             try:
                 raise memory_error or OtherRankOutOfMemory("out of memory on another rank")
             finally:
@@ -251,7 +254,8 @@ class Updater:
 
     def skip_gradient_sync(self) -> AbstractContextManager[None]:
         """Return a context in which backward passes leave gradients on their rank."""
-        return self.model.no_sync() if hasattr(self.model, "no_sync") else nullcontext()
+        no_sync: Any = getattr(self.model, "no_sync", nullcontext)
+        return no_sync()
 
     def compute_objective(self, rows: Batch, counts: dict[str, int], gap_count: int, share: StepMetrics) -> Tensor:
         """Return the scalar whose gradients, summed over microbatches and averaged over ranks, are the loss's.
@@ -259,7 +263,7 @@ class Updater:
         It is the sum of the loss terms over `rows`, divided by the minibatch's mask `counts` and multiplied by the
         world size. Adds the metrics to `share`, policy/sampler_gap as a sum over `gap_count` tokens (0: left out).
         """
-        micro = move_to_device(rows, self.device)
+        micro = move_batch_to_device(rows, self.device)
         with autocast_to(self.device, self.dtype):
             output = self.model(micro)
         loss = self.algorithm.loss(micro, output)

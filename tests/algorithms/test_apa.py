@@ -7,26 +7,12 @@ import pytest
 import torch
 
 from apa_cli.algorithms.apa import APA, Normalizer, log_z
-from apa_cli.algorithms.base import AdvantageEstimator, ScoreScaling, Whitening
+from apa_cli.algorithms.base import Whitening
 from apa_cli.types import PolicyOutput, Rollout
+from tests.builders import make_algorithm, make_mask, make_rollout
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
-
-
-def make(**fields) -> APA:
-    defaults = {
-        "gamma": 1.0,
-        "gae_lambda": 0.95,
-        "score_scaling": ScoreScaling.none,
-        "score_clip": None,
-        "whitening": Whitening.none,
-        "advantage_estimator": AdvantageEstimator.gae,
-        "value_coef": 1.0,
-        "value_clip_range": None,
-        "lambda_": 0.5,
-        "normalizer": Normalizer.none,
-    }
-    return APA(**{**defaults, **fields})
+make_apa = partial(make_algorithm, APA)
 
 
 SAMPLER = torch.tensor([[-1.0, 0.0], [-1.25, 0.0], [-0.75, 0.0]])
@@ -36,27 +22,16 @@ REFERENCE = torch.tensor([[-1.5, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
 SCORES = torch.tensor([0.5 * 0.5, 0.5 * (math.log(2) - 0.25), 0.5 * (math.log(5) + 0.25)])
 
 
-def rollout(**changes) -> Rollout:
-    """Three responses of one token in two columns."""
-    mask = torch.tensor([[True, False]] * 3)
-    base = Rollout(
-        prompt_ids=torch.zeros(3, 1, dtype=torch.int64),
-        prompt_mask=torch.ones(3, 1, dtype=torch.bool),
-        response_ids=torch.zeros(3, 2, dtype=torch.int64),
-        mask=mask,
-        prefix_mask=torch.zeros_like(mask),
-        sampler_logprobs=SAMPLER,
-        prompts=[""] * 3,
-        responses=[""] * 3,
-        endings=["eos"] * 3,
-        groups=torch.arange(3),
-        columns=[{}, {}, {}],
-        scores=SCORES,
-        ref_logprobs=REFERENCE,
-        init_logprobs=torch.full((3, 2), 99.0),  # kl/* are measured against it; the loss is not
-        values={"value": torch.zeros(3, 2)},
-    )
-    return base.replace(**changes)
+def make_responses(**fields) -> Rollout:
+    """Return three responses of one token in two columns."""
+    defaults = {
+        "sampler_logprobs": SAMPLER,
+        "scores": SCORES,
+        "ref_logprobs": REFERENCE,
+        "init_logprobs": torch.full((3, 2), 99.0),  # kl/* are measured against it; the loss is not
+        "values": {"value": torch.zeros(3, 2)},
+    }
+    return make_rollout(make_mask([1, 1, 1], width=2), **{**defaults, **fields})
 
 
 def output(logprobs: torch.Tensor) -> PolicyOutput:
@@ -68,7 +43,7 @@ def policy_loss(algorithm: APA, batch, logprobs: torch.Tensor) -> torch.Tensor:
 
 
 def test_needs_are_a_reference_and_a_critic():
-    needs = make().needs()
+    needs = make_apa().needs()
     assert needs.reference
     assert needs.critics == ("value",)
     assert not needs.old_logprobs
@@ -76,8 +51,8 @@ def test_needs_are_a_reference_and_a_critic():
 
 
 def test_loss_by_hand():
-    algorithm = make()
-    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    algorithm = make_apa()
+    batch, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
     # on-policy the residual is k1 − Â/λ = −e: squares 0, (ln 2)², (ln 5)²
     loss = policy_loss(algorithm, batch, SAMPLER)
     assert_close(loss[:, 0], torch.tensor([0.0, math.log(2) ** 2, math.log(5) ** 2]), atol=1e-6)
@@ -88,8 +63,8 @@ def test_loss_by_hand():
 
 def test_loss_and_gradient_vanish_at_log_ratio_advantage_over_lambda():
     # powers of two: exact in float32
-    algorithm = make(lambda_=0.25)
-    batch, _ = algorithm.prepare(rollout(scores=torch.tensor([0.5, -0.25, 0.0])), algorithm.initial_state())
+    algorithm = make_apa(lambda_=0.25)
+    batch, _ = algorithm.prepare(make_responses(scores=torch.tensor([0.5, -0.25, 0.0])), algorithm.initial_state())
     target = (REFERENCE + torch.tensor([[2.0], [-1.0], [0.0]])).requires_grad_()
     loss = policy_loss(algorithm, batch, target)[:, 0]
     assert not loss.any()
@@ -98,9 +73,9 @@ def test_loss_and_gradient_vanish_at_log_ratio_advantage_over_lambda():
 
 
 def test_loss_does_not_depend_on_the_old_policy():
-    algorithm = make()
-    one, _ = algorithm.prepare(rollout(), algorithm.initial_state())
-    other, _ = algorithm.prepare(rollout(sampler_logprobs=SAMPLER - 3), algorithm.initial_state())
+    algorithm = make_apa()
+    one, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
+    other, _ = algorithm.prepare(make_responses(sampler_logprobs=SAMPLER - 3), algorithm.initial_state())
     logprobs = torch.tensor([[-0.5, 0.0], [-2.0, 0.0], [-1.0, 0.0]])
     assert_close(policy_loss(algorithm, one, logprobs), policy_loss(algorithm, other, logprobs))
 
@@ -108,8 +83,8 @@ def test_loss_does_not_depend_on_the_old_policy():
 def test_log_z_by_hand():
     # e = ln 1, ln 2, ln 5: weights 1, 2, 5; log Z = ln(8/3); its bound (ln 1 + ln 2 + ln 5)/3 = ln(10)/3;
     # the effective sample size is 8² / (1 + 4 + 25) = 64/30
-    algorithm = make()
-    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    algorithm = make_apa()
+    batch, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
     metrics = {name: value for name, value in batch.metrics.items() if name.startswith("apa/")}
     expected = {
         "apa/log_z": math.log(8 / 3),
@@ -157,17 +132,17 @@ def test_equal_exponents_have_full_effective_sample_size_and_tight_bounds():
 
 def test_log_z_of_a_policy_at_its_target_is_zero():
     # π_old = π_init · exp(A/λ) on the sampled tokens: every exponent is 0
-    algorithm = make()
+    algorithm = make_apa()
     advantages = 0.5 * (SAMPLER - REFERENCE)[:, 0]
-    batch, _ = algorithm.prepare(rollout(scores=advantages), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_responses(scores=advantages), algorithm.initial_state())
     assert batch.metrics["apa/log_z"] == pytest.approx(0, abs=1e-6)
     assert batch.metrics["apa/log_z_lower"] == pytest.approx(0, abs=1e-6)
     assert batch.metrics["apa/log_z_ess"] == pytest.approx(3, rel=1e-6)
 
 
 def test_batch_normalizer_is_the_lower_bound_added_to_the_residual():
-    algorithm = make(normalizer=Normalizer.batch)
-    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    algorithm = make_apa(normalizer=Normalizer.batch)
+    batch, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
     constant = math.log(10) / 3
     assert_close(batch.log_normalizer, torch.full((3, 2), constant))
     # on-policy: (−e + ln(10)/3)²
@@ -176,8 +151,8 @@ def test_batch_normalizer_is_the_lower_bound_added_to_the_residual():
 
 
 def test_batch_normalizer_minimises_the_on_policy_loss():
-    algorithm = make(normalizer=Normalizer.batch)
-    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    algorithm = make_apa(normalizer=Normalizer.batch)
+    batch, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
 
     def loss(constant: torch.Tensor) -> float:
         return float(policy_loss(algorithm, batch.replace(log_normalizer=constant), SAMPLER)[:, 0].mean())
@@ -189,8 +164,8 @@ def test_batch_normalizer_minimises_the_on_policy_loss():
 
 @pytest.mark.parametrize("normalizer", list(Normalizer))
 def test_with_minibatch_whitening_log_z_is_that_of_the_minibatch(normalizer):
-    algorithm = make(whitening=Whitening.minibatch, normalizer=normalizer)
-    batch, _ = algorithm.prepare(rollout(scores=torch.tensor([1.0, 7.0, 5.0])), algorithm.initial_state())
+    algorithm = make_apa(whitening=Whitening.minibatch, normalizer=normalizer)
+    batch, _ = algorithm.prepare(make_responses(scores=torch.tensor([1.0, 7.0, 5.0])), algorithm.initial_state())
     assert not any(name.startswith("apa/") for name in batch.metrics)
     assert batch.log_normalizer is None
     minibatch = algorithm.prepare_minibatch(batch.select_rows(torch.tensor([2, 0])))
@@ -210,8 +185,8 @@ def test_with_minibatch_whitening_log_z_is_that_of_the_minibatch(normalizer):
 
 @pytest.mark.parametrize("whitening", [Whitening.none, Whitening.rollout])
 def test_with_other_whitening_log_z_is_that_of_the_rollout_and_minibatches_keep_its_constant(whitening):
-    algorithm = make(whitening=whitening, normalizer=Normalizer.batch)
-    batch, _ = algorithm.prepare(rollout(scores=torch.tensor([1.0, 7.0, 4.0])), algorithm.initial_state())
+    algorithm = make_apa(whitening=whitening, normalizer=Normalizer.batch)
+    batch, _ = algorithm.prepare(make_responses(scores=torch.tensor([1.0, 7.0, 4.0])), algorithm.initial_state())
     # Â/λ − k1: the mean of Â/λ is 4/0.5 = 8 raw and 0 whitened; that of k1 is (0.5 − 0.25 + 0.25)/3 = 1/6
     lower = (8 if whitening is Whitening.none else 0) - 1 / 6
     assert batch.metrics["apa/log_z_lower"] == pytest.approx(lower, rel=1e-6)
@@ -221,11 +196,11 @@ def test_with_other_whitening_log_z_is_that_of_the_rollout_and_minibatches_keep_
 
 
 def test_values_outside_the_mask_change_neither_diagnostics_nor_constant():
-    algorithm = make(normalizer=Normalizer.batch)
-    clean, _ = algorithm.prepare(rollout(), algorithm.initial_state())
-    mask = rollout().mask
+    algorithm = make_apa(normalizer=Normalizer.batch)
+    clean, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
+    mask = make_responses().mask
     dirty, _ = algorithm.prepare(
-        rollout(
+        make_responses(
             sampler_logprobs=SAMPLER.masked_fill(~mask, math.nan),
             ref_logprobs=REFERENCE.masked_fill(~mask, -math.inf),
         ),

@@ -7,63 +7,35 @@ import pytest
 import torch
 
 from apa_cli.algorithms.awr import AWR
-from apa_cli.algorithms.base import AdvantageEstimator, ScoreScaling, Whitening
+from apa_cli.algorithms.base import AdvantageEstimator, Whitening
 from apa_cli.types import PolicyOutput, Rollout
+from tests.builders import make_algorithm, make_mask, make_rollout
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+make_awr = partial(make_algorithm, AWR)
 
 
-def make(**fields) -> AWR:
-    defaults = {
-        "gamma": 1.0,
-        "gae_lambda": 1.0,
-        "score_scaling": ScoreScaling.none,
-        "score_clip": None,
-        "whitening": Whitening.none,
-        "advantage_estimator": AdvantageEstimator.gae,
-        "value_coef": 1.0,
-        "value_clip_range": None,
-        "lambda_": 0.5,
-        "weight_clip": 20.0,
-    }
-    return AWR(**{**defaults, **fields})
-
-
-def rollout(scores: list[float], values: list[float]) -> Rollout:
-    """Responses of one token, without a reference."""
-    n = len(scores)
-    mask = torch.ones(n, 1, dtype=torch.bool)
-    return Rollout(
-        prompt_ids=torch.zeros(n, 1, dtype=torch.int64),
-        prompt_mask=mask,
-        response_ids=torch.zeros(n, 1, dtype=torch.int64),
-        mask=mask,
-        prefix_mask=~mask,
-        sampler_logprobs=torch.full((n, 1), -1.0),
-        prompts=[""] * n,
-        responses=[""] * n,
-        endings=["eos"] * n,
-        groups=torch.arange(n),
-        columns=[{} for _ in range(n)],
-        scores=torch.tensor(scores),
-        values={"value": torch.tensor(values).unsqueeze(1)},
-    )
+def make_responses(scores: list[float], values: list[float]) -> Rollout:
+    """Return responses of one token, without a reference."""
+    mask = make_mask([1] * len(scores))
+    values = {"value": torch.tensor(values).unsqueeze(1)}
+    return make_rollout(mask, sampler_logprobs=-1.0 * mask, scores=torch.tensor(scores), values=values)
 
 
 def weights(algorithm: AWR, scores: list[float], values: list[float]) -> list[float]:
     """Return the weight of each token: the policy's loss at log π = −1."""
-    batch, _ = algorithm.prepare(rollout(scores, values), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_responses(scores, values), algorithm.initial_state())
     logprobs = torch.full((len(scores), 1), -1.0)
     loss = algorithm.loss(batch, PolicyOutput(logprobs, {"value": torch.zeros_like(logprobs)}))
     return loss.terms[0].values.flatten().tolist()
 
 
 def test_needs_are_a_critic_and_no_reference():
-    needs = make().needs()
+    needs = make_awr().needs()
     assert not needs.reference
     assert needs.critics == ("value",)
     assert not needs.old_logprobs
-    without_critic = make(advantage_estimator=AdvantageEstimator.group_mean).needs()
+    without_critic = make_awr(advantage_estimator=AdvantageEstimator.group_mean).needs()
     assert not without_critic.reference
     assert without_critic.critics == ()
 
@@ -71,26 +43,26 @@ def test_needs_are_a_critic_and_no_reference():
 def test_weights_by_hand():
     # A = score − V = 1, −0.5, 0; over λ = 0.5: e², e⁻¹, 1
     expected = [math.exp(2), math.exp(-1), 1.0]
-    assert weights(make(), [2.0, 0.5, 3.0], [1.0, 1.0, 3.0]) == pytest.approx(expected, rel=1e-6)
+    assert weights(make_awr(), [2.0, 0.5, 3.0], [1.0, 1.0, 3.0]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_weights_are_clipped_at_weight_clip():
     # A/λ = 2, 4: e² = 7.39 and e⁴ = 54.6
-    assert weights(make(weight_clip=20.0), [1.0, 2.0], [0.0, 0.0]) == pytest.approx([math.exp(2), 20.0], rel=1e-6)
-    assert weights(make(weight_clip=None), [1.0, 2.0], [0.0, 0.0]) == pytest.approx(
+    assert weights(make_awr(weight_clip=20.0), [1.0, 2.0], [0.0, 0.0]) == pytest.approx([math.exp(2), 20.0], rel=1e-6)
+    assert weights(make_awr(weight_clip=None), [1.0, 2.0], [0.0, 0.0]) == pytest.approx(
         [math.exp(2), math.exp(4)], rel=1e-6
     )
 
 
 def test_whitened_weights_are_in_standard_deviations():
     # scores 1, 5 whiten to −1, 1: weights exp(∓1/λ) at λ = 2
-    whitened = weights(make(whitening=Whitening.rollout, lambda_=2.0), [1.0, 5.0], [0.0, 0.0])
+    whitened = weights(make_awr(whitening=Whitening.rollout, lambda_=2.0), [1.0, 5.0], [0.0, 0.0])
     assert whitened == pytest.approx([math.exp(-0.5), math.exp(0.5)], rel=1e-6)
 
 
 def test_gradient_is_minus_the_weight_at_any_log_prob():
-    algorithm = make()
-    batch, _ = algorithm.prepare(rollout([0.5, -0.5], [0.0, 0.0]), algorithm.initial_state())
+    algorithm = make_awr()
+    batch, _ = algorithm.prepare(make_responses([0.5, -0.5], [0.0, 0.0]), algorithm.initial_state())
     logprobs = torch.tensor([[-0.1], [-7.0]], requires_grad=True)
     loss = algorithm.loss(batch, PolicyOutput(logprobs, {"value": torch.zeros(2, 1)}))
     (gradient,) = torch.autograd.grad(loss.terms[0].values.sum(), logprobs)

@@ -7,78 +7,42 @@ from functools import partial
 import pytest
 import torch
 
-from apa_cli.algorithms.apa import APA, Normalizer
+from apa_cli.algorithms.apa import APA
 from apa_cli.algorithms.awr import AWR
 from apa_cli.algorithms.base import AdvantageEstimator, Algorithm, ScoreScaling, Whitening
-from apa_cli.algorithms.ppo import PPO, KLController
+from apa_cli.algorithms.ppo import PPO
 from apa_cli.types import Batch, Loss, Needs, PolicyOutput, Rollout, RolloutPlan
+from tests.builders import make_algorithm, make_mask, make_rollout
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
-COMMON = {
-    "gamma": 1.0,
-    "gae_lambda": 1.0,
-    "score_scaling": ScoreScaling.none,
-    "score_clip": None,
-    "whitening": Whitening.none,
-    "advantage_estimator": AdvantageEstimator.gae,
-    "value_coef": 1.0,
-    "value_clip_range": None,
-}
-EXTRA = {
-    APA: {"lambda_": 0.5, "normalizer": Normalizer.none},
-    AWR: {"lambda_": 0.5, "weight_clip": 20.0},
-    PPO: {
-        "kl_coef": 0.1,
-        "clip_range": 0.2,
-        "kl_controller": KLController.fixed,
-        "kl_target": 6.0,
-        "kl_horizon": 10_000,
-    },
-}
-
-
-def make(kind: type, **fields):
-    return kind(**{**COMMON, **EXTRA[kind], **fields})
-
-
 # AWR overrides nothing before its loss, so it represents all three
-make_awr = partial(make, AWR)
+make_awr = partial(make_algorithm, AWR)
 
 
-def rollout(scores: list[float], lengths: list[int], values: list[list[float]], **changes) -> Rollout:
+def make_responses(scores: list[float], lengths: list[int], values: list[list[float]], **fields) -> Rollout:
     """Return responses of `lengths` tokens with these scores and values; the other fields are arbitrary."""
     n, width = len(lengths), max(lengths)
-    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
-    rows = [row + [0.0] * (width - len(row)) for row in values]
-    base = Rollout(
-        prompt_ids=torch.arange(2 * n).reshape(n, 2),
-        prompt_mask=torch.ones(n, 2, dtype=torch.bool),
-        response_ids=torch.arange(n * width).reshape(n, width),
-        mask=mask,
-        prefix_mask=torch.zeros_like(mask),
-        sampler_logprobs=torch.zeros(n, width),
-        prompts=[""] * n,
-        responses=[""] * n,
-        endings=["eos"] * n,
-        groups=torch.arange(n),
-        columns=[{} for _ in range(n)],
-        scores=torch.tensor(scores),
-        ref_logprobs=torch.zeros(n, width),
-        init_logprobs=torch.zeros(n, width),
-        old_logprobs=torch.zeros(n, width),
-        values={"value": torch.tensor(rows)},
-    )
-    return base.replace(**changes)
+    defaults = {
+        "prompt_ids": torch.arange(2 * n).reshape(n, 2),
+        "prompt_mask": torch.ones(n, 2, dtype=torch.bool),
+        "response_ids": torch.arange(n * width).reshape(n, width),
+        "scores": torch.tensor(scores),
+        "ref_logprobs": torch.zeros(n, width),
+        "init_logprobs": torch.zeros(n, width),
+        "old_logprobs": torch.zeros(n, width),
+        "values": {"value": torch.tensor([row + [0.0] * (width - len(row)) for row in values])},
+    }
+    return make_rollout(make_mask(lengths), **{**defaults, **fields})
 
 
-def one_token(*scores: float) -> Rollout:
+def make_one_token_responses(*scores: float) -> Rollout:
     """Return responses of one token each with values 0, so that every advantage is the scaled score."""
-    return rollout(list(scores), [1] * len(scores), [[0.0]] * len(scores))
+    return make_responses(list(scores), [1] * len(scores), [[0.0]] * len(scores))
 
 
 def test_the_score_is_on_the_last_true_token_only():
-    algorithm, two_responses = make_awr(), rollout([3.0, -1.0], [2, 3], [[0.0] * 2, [0.0] * 3])
+    algorithm, two_responses = make_awr(), make_responses([3.0, -1.0], [2, 3], [[0.0] * 2, [0.0] * 3])
     rewards = algorithm.token_rewards(two_responses, two_responses.scores, algorithm.initial_state())
     assert_close(rewards, torch.tensor([[0.0, 3.0, 0.0], [0.0, 0.0, -1.0]]))
 
@@ -87,7 +51,7 @@ def test_advantages_and_returns_by_hand():
     # γ = 1, gae_lambda = 0.5. Row 1, score 4, V = 1, 2: δ = 2 − 1 = 1, 4 − 2 = 2; A = 2, 2 (1 + 0.5·2);
     # G = 3, 4. Row 2, score −1, V = 0.5: A = −1.5, G = −1
     algorithm = make_awr(gae_lambda=0.5)
-    batch, _ = algorithm.prepare(rollout([4.0, -1.0], [2, 1], [[1.0, 2.0], [0.5]]), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_responses([4.0, -1.0], [2, 1], [[1.0, 2.0], [0.5]]), algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor([[2.0, 2.0], [-1.5, 0.0]]))
     assert_close(batch.returns["value"], torch.tensor([[3.0, 4.0], [-1.0, 0.0]]))
     assert_close(batch.values["value"], torch.tensor([[1.0, 2.0], [0.5, 0.0]]))
@@ -96,7 +60,7 @@ def test_advantages_and_returns_by_hand():
 def test_gamma_discounts_later_rewards():
     # γ = 0.5, gae_lambda = 1: A_1 = 0 + 0.5·2 − 1 + 0.5·(4 − 2) = 1
     algorithm = make_awr(gamma=0.5)
-    batch, _ = algorithm.prepare(rollout([4.0], [2], [[1.0, 2.0]]), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_responses([4.0], [2], [[1.0, 2.0]]), algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor([[1.0, 2.0]]))
 
 
@@ -105,7 +69,7 @@ def test_the_value_after_the_end_is_0_for_every_ending(ending):
     # the last advantage is score − V_T = 4 − 2, the one before with gae_lambda 0: V_T − V_{T−1} = 2 − 1.
     # One row is full, the other is followed by padding with an arbitrary value
     algorithm = make_awr(gae_lambda=0.0)
-    responses = rollout([4.0, 4.0], [2, 1], [[1.0, 2.0], [2.0, 9.0]], endings=[ending, ending])
+    responses = make_responses([4.0, 4.0], [2, 1], [[1.0, 2.0], [2.0, 9.0]], endings=[ending, ending])
     batch, _ = algorithm.prepare(responses, algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor([[1.0, 2.0], [2.0, 0.0]]))
 
@@ -122,8 +86,8 @@ def test_the_value_after_the_end_is_0_for_every_ending(ending):
 )
 def test_score_scaling_over_two_iterations_by_hand(scaling, first, second, scales):
     algorithm = make_awr(score_scaling=scaling)
-    one, state = algorithm.prepare(one_token(2.0, 6.0), algorithm.initial_state())
-    two, _ = algorithm.prepare(one_token(10.0, 14.0), state)
+    one, state = algorithm.prepare(make_one_token_responses(2.0, 6.0), algorithm.initial_state())
+    two, _ = algorithm.prepare(make_one_token_responses(10.0, 14.0), state)
     assert_close(one.advantages, torch.tensor(first).unsqueeze(1))
     assert_close(two.advantages, torch.tensor(second).unsqueeze(1))
     assert [batch.metrics["score/scale"] for batch in (one, two)] == pytest.approx(scales, rel=1e-12)
@@ -133,8 +97,8 @@ def test_score_scaling_over_two_iterations_by_hand(scaling, first, second, scale
 def test_the_state_holds_the_moments_of_all_raw_scores_and_the_old_state_is_not_modified(scaling):
     algorithm = make_awr(score_scaling=scaling, score_clip=0.5)
     before = {**algorithm.initial_state(), "another": 7}
-    _, after = algorithm.prepare(one_token(2.0, 6.0), before)
-    _, last = algorithm.prepare(one_token(10.0, 14.0), after)
+    _, after = algorithm.prepare(make_one_token_responses(2.0, 6.0), before)
+    _, last = algorithm.prepare(make_one_token_responses(10.0, 14.0), after)
     assert before == {"score_moments": (0.0, 0.0, 0.0), "another": 7}
     assert after == {"score_moments": (2, 4, 8), "another": 7}
     assert last == {"score_moments": (4, 8, 80), "another": 7}
@@ -143,14 +107,14 @@ def test_the_state_holds_the_moments_of_all_raw_scores_and_the_old_state_is_not_
 def test_score_clip_is_symmetric_and_in_units_of_the_scaled_score():
     # deviation of −10, −2, 0, 12: mean 0, (100 + 4 + 0 + 144)/4 = 62; over √62 = 7.87: −1.27, −0.25, 0, 1.52
     algorithm = make_awr(score_scaling=ScoreScaling.batch, score_clip=1.0)
-    batch, _ = algorithm.prepare(one_token(-10.0, -2.0, 0.0, 12.0), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_one_token_responses(-10.0, -2.0, 0.0, 12.0), algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor([[-1.0], [-2 / 62**0.5], [0.0], [1.0]]))
 
 
 @pytest.mark.parametrize("scaling", [ScoreScaling.batch, ScoreScaling.running])
 def test_equal_scores_are_divided_by_1e_8(scaling):
     algorithm = make_awr(score_scaling=scaling, score_clip=3.0)
-    batch, _ = algorithm.prepare(one_token(2e-8, 2e-8), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_one_token_responses(2e-8, 2e-8), algorithm.initial_state())
     assert batch.metrics["score/scale"] == 1e-8
     assert_close(batch.advantages, torch.tensor([[2.0], [2.0]]))
 
@@ -159,7 +123,7 @@ def test_equal_scores_are_divided_by_1e_8(scaling):
 def test_the_standard_deviation_of_scores_is_computed_in_float64(scaling):
     # 2²⁴ and twice 2²⁴ + 2, float32 neighbours: squares (4/3)² + 2·(2/3)² = 8/3, over 3
     algorithm = make_awr(score_scaling=scaling)
-    batch, _ = algorithm.prepare(one_token(2.0**24, 2.0**24 + 2, 2.0**24 + 2), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_one_token_responses(2.0**24, 2.0**24 + 2, 2.0**24 + 2), algorithm.initial_state())
     assert batch.metrics["score/scale"] == pytest.approx((8 / 9) ** 0.5, rel=1e-9)
 
 
@@ -168,7 +132,7 @@ def test_whitening_over_the_rollout_by_hand():
     # mean 2, deviations −1, 1, −3, 3, variance 20/4 = 5
     algorithm = make_awr(whitening=Whitening.rollout)
     batch, _ = algorithm.prepare(
-        rollout([4.0, -1.0, 5.0], [2, 1, 1], [[3.0, 1.0], [0.0], [0.0]]), algorithm.initial_state()
+        make_responses([4.0, -1.0, 5.0], [2, 1, 1], [[3.0, 1.0], [0.0], [0.0]]), algorithm.initial_state()
     )
     assert_close(batch.advantages, torch.tensor([[-1.0, 1.0], [-3.0, 0.0], [3.0, 0.0]]) / 5**0.5)
     assert_close(batch.returns["value"], torch.tensor([[4.0, 4.0], [-1.0, 0.0], [5.0, 0.0]]))  # never whitened
@@ -178,7 +142,7 @@ def test_whitening_over_the_rollout_by_hand():
 def test_whitening_over_minibatches_by_hand():
     # scores 1, 3 are one minibatch (mean 2, deviation 1), 10, 30 the other (mean 20, deviation 10)
     algorithm = make_awr(whitening=Whitening.minibatch)
-    batch, _ = algorithm.prepare(one_token(1.0, 10.0, 3.0, 30.0), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_one_token_responses(1.0, 10.0, 3.0, 30.0), algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor([[1.0], [10.0], [3.0], [30.0]]))
     for rows in ([0, 2], [1, 3]):
         minibatch = algorithm.prepare_minibatch(batch.select_rows(torch.tensor(rows)))
@@ -187,13 +151,13 @@ def test_whitening_over_minibatches_by_hand():
 
 def test_without_whitening_advantages_keep_their_unit():
     algorithm = make_awr(whitening=Whitening.none)
-    batch, _ = algorithm.prepare(one_token(1.0, 30.0), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_one_token_responses(1.0, 30.0), algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor([[1.0], [30.0]]))
     assert algorithm.prepare_minibatch(batch) is batch
 
 
 def test_monte_carlo_is_return_minus_value_for_any_gae_lambda():
-    responses = rollout([4.0], [2], [[1.0, 2.0]])
+    responses = make_responses([4.0], [2], [[1.0, 2.0]])
     algorithm = make_awr(advantage_estimator=AdvantageEstimator.monte_carlo, gae_lambda=0.3)
     batch, _ = algorithm.prepare(responses, algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor([[3.0, 2.0]]))
@@ -203,7 +167,7 @@ def test_monte_carlo_is_return_minus_value_for_any_gae_lambda():
 def test_group_mean_has_no_critic():
     # scores 1, 4 to prompt 0, 10, 2 to prompt 1: 1 − 4, 4 − 1, 10 − 2, 2 − 10
     algorithm = make_awr(advantage_estimator=AdvantageEstimator.group_mean)
-    responses = rollout([1.0, 10.0, 4.0, 2.0], [2, 1, 1, 2], [[0.0]] * 4)
+    responses = make_responses([1.0, 10.0, 4.0, 2.0], [2, 1, 1, 2], [[0.0]] * 4)
     responses = responses.replace(groups=torch.tensor([0, 1, 0, 1]), values={})
     batch, _ = algorithm.prepare(responses, algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor([[-3.0, -3.0], [8.0, 0.0], [3.0, 0.0], [-8.0, -8.0]]))
@@ -224,14 +188,16 @@ def test_the_other_estimators_need_one_critic_and_one_sample_per_prompt(estimato
 def test_explained_variance_by_hand():
     # G = 2, 6 with variance 4; G − V = 1, 4 with variance 9/4: 1 − (9/4)/4 = 7/16
     algorithm = make_awr()
-    batch, _ = algorithm.prepare(rollout([2.0, 6.0], [1, 1], [[1.0], [2.0]]), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_responses([2.0, 6.0], [1, 1], [[1.0], [2.0]]), algorithm.initial_state())
     assert batch.metrics["value/explained_variance"] == pytest.approx(7 / 16, rel=1e-6)
 
 
 def test_explained_variance_is_over_true_tokens_and_ignores_a_constant_error():
     # tokens: G = 2, 6, 6 and G − V = 1, 1, 1: all variance is explained; without the constant too
     algorithm = make_awr()
-    batch, _ = algorithm.prepare(rollout([2.0, 6.0], [1, 2], [[1.0, 99.0], [5.0, 5.0]]), algorithm.initial_state())
+    batch, _ = algorithm.prepare(
+        make_responses([2.0, 6.0], [1, 2], [[1.0, 99.0], [5.0, 5.0]]), algorithm.initial_state()
+    )
     assert batch.metrics["value/explained_variance"] == 1
 
 
@@ -244,7 +210,7 @@ def test_explained_variance_is_over_true_tokens_and_ignores_a_constant_error():
 )
 def test_variance_of_returns_is_floored_at_1e_12(score, values, expected):
     algorithm = make_awr()
-    batch, _ = algorithm.prepare(rollout([score, score], [1, 1], values), algorithm.initial_state())
+    batch, _ = algorithm.prepare(make_responses([score, score], [1, 1], values), algorithm.initial_state())
     assert batch.metrics["value/explained_variance"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -252,8 +218,8 @@ def test_variance_of_returns_is_floored_at_1e_12(score, values, expected):
 @pytest.mark.parametrize(("value_clip_range", "expected"), [(None, 0.125), (0.2, 0.32)])
 def test_the_critics_term_by_hand(kind, value_clip_range, expected):
     # V_old = 1, G = 2, V = 1.5: ½·0.5²; clipped to ±0.2 around V_old: ½·0.8²
-    algorithm = make(kind, value_coef=0.3, value_clip_range=value_clip_range)
-    batch, _ = algorithm.prepare(rollout([2.0], [1], [[1.0]]), algorithm.initial_state())
+    algorithm = make_algorithm(kind, value_coef=0.3, value_clip_range=value_clip_range)
+    batch, _ = algorithm.prepare(make_responses([2.0], [1], [[1.0]]), algorithm.initial_state())
     loss = algorithm.loss(batch, PolicyOutput(torch.zeros(1, 1), {"value": torch.tensor([[1.5]])}))
     policy, critic = loss.terms
     assert (policy.name, policy.mask, policy.weight) == ("policy", "tokens", 1)
@@ -265,12 +231,12 @@ def make_random_case(kind: type) -> tuple[Algorithm, Batch, PolicyOutput]:
     """Return an algorithm, its prepared batch of five responses of 1 to 5 tokens, and the output of another policy."""
     torch.manual_seed(0)
     lengths = [3, 1, 5, 2, 4]
-    mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
+    mask = make_mask(lengths)
     names = ("sampler_logprobs", "ref_logprobs", "init_logprobs", "old_logprobs")
     tables = {name: -torch.rand(5, 5) * mask for name in names}
     values = {"value": torch.randn(5, 5) * mask}
-    responses = rollout(torch.randn(5).tolist(), lengths, [[0.0]] * 5).replace(**tables, values=values)
-    algorithm = make(kind, whitening=Whitening.rollout, gae_lambda=0.95, value_clip_range=0.2)
+    responses = make_responses(torch.randn(5).tolist(), lengths, [[0.0]] * 5).replace(**tables, values=values)
+    algorithm = make_algorithm(kind, whitening=Whitening.rollout, gae_lambda=0.95, value_clip_range=0.2)
     batch, _ = algorithm.prepare(responses, algorithm.initial_state())
     return algorithm, batch, PolicyOutput(-torch.rand(5, 5) * mask, {"value": torch.randn(5, 5) * mask})
 
@@ -304,14 +270,16 @@ def test_the_loss_is_the_sum_over_microbatches_divided_by_the_whole_count(kind):
 def test_values_outside_the_mask_change_no_advantage_return_or_metric(kind, junk):
     torch.manual_seed(0)
     lengths = [3, 1, 2]
-    mask = torch.arange(3) < torch.tensor(lengths).unsqueeze(1)
+    mask = make_mask(lengths)
     tables = {name: -torch.rand(3, 3) * mask for name in ("sampler_logprobs", "ref_logprobs", "init_logprobs")}
-    clean = rollout([1.0, 5.0, 2.0], lengths, [[0.0]] * 3).replace(**tables, values={"value": torch.randn(3, 3) * mask})
+    clean = make_responses([1.0, 5.0, 2.0], lengths, [[0.0]] * 3).replace(
+        **tables, values={"value": torch.randn(3, 3) * mask}
+    )
     dirty = clean.replace(
         **{name: table.masked_fill(~mask, junk) for name, table in tables.items()},
         values={"value": clean.values["value"].masked_fill(~mask, -junk)},
     )
-    algorithm = make(kind, whitening=Whitening.rollout, score_scaling=ScoreScaling.running)
+    algorithm = make_algorithm(kind, whitening=Whitening.rollout, score_scaling=ScoreScaling.running)
     (expected, state), (actual, actual_state) = (
         algorithm.prepare(variant, algorithm.initial_state()) for variant in (clean, dirty)
     )
@@ -322,7 +290,7 @@ def test_values_outside_the_mask_change_no_advantage_return_or_metric(kind, junk
 
 
 def test_selected_rows_have_the_requested_order_and_no_metrics():
-    batch, _ = make_awr().prepare(one_token(1.0, 2.0, 3.0, 4.0), make_awr().initial_state())
+    batch, _ = make_awr().prepare(make_one_token_responses(1.0, 2.0, 3.0, 4.0), make_awr().initial_state())
     batch = batch.replace(old_logprobs=None, log_normalizer=torch.tensor([[0.1], [0.2], [0.3], [0.4]]))
     assert batch.metrics
     part = batch.select_rows(torch.tensor([2, 0]))
@@ -381,4 +349,6 @@ def test_every_algorithm_has_its_own_label_and_a_colour_readable_on_white():
 
 def test_a_quantity_that_needs_did_not_ask_for_is_named():
     with pytest.raises(ValueError, match=r"^ref_logprobs: not computed; the algorithm's needs\(\) must ask for it$"):
-        make(APA).prepare(one_token(1.0, 2.0).replace(ref_logprobs=None), make(APA).initial_state())
+        make_algorithm(APA).prepare(
+            make_one_token_responses(1.0, 2.0).replace(ref_logprobs=None), make_algorithm(APA).initial_state()
+        )

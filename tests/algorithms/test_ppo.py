@@ -6,31 +6,13 @@ from functools import partial
 import pytest
 import torch
 
-from apa_cli.algorithms.base import AdvantageEstimator, ScoreScaling, Whitening
+from apa_cli.algorithms.base import AdvantageEstimator, ScoreScaling
 from apa_cli.algorithms.ppo import PPO, KLController
 from apa_cli.types import PolicyOutput, Rollout
+from tests.builders import make_algorithm, make_mask, make_rollout
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
-
-
-def make(**fields) -> PPO:
-    defaults = {
-        "gamma": 1.0,
-        "gae_lambda": 1.0,
-        "score_scaling": ScoreScaling.none,
-        "score_clip": None,
-        "whitening": Whitening.none,
-        "advantage_estimator": AdvantageEstimator.gae,
-        "value_coef": 1.0,
-        "value_clip_range": None,
-        "kl_coef": 0.1,
-        "clip_range": 0.2,
-        "kl_controller": KLController.fixed,
-        "kl_target": 2.0,
-        "kl_horizon": 20,
-    }
-    return PPO(**{**defaults, **fields})
-
+make_ppo = partial(make_algorithm, PPO, kl_target=2.0, kl_horizon=20)
 
 # k1 = −1 + 1.5 = 0.5 and −2 + 1 = −1 in response 1, −0.5 + 2.5 = 2 in response 2
 SAMPLER = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
@@ -38,80 +20,71 @@ REFERENCE = torch.tensor([[-1.5, -1.0], [-2.5, 0.0]])
 OLD = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
 
 
-def rollout(**changes) -> Rollout:
-    """A response of two tokens with score 3 and one of one token with score 4; values 0."""
-    mask = torch.tensor([[True, True], [True, False]])
-    base = Rollout(
-        prompt_ids=torch.zeros(2, 1, dtype=torch.int64),
-        prompt_mask=torch.ones(2, 1, dtype=torch.bool),
-        response_ids=torch.zeros(2, 2, dtype=torch.int64),
-        mask=mask,
-        prefix_mask=torch.zeros_like(mask),
-        sampler_logprobs=SAMPLER,
-        prompts=["", ""],
-        responses=["", ""],
-        endings=["eos", "length"],
-        groups=torch.tensor([0, 0]),
-        columns=[{}, {}],
-        scores=torch.tensor([3.0, 4.0]),
-        ref_logprobs=REFERENCE,
-        init_logprobs=REFERENCE,
-        old_logprobs=OLD,
-        values={"value": torch.zeros(2, 2)},
-    )
-    return base.replace(**changes)
+def make_responses(**fields) -> Rollout:
+    """Return a response of two tokens with score 3 and one of one token with score 4 to one prompt; values 0."""
+    defaults = {
+        "sampler_logprobs": SAMPLER,
+        "endings": ["eos", "length"],
+        "groups": torch.tensor([0, 0]),
+        "scores": torch.tensor([3.0, 4.0]),
+        "ref_logprobs": REFERENCE,
+        "init_logprobs": REFERENCE,
+        "old_logprobs": OLD,
+        "values": {"value": torch.zeros(2, 2)},
+    }
+    return make_rollout(make_mask([2, 1]), **{**defaults, **fields})
 
 
 def test_needs_are_old_log_probs_a_reference_and_a_critic():
-    needs = make().needs()
+    needs = make_ppo().needs()
     assert needs.old_logprobs
     assert needs.reference
     assert needs.critics == ("value",)
-    without_critic = make(advantage_estimator=AdvantageEstimator.group_mean).needs()
+    without_critic = make_ppo(advantage_estimator=AdvantageEstimator.group_mean).needs()
     assert without_critic.old_logprobs
     assert without_critic.critics == ()
 
 
 def test_token_rewards_are_the_score_at_the_end_minus_the_kl_penalty():
     # −0.1·0.5;  −0.1·(−1) + 3;  −0.1·2 + 4
-    algorithm, responses = make(), rollout()
+    algorithm, responses = make_ppo(), make_responses()
     rewards = algorithm.token_rewards(responses, responses.scores, algorithm.initial_state())
     assert_close(rewards, torch.tensor([[-0.05, 3.1], [3.8, 0.0]]))
 
 
 def test_the_penalty_is_in_units_of_the_scaled_score():
     # scores 3, 4 have the deviation ½: scaled 6, 8; the penalty stays −0.05, +0.1; −0.2
-    algorithm = make(score_scaling=ScoreScaling.batch)
-    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    algorithm = make_ppo(score_scaling=ScoreScaling.batch)
+    batch, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
     # γ = gae_lambda = 1 and V = 0: returns are sums to come, 6.1 − 0.05 and 6.1; 7.8
     assert_close(batch.returns["value"], torch.tensor([[6.05, 6.1], [7.8, 0.0]]))
     assert_close(batch.advantages, torch.tensor([[6.05, 6.1], [7.8, 0.0]]))
 
 
 def test_the_penalty_uses_the_losss_reference_and_the_samplers_log_probs():
-    responses = rollout(init_logprobs=REFERENCE + 9, old_logprobs=OLD + 9)
-    batch, _ = make().prepare(responses, make().initial_state())
+    responses = make_responses(init_logprobs=REFERENCE + 9, old_logprobs=OLD + 9)
+    batch, _ = make_ppo().prepare(responses, make_ppo().initial_state())
     assert_close(batch.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))
 
 
 def test_group_mean_compares_scores_minus_their_penalty():
     # totals 3.1 − 0.05 = 3.05 and 3.8: ∓0.75
-    algorithm = make(advantage_estimator=AdvantageEstimator.group_mean)
-    batch, _ = algorithm.prepare(rollout(values={}), algorithm.initial_state())
+    algorithm = make_ppo(advantage_estimator=AdvantageEstimator.group_mean)
+    batch, _ = algorithm.prepare(make_responses(values={}), algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor([[-0.75, -0.75], [0.75, 0.0]]), rtol=2e-6)  # a difference
 
 
 def test_a_fixed_coefficient_does_not_change():
-    algorithm = make()
-    batch, state = algorithm.prepare(rollout(), algorithm.initial_state())
+    algorithm = make_ppo()
+    batch, state = algorithm.prepare(make_responses(), algorithm.initial_state())
     assert state["kl_coef"] == 0.1
     assert batch.metrics["ppo/kl_coef"] == 0.1
 
 
 def test_an_adaptive_coefficient_changes_for_the_next_iteration_only():
-    algorithm = make(kl_controller=KLController.adaptive)
+    algorithm = make_ppo(kl_controller=KLController.adaptive)
     before = algorithm.initial_state()
-    first, after = algorithm.prepare(rollout(), before)
+    first, after = algorithm.prepare(make_responses(), before)
     # this iteration still has the coefficient 0.1
     assert first.metrics["ppo/kl_coef"] == 0.1
     assert_close(first.returns["value"], torch.tensor([[3.05, 3.1], [3.8, 0.0]]))
@@ -120,7 +93,7 @@ def test_an_adaptive_coefficient_changes_for_the_next_iteration_only():
     assert after["kl_coef"] == pytest.approx(0.098, rel=1e-12)
     assert before["kl_coef"] == 0.1
     # the next one has 0.098: −0.098·0.5;  3 + 0.098;  4 − 0.196
-    second, last = algorithm.prepare(rollout(), after)
+    second, last = algorithm.prepare(make_responses(), after)
     assert second.metrics["ppo/kl_coef"] == after["kl_coef"]
     assert_close(second.returns["value"], torch.tensor([[3.049, 3.098], [3.804, 0.0]]))
     assert last["kl_coef"] == pytest.approx(0.098 * 0.98, rel=1e-12)
@@ -135,21 +108,21 @@ def test_an_adaptive_coefficient_changes_for_the_next_iteration_only():
     ],
 )
 def test_the_controllers_error_is_kl_over_target_minus_one(target, expected):
-    algorithm = make(kl_controller=KLController.adaptive, kl_target=target)
-    _, state = algorithm.prepare(rollout(), algorithm.initial_state())
+    algorithm = make_ppo(kl_controller=KLController.adaptive, kl_target=target)
+    _, state = algorithm.prepare(make_responses(), algorithm.initial_state())
     assert state["kl_coef"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_controller_measures_kl_against_the_initial_policy():
     # every token one nat further from π_init: kl/sequence = 0.75 + (2 + 1)/2 = 2.25; 2.25/2 − 1 = 0.125
-    algorithm = make(kl_controller=KLController.adaptive)
-    _, state = algorithm.prepare(rollout(init_logprobs=REFERENCE - 1), algorithm.initial_state())
+    algorithm = make_ppo(kl_controller=KLController.adaptive)
+    _, state = algorithm.prepare(make_responses(init_logprobs=REFERENCE - 1), algorithm.initial_state())
     assert state["kl_coef"] == pytest.approx(0.1 * (1 + 0.125 * 2 / 20), rel=1e-6)
 
 
 def test_loss_and_clip_fraction_by_hand():
-    algorithm = make()
-    batch, _ = algorithm.prepare(rollout(), algorithm.initial_state())
+    algorithm = make_ppo()
+    batch, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
     batch = batch.replace(advantages=torch.tensor([[2.0, -2.0], [2.0, 0.0]]))
     ratios = torch.tensor([[1.5, 1.5], [0.5, 1.0]])
     loss = algorithm.loss(batch, PolicyOutput(OLD + ratios.log(), {"value": torch.zeros(2, 2)}))
@@ -162,8 +135,8 @@ def test_loss_and_clip_fraction_by_hand():
 
 def test_ratios_use_the_training_forwards_old_log_probs():
     # the sampler's log-probs are one nat lower and do not enter the ratio
-    algorithm = make()
-    responses = rollout(sampler_logprobs=SAMPLER - 1, ref_logprobs=REFERENCE - 1)
+    algorithm = make_ppo()
+    responses = make_responses(sampler_logprobs=SAMPLER - 1, ref_logprobs=REFERENCE - 1)
     batch, _ = algorithm.prepare(responses, algorithm.initial_state())
     logprobs = OLD.clone().requires_grad_()
     loss = algorithm.loss(batch, PolicyOutput(logprobs, {"value": torch.zeros(2, 2)}))
@@ -174,9 +147,9 @@ def test_ratios_use_the_training_forwards_old_log_probs():
 
 
 def test_values_outside_the_mask_do_not_enter_the_controllers_kl():
-    algorithm = make(kl_controller=KLController.adaptive)
-    mask = rollout().mask
-    dirty = rollout(
+    algorithm = make_ppo(kl_controller=KLController.adaptive)
+    mask = make_responses().mask
+    dirty = make_responses(
         sampler_logprobs=SAMPLER.masked_fill(~mask, math.nan),
         ref_logprobs=REFERENCE.masked_fill(~mask, math.inf),
         init_logprobs=REFERENCE.masked_fill(~mask, -math.inf),

@@ -19,43 +19,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from apa_cli.algorithms.apa import APA, Normalizer
+from apa_cli.algorithms.apa import APA
 from apa_cli.algorithms.awr import AWR
-from apa_cli.algorithms.base import ActorCritic, AdvantageEstimator, ScoreScaling, Whitening
-from apa_cli.algorithms.ppo import PPO, KLController
+from apa_cli.algorithms.base import ActorCritic
+from apa_cli.algorithms.ppo import PPO
 from apa_cli.types import Batch, PolicyOutput, Rollout
+from tests.builders import make_algorithm, make_rollout
 
-EXACT = {
-    "gamma": 1.0,
-    "gae_lambda": 1.0,
-    "score_scaling": ScoreScaling.none,
-    "score_clip": None,
-    "whitening": Whitening.none,
-    "advantage_estimator": AdvantageEstimator.gae,
-    "value_coef": 1.0,
-    "value_clip_range": None,
-}
 TEMPERATURE = 0.5
 """λ of APA and AWR, and kl_coef of PPO."""
 
 
 def apa() -> APA:
-    return APA(**EXACT, lambda_=TEMPERATURE, normalizer=Normalizer.none)
+    return make_algorithm(APA, lambda_=TEMPERATURE)
 
 
 def ppo() -> PPO:
-    return PPO(
-        **EXACT,
-        kl_coef=TEMPERATURE,
-        clip_range=0.2,
-        kl_controller=KLController.fixed,
-        kl_target=6.0,
-        kl_horizon=10_000,
-    )
+    return make_algorithm(PPO, kl_coef=TEMPERATURE)
 
 
 def awr(gae_lambda: float) -> AWR:
-    return AWR(**{**EXACT, "gae_lambda": gae_lambda}, lambda_=TEMPERATURE, weight_clip=None)
+    return make_algorithm(AWR, gae_lambda=gae_lambda, lambda_=TEMPERATURE, weight_clip=None)
 
 
 @dataclass(frozen=True)
@@ -89,20 +73,10 @@ class Problem:
         logprobs, reference = self.token_logprobs(table), self.token_logprobs(self.reference)
         rewards = -kl_coef * (logprobs - reference)
         rewards[:, -1] += self.scores
-        mask = torch.ones_like(self.states, dtype=torch.bool)
-        n = len(mask)
-        return Rollout(
-            prompt_ids=torch.zeros(n, 1, dtype=torch.int64),
-            prompt_mask=torch.ones(n, 1, dtype=torch.bool),
+        return make_rollout(
+            torch.ones_like(self.states, dtype=torch.bool),
             response_ids=self.sequences,
-            mask=mask,
-            prefix_mask=~mask,
             sampler_logprobs=logprobs,
-            prompts=[""] * n,
-            responses=[""] * n,
-            endings=["length"] * n,
-            groups=torch.arange(n),
-            columns=[{} for _ in range(n)],
             scores=self.scores,
             ref_logprobs=reference,
             init_logprobs=reference,

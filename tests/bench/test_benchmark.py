@@ -12,20 +12,10 @@ from apa_cli.bench.synthetic import build_number_tokenizer, check_memory, estima
 from apa_cli.config.build import build
 from apa_cli.config.compose import compose
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.hardware import machine
-from apa_cli.hardware.machine import (
-    measure_copy_rate,
-    measure_matrix_rate,
-    read_free_memory,
-    read_peak_memory,
-    reset_peak_memory,
-    time_fastest,
-)
-from apa_cli.hardware.roofline import ModelCost, Work
+from apa_cli.hardware.roofline import Work
 from apa_cli.models.loading import load_model_config
-from apa_cli.training.mfu import Stopwatch, UpdateMeter
+from apa_cli.training.mfu import Stopwatch
 from apa_cli.training.updater import split_into_minibatches
-from apa_cli.types import Batch
 
 CPU = torch.device("cpu")
 GROWTH = Path(__file__).parents[1] / "benchmarks" / "growth.py"
@@ -303,42 +293,3 @@ def test_the_tokenizer_writes_tokens_as_numbers():
     assert tokenizer("7 40 3")["input_ids"] == [7, 40, 3]
     assert tokenizer.decode([7, 49, 3], skip_special_tokens=True) == "7 49 3"
     assert len(tokenizer) == 50 and tokenizer.pad_token_id == tokenizer.eos_token_id == 0
-
-
-def test_utilization_by_hand(configured):
-    cost = ModelCost(10, 20, 4, 8, 100, 200, 55, 6)
-    meter = UpdateMeter(
-        cost, 11, configured("rollout_batch_size=2", "minibatch_size=2", "microbatch_size=1").run, 4, False, 1000.0
-    )
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    prompt_mask = torch.tensor([[False, True, True], [True, True, True]])
-    batch = Batch(None, prompt_mask, None, mask, {}, None, None, {}, {})
-    # As in tests/hardware/test_roofline.py 534 FLOPs forward; twice that backward, two epochs: 3204 in 4 s at 1000/s.
-    assert meter.compute_utilization(batch, 4.0) == pytest.approx(0.801, rel=1e-12)
-
-
-def test_the_fastest_run_counts(monkeypatch):
-    # The first run, of 1 s, is a warm-up; runs of 3, 2 and 4 s follow until the time is over.
-    monkeypatch.setattr("apa_cli.hardware.machine.MEASUREMENT_SECONDS", 8.5)
-    times = iter([0.0, 1.0, 1.0, 4.0, 5.0, 7.0, 8.0, 12.0])
-    monkeypatch.setattr("apa_cli.hardware.machine.time.perf_counter", lambda: next(times))
-    assert time_fastest(lambda: None, CPU) == 2.0
-
-
-def test_rates_by_hand(monkeypatch):
-    monkeypatch.setattr("apa_cli.hardware.machine.time_fastest", lambda work, device: (work(), 0.5)[1])
-    monkeypatch.setitem(machine.MATRIX_SIZE, "cpu", 8)
-    monkeypatch.setitem(machine.COPY_BYTES, "cpu", 64)
-    assert measure_matrix_rate(CPU, torch.float32) == 2 * 8**3 / 0.5
-    assert measure_copy_rate(CPU) == 2 * 64 / 0.5
-
-
-def test_a_reset_starts_a_new_peak_of_memory():
-    large = torch.ones(2**27, dtype=torch.uint8)
-    del large
-    reset_peak_memory(CPU)
-    before = read_peak_memory(CPU)
-    large = torch.ones(2**26, dtype=torch.uint8)
-    assert 2**25 < read_peak_memory(CPU) - before < 2**27
-    del large
-    assert read_free_memory(CPU) > 2**20

@@ -9,7 +9,7 @@ sides in turn, `--turns` times; medians are compared. The work is made equal:
 - architecture: conf/model/NAME.yaml, random weights; policy, reference, critic and reward are four models of it;
 - prompts: the same random tokens, lengths spread evenly over 16 to 64; no response ends early on either side;
 - batches: the same responses per iteration, minibatch, microbatch and passes over them; one chunk in sampling.
-  TRL's own accumulation makes an optimiser step only every `responses / microbatch` microbatches, whatever its
+  TRL's own accumulation makes an optimizer step only every `responses / microbatch` microbatches, whatever its
   minibatch is; it is set so that both make a step for every minibatch, and the number of steps is checked;
 - precision: float32, or for both bfloat16 autocast over everything, with reference and reward stored in bfloat16;
 - TRL's gradient checkpointing, sample generation, reports and checkpoints are off. It logs an iteration's metrics, as
@@ -161,7 +161,7 @@ def measured_trl(arguments: argparse.Namespace, model: str) -> dict:
     state = next(iter(trainer.optimizer.state.values()))
     steps = len(ends) * arguments.epochs * arguments.responses // arguments.minibatch
     if int(state["step"]) != steps:
-        sys.exit(f"TRL made {int(state['step'])} optimiser steps, and should have made {steps}")
+        sys.exit(f"TRL made {int(state['step'])} optimizer steps, and should have made {steps}")
     seconds = statistics.median(after - before for before, after in itertools.pairwise(ends))
     return {"samples_per_s": arguments.responses / seconds, "peak_gib": read_peak_memory(device) / 2**30}
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList
 
-from apa_cli.models.loading import find_end_token_ids, ensure_pad_token
+from apa_cli.models.loading import ensure_pad_token, find_end_token_ids
 from apa_cli.randomness import Stream, sample_uniforms
 from apa_cli.rollout.engine import pad_left, sample_responses
 from apa_cli.rollout.token_sampling import invert_cdf

@@ -52,7 +52,7 @@ def test_what_depends_on_the_size(name):
     assert (config.optimizer.lr, config.optimizer.critic_lr) == (column.lr, column.lr)
     assert (run.minibatch_size, run.rollout_batch_size) == (column.minibatch, column.rollout_batch_size)
     assert config.sampling.microbatch_size == column.sampling_chunk
-    # 20,000 optimiser steps, two of them on each minibatch, and no iteration more than they need
+    # 20,000 optimizer steps, two of them on each minibatch, and no iteration more than they need
     assert 2 * column.responses / column.minibatch == 20_000
     assert 0 <= run.iterations * run.rollout_batch_size - column.responses < run.rollout_batch_size
 

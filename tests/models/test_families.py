@@ -6,49 +6,24 @@ import shutil
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apa_cli.config.build import build
 from apa_cli.config.compose import compose
 from apa_cli.models.loading import find_end_token_ids
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
-from apa_cli.stages.fitting import StageContext
 from apa_cli.stages.reward_model import train_reward_model
 from apa_cli.types import Example
+from tests.builders import build_tiny_policy, make_stage_context
 
+DIMENSIONS = {"num_hidden_layers": 2, "max_position_embeddings": 128}
 FAMILIES = {
-    "llama": (
-        "llama-spm32k",
-        lambda size: LlamaConfig(
-            vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128,
-        ),
-    ),
-    "gpt_neox": (
-        "gpt-neox-pythia",
-        lambda size: GPTNeoXConfig(
-            vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=128,
-        ),
-    ),
-    "gptj": (
-        "gptj",
-        lambda size: GPTJConfig(
-            vocab_size=size, n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=128,
-            resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3,
-        ),
-    ),
-}  # fmt: skip
-"""Family → the folder of its tokenizer, and a function from vocabulary size to a small configuration. GPT-J's has
-dropout, which must be off everywhere."""
+    "llama": ("llama-spm32k", {}),
+    "gpt_neox": ("gpt-neox-pythia", {}),
+    "gptj": ("gptj", {"resid_pdrop": 0.3, "embd_pdrop": 0.3, "attn_pdrop": 0.3}),
+}
+"""Family → the folder of its tokenizer, and changes to the tiny configuration: GPT-J's dropout, which must stay off."""
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +34,9 @@ def family(shared, tmp_path_factory):
     def make(name):
         if name not in folders:
             folder = tmp_path_factory.mktemp(name)
-            source, config = FAMILIES[name]
+            source, changes = FAMILIES[name]
             tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / source)
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config(len(tokenizer)))
+            model = build_tiny_policy(name, vocab_size=len(tokenizer), initializer_range=0.02, **DIMENSIONS, **changes)
             for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(model.config, key, getattr(tokenizer, key))
                 setattr(model.generation_config, key, getattr(tokenizer, key))
@@ -128,8 +102,7 @@ def test_a_reward_model_of_every_family_learns_and_scores(name, family, tmp_path
     ]
     config = build(compose(["model=local", f"model.path={family(name)}", *overrides, "reward_model.epochs=4"]))
     rows = [Example(f"Is {i} a number?", " Yes, it is.", " No.", {}) for i in range(24)]
-    context = StageContext(torch.device("cpu"), tmp_path / "model", lambda text: None, lambda *progress: None)
-    report = train_reward_model(config, rows[:16], rows[16:], 0, context)
+    report = train_reward_model(config, rows[:16], rows[16:], 0, make_stage_context(tmp_path / "model"))
     assert report["accuracy"] == 1.0
     score = ModelReward(str(tmp_path / "model"), 0, 1.0, False, None, 4, 40).load(Placement("cpu", "float32"))
     good, bad = score(["Is 3 a number?"] * 2, [" Yes, it is.", " No."], [{}, {}])
@@ -157,12 +130,9 @@ def test_folders_in_the_hubs_layouts_load(form, family, run_iteration, tmp_path)
 def test_positions_are_counted_without_padding(tiny, run_iteration, tmp_path):
     """GPT-2's positions are absolute; rotary positions are relative, so that a wrong start would not show."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    torch.manual_seed(0)
     ends = dict(bos_token_id=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=128, n_embd=16, n_layer=2, n_head=2, initializer_range=0.2, **ends
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    model = build_tiny_policy("gpt2", vocab_size=len(tokenizer), **DIMENSIONS, **ends)
+    model.save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
     run_iteration(tmp_path / "gpt2")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from apa_cli.hardware.roofline import ModelCost, count_backward_flops, count_forward_flops
 from apa_cli.models.flops import (
@@ -20,6 +20,7 @@ from apa_cli.models.flops import (
 from apa_cli.models.forward import compute_response_logprobs
 from apa_cli.training.models import build_training_model
 from apa_cli.types import Sequences
+from tests.builders import build_random_policy
 
 ROWS, PROMPT, RESPONSE = 2, 5, 4
 LENGTH = PROMPT + RESPONSE - 1
@@ -44,11 +45,6 @@ def plain_head(monkeypatch):
     monkeypatch.setattr("apa_cli.models.forward.find_linear_head", lambda model: None)
 
 
-def make_policy(config):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
 def make_tokens() -> Sequences:
     ids = torch.arange(ROWS * (PROMPT + RESPONSE)).view(ROWS, -1) % 60
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -70,7 +66,7 @@ def compute_forward_flops(cost: ModelCost, outputs: int) -> int:
 
 @pytest.mark.parametrize("config", [NEOX, LLAMA, GPT2], ids=lambda config: config.model_type)
 def test_flops_of_log_probs_by_architecture(config):
-    model = make_policy(config)
+    model = build_random_policy(config)
     with torch.no_grad():
         flops = count_flops(lambda: compute_response_logprobs(model, make_tokens(), 1.0))
     assert flops == compute_forward_flops(measure_policy_cost(model), OUTPUTS)
@@ -78,7 +74,7 @@ def test_flops_of_log_probs_by_architecture(config):
 
 def test_cost_by_hand():
     # A block: 16 · 48 + 16 · 16 + 2 · 16 · 40 = 2304 weights, three of them; the head 16 · 60.
-    cost = measure_policy_cost(make_policy(NEOX))
+    cost = measure_policy_cost(build_random_policy(NEOX))
     assert (cost.linear, cost.head) == (2 * 3 * 2304, 2 * 960)
     # The gradient of weights and of inputs; the first block's input too, for the embedding is trained.
     assert (cost.linear_backward, cost.head_backward) == (2 * cost.linear, 2 * cost.head)
@@ -107,7 +103,7 @@ OVERRIDES = {
 @pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
 def test_flops_of_an_update_pass(overrides, checkpointing, configured):
     config = configured(*overrides, f"model.gradient_checkpointing={str(checkpointing).lower()}")
-    model, reference = build_training_model(config, make_policy(copy.deepcopy(NEOX)))
+    model, reference = build_training_model(config, build_random_policy(NEOX))
     cost = measure_training_cost(model)
 
     def run_pass() -> None:
@@ -126,7 +122,7 @@ def test_flops_of_an_update_pass(overrides, checkpointing, configured):
 
 @pytest.mark.parametrize("overrides", [[], ["lora=default"], ["lora=default", "critic=adapter"]])
 def test_flops_of_values_alone(overrides, configured):
-    model, _ = build_training_model(configured(*overrides), make_policy(NEOX))
+    model, _ = build_training_model(configured(*overrides), build_random_policy(NEOX))
     with torch.no_grad():
         flops = count_flops(lambda: model(make_tokens(), with_policy=False))
     assert flops == compute_forward_flops(measure_critic_cost(model, "value"), OUTPUTS)
@@ -143,7 +139,7 @@ def test_flops_of_a_reward_model():
 
 
 def test_measuring_leaves_neither_hooks_nor_gradients():
-    model = make_policy(NEOX)
+    model = build_random_policy(NEOX)
     measure_policy_cost(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())

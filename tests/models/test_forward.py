@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from apa_cli.kl import exact_kl
-from apa_cli.models.critic import Critic, build_critic, build_value_head
+from apa_cli.models.critic import Critic, build_value_head
 from apa_cli.models.forward import (
     PaddedInputs,
     TrainingModel,
@@ -19,62 +19,28 @@ from apa_cli.models.forward import (
     compute_response_logprobs,
     pad_to_mask,
 )
-from apa_cli.settings import CriticInit, CriticKind, CriticSettings, DType, HeadKind, LoraSettings
+from apa_cli.settings import CriticKind, DType, HeadKind
 from apa_cli.types import Sequences
+from tests.builders import build_tiny_policy, build_value_critic, make_sequences
 
 # a forward pass in another shape adds its float32 terms in another order
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+
+build_policy = partial(build_tiny_policy, num_hidden_layers=2)
 
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6], [5, 3]]
 RESPONSES = [[2, 7], [8, 2, 8, 1], [8], [4, 5, 9]]
 
 
-def make_critic(policy, head=HeadKind.linear, seed=0, source=None, on_trunk=False):
-    kind = CriticKind.head if on_trunk else CriticKind.separate
-    settings = CriticSettings(kind=kind, init=CriticInit.policy, head=head)
-    return build_critic(policy, settings, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", seed, source)
-
-
-def make_policy(seed: int = 0, kind: str = "gpt_neox") -> PreTrainedModel:
-    """Return a model of two layers whose initial weights are ten times the usual, so that all inputs matter."""
-    torch.manual_seed(seed)
-    if kind == "gpt_neox":
-        config = GPTNeoXConfig(
-            vocab_size=11,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-        )
-        return GPTNeoXForCausalLM(config).eval()
-    config = GPT2Config(vocab_size=11, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2)
-    return GPT2LMHeadModel(config).eval()
-
-
 @pytest.fixture(params=["gpt_neox", "gpt2"])
 def policy(request) -> PreTrainedModel:
     """GPT-NeoX with relative positions, and GPT-2 with absolute ones."""
-    return make_policy(kind=request.param)
+    return build_policy(request.param)
 
 
-def make_batch(
-    prompts: list[list[int]] = PROMPTS,
-    responses: list[list[int]] = RESPONSES,
-    left: int = 0,
-    right: int = 0,
-    junk: int = 0,
-) -> Sequences:
-    """Pad prompts on the left and responses on the right with `junk`, with further columns of padding."""
-    before, after = max(map(len, prompts)) + left, max(map(len, responses)) + right
-    mask = torch.tensor([[True] * len(r) + [False] * (after - len(r)) for r in responses])
-    return Sequences(
-        prompt_ids=torch.tensor([[junk] * (before - len(p)) + p for p in prompts]),
-        prompt_mask=torch.tensor([[False] * (before - len(p)) + [True] * len(p) for p in prompts]),
-        response_ids=torch.tensor([r + [junk] * (after - len(r)) for r in responses]),
-        mask=mask,
-    )
+def make_tokens(left: int = 0, right: int = 0, junk: int = 0) -> Sequences:
+    """Return PROMPTS and RESPONSES with `left` and `right` further columns of padding, filled with `junk`."""
+    return make_sequences(PROMPTS, RESPONSES, left, right, junk)
 
 
 @torch.no_grad()
@@ -96,7 +62,7 @@ def stack_rows(rows: list[Tensor], width: int) -> Tensor:
     return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
 
 
-def make_random_head(kind: HeadKind) -> torch.nn.Module:
+def build_random_head(kind: HeadKind) -> torch.nn.Module:
     """Return a head whose values are not 0."""
     torch.manual_seed(5)
     head = build_value_head(kind, 16)
@@ -105,11 +71,16 @@ def make_random_head(kind: HeadKind) -> torch.nn.Module:
     return head
 
 
+def build_random_critic(kind: HeadKind = HeadKind.linear) -> Critic:
+    """Return a critic with a backbone of its own, whose values are not 0."""
+    return Critic(build_policy(seed=1).base_model, build_random_head(kind))
+
+
 # Model inputs
 
 
 def test_inputs_omit_the_last_response_token_and_positions_skip_padding():
-    batch = make_batch([[3, 1], [5]], [[2, 7, 8], [4]])
+    batch = make_sequences([[3, 1], [5]], [[2, 7, 8], [4]])
     rows = join(batch)
     assert rows.input_ids.tolist() == [[3, 1, 2, 7], [0, 5, 4, 0]]
     # padding on the right is behind every token that counts, so it may be attended to
@@ -119,7 +90,7 @@ def test_inputs_omit_the_last_response_token_and_positions_skip_padding():
 
 
 def test_columns_that_are_padding_in_every_row_are_removed():
-    batch = make_batch([[3, 1], [5]], [[2, 7], [4]], left=3, right=2, junk=6)
+    batch = make_sequences([[3, 1], [5]], [[2, 7], [4]], left=3, right=2, junk=6)
     rows = join(batch)
     assert rows.input_ids.tolist() == [[3, 1, 2], [6, 5, 4]]
     assert rows.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
@@ -128,7 +99,7 @@ def test_columns_that_are_padding_in_every_row_are_removed():
 
 
 def test_log_probs_of_a_batch_without_response_tokens_are_0(policy):
-    batch = make_batch([[3, 1]], [[2, 7]])
+    batch = make_sequences([[3, 1]], [[2, 7]])
     batch = replace(batch, mask=torch.zeros_like(batch.mask))
     assert not compute_response_logprobs(policy, batch, 1.0).any()
 
@@ -146,22 +117,22 @@ def test_pad_to_mask_appends_columns_and_zeroes_what_is_outside_the_mask():
 
 def test_each_response_token_is_predicted_from_the_position_before_it(policy):
     expected = stack_rows([compute_unpadded(policy, p, r)[0] for p, r in zip(PROMPTS, RESPONSES, strict=True)], 4)
-    close(compute_response_logprobs(policy, make_batch(), 1.0), expected)
-    close(TrainingModel(policy, {}, 1.0)(make_batch()).logprobs, expected)
+    close(compute_response_logprobs(policy, make_tokens(), 1.0), expected)
+    close(TrainingModel(policy, {}, 1.0)(make_tokens()).logprobs, expected)
 
 
 def test_the_first_token_is_predicted_from_the_last_prompt_token(policy):
     distribution = policy(input_ids=torch.tensor([[3, 1, 4]])).logits[0, -1].log_softmax(-1)
     for token in range(11):
-        logprobs = compute_response_logprobs(policy, make_batch([[3, 1, 4]], [[token]]), 1.0)
+        logprobs = compute_response_logprobs(policy, make_sequences([[3, 1, 4]], [[token]]), 1.0)
         close(logprobs, distribution[token].reshape(1, 1))
 
 
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (4, 5)])
 @pytest.mark.parametrize("junk", [0, 7])
 def test_padding_and_its_content_change_nothing(policy, left, right, junk):
-    model = TrainingModel(policy, {"value": Critic(make_policy(1).base_model, make_random_head(HeadKind.linear))}, 1.0)
-    plain, padded = model(make_batch()), model(make_batch(left=left, right=right, junk=junk))
+    model = TrainingModel(policy, {"value": build_random_critic()}, 1.0)
+    plain, padded = model(make_tokens()), model(make_tokens(left=left, right=right, junk=junk))
     close(padded.logprobs[:, :4], plain.logprobs)
     close(padded.values["value"][:, :4], plain.values["value"])
     assert not padded.logprobs[:, 4:].any()
@@ -169,8 +140,8 @@ def test_padding_and_its_content_change_nothing(policy, left, right, junk):
 
 
 def test_outside_the_mask_log_probs_and_values_are_0(policy):
-    model = TrainingModel(policy, {"value": Critic(make_policy(1).base_model, make_random_head(HeadKind.linear))}, 1.0)
-    output, mask = model(make_batch()), make_batch().mask
+    model = TrainingModel(policy, {"value": build_random_critic()}, 1.0)
+    output, mask = model(make_tokens()), make_tokens().mask
     assert not output.logprobs[~mask].any()
     assert not output.values["value"][~mask].any()
     assert (output.logprobs[mask] < 0).all()
@@ -181,7 +152,7 @@ def test_outside_the_mask_log_probs_and_values_are_0(policy):
 def test_temperature_divides_the_logits_before_normalisation(policy, temperature):
     logits = policy(input_ids=torch.tensor([[3, 1, 4, 2]])).logits[0, 2:4]
     expected = (logits / temperature).log_softmax(-1)[[0, 1], [2, 7]].unsqueeze(0)
-    batch = make_batch([[3, 1, 4]], [[2, 7]])
+    batch = make_sequences([[3, 1, 4]], [[2, 7]])
     close(compute_response_logprobs(policy, batch, temperature), expected)
     close(TrainingModel(policy, {}, temperature)(batch).logprobs, expected)
     rows = join(batch)
@@ -190,7 +161,7 @@ def test_temperature_divides_the_logits_before_normalisation(policy, temperature
 
 @torch.no_grad()
 def test_low_precision_logits_are_divided_in_float32():
-    policy, batch = make_policy().bfloat16(), make_batch([[3, 1, 4]], [[2, 7]])
+    policy, batch = build_policy().bfloat16(), make_sequences([[3, 1, 4]], [[2, 7]])
     policy.set_attn_implementation("eager")  # sdpa is computed in float32 if that is faster
     low = policy(input_ids=torch.tensor([[3, 1, 4, 2]])).logits[:, 2:4]
     assert low.dtype == torch.bfloat16
@@ -203,16 +174,16 @@ def test_low_precision_logits_are_divided_in_float32():
 
 @torch.no_grad()
 def test_kl_is_0_to_the_same_policy_and_positive_to_another(policy):
-    batch = make_batch()
+    batch = make_tokens()
     rows = join(batch)
     logits = compute_response_logits(policy, rows, 1.0)
     assert float(exact_kl(logits, compute_response_logits(policy, rows, 1.0)).abs().max()) < 1e-6
-    assert float(exact_kl(logits, compute_response_logits(make_policy(1), rows, 1.0))[batch.mask].min()) > 0.01
+    assert float(exact_kl(logits, compute_response_logits(build_policy(seed=1), rows, 1.0))[batch.mask].min()) > 0.01
 
 
 def test_bfloat16_outputs_and_gradients_are_float32_and_near_the_exact_ones(policy):
-    batch, cpu = make_batch(), torch.device("cpu")
-    model = TrainingModel(policy, {"value": Critic(make_policy(1).base_model, make_random_head(HeadKind.mlp))}, 1.0)
+    batch, cpu = make_tokens(), torch.device("cpu")
+    model = TrainingModel(policy, {"value": build_random_critic(HeadKind.mlp)}, 1.0)
     exact = model(batch)
     with autocast_to(cpu, DType.bfloat16):
         rough = model(batch)
@@ -232,11 +203,11 @@ def test_bfloat16_outputs_and_gradients_are_float32_and_near_the_exact_ones(poli
 @pytest.mark.parametrize("kind", list(HeadKind))
 @pytest.mark.parametrize("on_trunk", [False, True])
 def test_a_new_critic_returns_0_and_gets_gradients(policy, kind, on_trunk):
-    critic = make_critic(policy, kind, on_trunk=on_trunk)
+    critic = build_value_critic(policy, CriticKind.head if on_trunk else CriticKind.separate, kind)
     model = TrainingModel(policy, {"value": critic}, 1.0)
-    values = model(make_batch()).values["value"]
+    values = model(make_tokens()).values["value"]
     assert not values.any()
-    ((values - 1) ** 2)[make_batch().mask].sum().backward()
+    ((values - 1) ** 2)[make_tokens().mask].sum().backward()
     last = critic.head if kind is HeadKind.linear else critic.head[-1]
     assert last.weight.grad.abs().max() > 0.1
     # V = 0 at 10 tokens, each with the slope −2
@@ -256,78 +227,77 @@ def test_the_mlp_head_is_h_to_2h_to_1_with_relu():
 
 @pytest.mark.parametrize("kind", list(HeadKind))
 def test_the_value_of_a_state_is_read_at_the_position_that_predicts_its_token(policy, kind):
-    backbone, head = make_policy(1), make_random_head(kind)
+    backbone, head = build_policy(seed=1), build_random_head(kind)
     model = TrainingModel(policy, {"value": Critic(backbone.base_model, head)}, 1.0)
     rows = [head(compute_unpadded(backbone, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    close(model(make_batch()).values["value"], stack_rows(rows, 4))
-    close(model(make_batch(left=2, right=3), with_policy=False).values["value"][:, :4], stack_rows(rows, 4))
+    close(model(make_tokens()).values["value"], stack_rows(rows, 4))
+    close(model(make_tokens(left=2, right=3), with_policy=False).values["value"][:, :4], stack_rows(rows, 4))
 
 
 @pytest.mark.parametrize("kind", list(HeadKind))
 def test_a_head_on_the_trunk_reads_the_policys_last_hidden_state(policy, kind):
-    head = make_random_head(kind)
+    head = build_random_head(kind)
     model = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)
     rows = [head(compute_unpadded(policy, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
-    close(model(make_batch()).values["value"], stack_rows(rows, 4))
-    close(model(make_batch(left=2, right=3), with_policy=False).values["value"][:, :4], stack_rows(rows, 4))
+    close(model(make_tokens()).values["value"], stack_rows(rows, 4))
+    close(model(make_tokens(left=2, right=3), with_policy=False).values["value"][:, :4], stack_rows(rows, 4))
 
 
 def test_the_first_value_depends_on_the_prompt_alone(policy):
-    model = TrainingModel(policy, {"value": Critic(None, make_random_head(HeadKind.linear))}, 1.0)
-    one, other = make_batch([[3, 1, 4]], [[2]]), make_batch([[3, 1, 4]], [[7, 5, 9]])
+    model = TrainingModel(policy, {"value": Critic(None, build_random_head(HeadKind.linear))}, 1.0)
+    one, other = make_sequences([[3, 1, 4]], [[2]]), make_sequences([[3, 1, 4]], [[7, 5, 9]])
     close(model(one).values["value"][0, 0], model(other).values["value"][0, 0])
     assert abs(float((model(other).values["value"][0, 1] - model(other).values["value"][0, 0]).detach())) > 1e-3
 
 
 def test_values_of_several_critics_are_returned_by_name(policy):
-    heads = {name: make_random_head(HeadKind.linear) for name in ("learner", "guide")}
+    heads = {name: build_random_head(HeadKind.linear) for name in ("learner", "guide")}
     torch.nn.init.constant_(heads["guide"].bias, 3.0)
     torch.nn.init.constant_(heads["learner"].bias, 1.0)
     model = TrainingModel(policy, {name: Critic(None, head) for name, head in heads.items()}, 1.0)
-    values, mask = model(make_batch()).values, make_batch().mask
+    values, mask = model(make_tokens()).values, make_tokens().mask
     close((values["guide"] - values["learner"])[mask], torch.full((10,), 2.0))
 
 
 def test_critics_with_and_without_a_backbone_can_be_combined(policy):
-    separate = Critic(make_policy(1).base_model, make_random_head(HeadKind.linear))
-    trunk = Critic(None, make_random_head(HeadKind.linear))
+    separate = build_random_critic()
+    trunk = Critic(None, build_random_head(HeadKind.linear))
     both = TrainingModel(policy, {"separate": separate, "trunk": trunk}, 1.0)
     expected = {
-        "separate": TrainingModel(policy, {"separate": separate}, 1.0)(make_batch()).values["separate"],
-        "trunk": TrainingModel(policy, {"trunk": trunk}, 1.0)(make_batch()).values["trunk"],
+        "separate": TrainingModel(policy, {"separate": separate}, 1.0)(make_tokens()).values["separate"],
+        "trunk": TrainingModel(policy, {"trunk": trunk}, 1.0)(make_tokens()).values["trunk"],
     }
-    for values in (both(make_batch()).values, both(make_batch(), with_policy=False).values):
+    for values in (both(make_tokens()).values, both(make_tokens(), with_policy=False).values):
         close(dict(values), expected)
 
 
 @torch.no_grad()
 def test_a_head_computes_in_float32_on_a_bfloat16_trunk():
-    policy, head = make_policy().bfloat16(), make_random_head(HeadKind.linear)
+    policy, head = build_policy().bfloat16(), build_random_head(HeadKind.linear)
     policy.set_attn_implementation("eager")  # sdpa is computed in float32 if that is faster
     hidden = policy.base_model(input_ids=torch.tensor([[3, 1, 4]])).last_hidden_state[:, -1:]
     assert hidden.dtype == torch.bfloat16
-    values = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)(make_batch([[3, 1, 4]], [[2]])).values["value"]
+    model = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)
+    values = model(make_sequences([[3, 1, 4]], [[2]])).values["value"]
     close(values, head(hidden.float()).squeeze(-1), rtol=1e-6)
 
 
 def test_only_a_head_on_the_trunk_sends_gradients_into_the_policy(policy):
-    separate = TrainingModel(
-        policy, {"value": Critic(make_policy(1).base_model, make_random_head(HeadKind.linear))}, 1.0
-    )
-    separate(make_batch()).values["value"].sum().backward()
+    separate = TrainingModel(policy, {"value": build_random_critic()}, 1.0)
+    separate(make_tokens()).values["value"].sum().backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in separate.policy_parameters())
     assert any(
         parameter.grad.any()
         for parameter in separate.critics["value"].backbone.parameters()
         if parameter.grad is not None
     )
-    on_trunk = TrainingModel(policy, {"value": Critic(None, make_random_head(HeadKind.linear))}, 1.0)
-    on_trunk(make_batch()).values["value"].sum().backward()
+    on_trunk = TrainingModel(policy, {"value": Critic(None, build_random_head(HeadKind.linear))}, 1.0)
+    on_trunk(make_tokens()).values["value"].sum().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.base_model.parameters())
 
 
 def test_each_trained_parameter_belongs_to_either_policy_or_critics(policy):
-    model = TrainingModel(policy, {"value": make_critic(policy)}, 1.0)
+    model = TrainingModel(policy, {"value": build_value_critic(policy)}, 1.0)
     of_policy = {id(parameter) for parameter in model.policy_parameters()}
     of_critic = {id(parameter) for parameter in model.critic_parameters()}
     assert of_policy == {id(parameter) for parameter in policy.parameters()}
@@ -338,9 +308,9 @@ def test_each_trained_parameter_belongs_to_either_policy_or_critics(policy):
 
 
 def test_a_critics_backbone_is_a_trainable_copy_of_its_source():
-    policy, start = make_policy(0), make_policy(1)
+    policy, start = build_policy(seed=0), build_policy(seed=1)
     for source, expected in ((None, policy), (start, start)):
-        critic = make_critic(policy, source=source)
+        critic = build_value_critic(policy, source=source)
         for parameter, original in zip(critic.backbone.parameters(), expected.base_model.parameters(), strict=True):
             assert torch.equal(parameter, original)
             assert parameter is not original
@@ -348,19 +318,19 @@ def test_a_critics_backbone_is_a_trainable_copy_of_its_source():
 
 
 def test_a_critic_from_a_frozen_bfloat16_source_is_trainable_and_float32():
-    start = make_policy(1).bfloat16().requires_grad_(False)
-    critic = make_critic(make_policy(0), source=start)
+    start = build_policy(seed=1).bfloat16().requires_grad_(False)
+    critic = build_value_critic(build_policy(seed=0), source=start)
     assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in critic.parameters())
 
 
 def test_a_head_depends_on_its_seed_and_not_on_the_global_generator(policy):
     torch.manual_seed(1)
-    one = make_critic(policy, HeadKind.mlp, seed=3, on_trunk=True).head[0].weight
+    one = build_value_critic(policy, CriticKind.head, HeadKind.mlp, seed=3).head[0].weight
     after = torch.rand(1)
     torch.manual_seed(1)
     assert torch.rand(1) == after
-    again = make_critic(policy, HeadKind.mlp, seed=3, on_trunk=True).head[0].weight
-    other = make_critic(policy, HeadKind.mlp, seed=4, on_trunk=True).head[0].weight
+    again = build_value_critic(policy, CriticKind.head, HeadKind.mlp, seed=3).head[0].weight
+    other = build_value_critic(policy, CriticKind.head, HeadKind.mlp, seed=4).head[0].weight
     assert torch.equal(one, again)
     assert not torch.equal(one, other)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from apa_cli.models import lm_head
 from apa_cli.models.forward import (
@@ -14,10 +14,11 @@ from apa_cli.models.forward import (
     compute_response_logprobs,
 )
 from apa_cli.models.lm_head import compute_head_logprobs, find_linear_head, split_into_chunks
-from apa_cli.models.lora import AdapterDisabledModel, add_adapter
-from apa_cli.settings import DType, LoraSettings
+from apa_cli.models.lora import AdapterDisabledModel
+from apa_cli.settings import DType
 from apa_cli.tensor_ops import token_logprobs
 from apa_cli.types import Sequences
+from tests.builders import add_random_adapter, build_tiny_policy, make_lora_settings, make_sequences
 
 N, H, V = 7, 5, 40
 
@@ -140,39 +141,27 @@ def test_chunks_cover_each_row_once_within_the_size_limit(monkeypatch):
 
 # In a model
 
-DIMENSIONS = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-}
-LLAMA_LIKE = {**DIMENSIONS, "num_key_value_heads": 1, "head_dim": 8}
+LARGE_WEIGHTS = {"initializer_range": 0.5, "pad_token_id": 0}
+USUAL_WEIGHTS = {"initializer_range": 0.02}
+LLAMA_LIKE = {
+    **LARGE_WEIGHTS, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+}  # fmt: skip
 FAMILIES = {
-    "gpt_neox": (DIMENSIONS, True),
-    "gpt2": ({"vocab_size": 30, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}, True),
-    "gptj": ({"vocab_size": 30, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "rotary_dim": 4}, True),
+    "gpt_neox": (LARGE_WEIGHTS, True),
+    "gpt2": (USUAL_WEIGHTS, True),
+    "gptj": (USUAL_WEIGHTS, True),
     "llama": (LLAMA_LIKE, True),
     "gemma2": ({**LLAMA_LIKE, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8}, False),
     "cohere": ({**LLAMA_LIKE, "logit_scale": 3.0}, False),
     "granite": ({**LLAMA_LIKE, "logits_scaling": 0.25}, False),
 }
-"""Family → its dimensions, and True if its logits are its head's output."""
+"""Family → the changes to the tiny configuration, and True if its logits are its head's output."""
 
-BATCH = Sequences(
-    prompt_ids=torch.tensor([[3, 1, 4], [0, 0, 5]]),
-    prompt_mask=torch.tensor([[True] * 3, [False, False, True]]),
-    response_ids=torch.tensor([[2, 7, 0, 0], [8, 2, 8, 1]]),
-    mask=torch.tensor([[True, True, False, False], [True] * 4]),
-)
+BATCH = make_sequences([[3, 1, 4], [5]], [[2, 7], [8, 2, 8, 1]])
 
 
-def build_model(kind: str):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **FAMILIES[kind][0])).float().eval()
+def build_policy(kind: str) -> PreTrainedModel:
+    return build_tiny_policy(kind, vocab_size=30, **FAMILIES[kind][0]).float()
 
 
 def compute_plain_logprobs(model, temperature: float = 0.7) -> torch.Tensor:
@@ -184,7 +173,7 @@ def compute_plain_logprobs(model, temperature: float = 0.7) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_log_probs_and_gradients_of_each_family_equal_those_from_its_logits(kind):
-    model = build_model(kind)
+    model = build_policy(kind)
     assert (find_linear_head(model) is not None) == FAMILIES[kind][1]
     results = []
     for logprobs in (
@@ -202,7 +191,7 @@ def test_log_probs_and_gradients_of_each_family_equal_those_from_its_logits(kind
 
 
 def test_tied_weights_get_the_gradients_of_both_uses():
-    model = build_model("llama")
+    model = build_policy("llama")
     model.config.tie_word_embeddings = True
     model.tie_weights()
     weight = model.get_input_embeddings().weight
@@ -214,11 +203,8 @@ def test_tied_weights_get_the_gradients_of_both_uses():
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
 def test_log_probs_with_an_adapter_and_with_it_disabled(targets):
-    model = build_model("llama")
-    add_adapter(model, LoraSettings(rank=2, alpha=2.0, target_modules=targets), "policy", seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
+    model = build_policy("llama")
+    add_random_adapter(model, make_lora_settings(alpha=2.0, target_modules=targets))
     assert (find_linear_head(model) is None) == ("lm_head" in targets)
     base = AdapterDisabledModel(model)
     for each in (model, base):
@@ -229,7 +215,7 @@ def test_log_probs_with_an_adapter_and_with_it_disabled(targets):
 
 
 def test_the_head_is_restored_after_a_pass_and_after_a_failed_pass():
-    model = build_model("llama")
+    model = build_policy("llama")
     before = compute_plain_logprobs(model).detach()
     compute_response_logprobs(model, BATCH, 0.7)
     assert torch.equal(compute_plain_logprobs(model), before)
@@ -243,7 +229,7 @@ def test_the_head_is_restored_after_a_pass_and_after_a_failed_pass():
 def test_only_logits_of_true_tokens_are_saved_within_the_limit(can_save, monkeypatch):
     monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK", 30)
     monkeypatch.setattr(lm_head, "MAX_SAVED_BYTES", 2**28 if can_save else 0)
-    model, saved = build_model("llama"), []
+    model, saved = build_policy("llama"), []
 
     def pack(tensor):
         saved.append(tensor)

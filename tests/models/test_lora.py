@@ -29,13 +29,12 @@ from apa_cli.models.lora import (
 )
 from apa_cli.models.structure import freeze_all_but_top
 from apa_cli.runs.records import RecordedRun
-from apa_cli.settings import LoraSettings
 from apa_cli.training.models import build_training_model
-from apa_cli.types import Sequences
+from tests.builders import make_lora_settings, make_sequences
 
-LORA = LoraSettings(rank=3, alpha=6.0, target_modules=None)
+LORA = make_lora_settings(rank=3, alpha=6.0)
 IDS = torch.tensor([[5, 40, 31, 7, 99, 12]])
-TOKENS = Sequences(IDS[:, :3], torch.ones(1, 3, dtype=torch.bool), IDS[:, 3:], torch.ones(1, 3, dtype=torch.bool))
+TOKENS = make_sequences([[5, 40, 31]], [[7, 99, 12]])
 
 
 def load_model(folder, dtype=torch.float32):

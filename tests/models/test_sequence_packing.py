@@ -1,28 +1,14 @@
 """Packed sequences give the same results as padded ones, in every family that supports packing; others stay padded."""
 
-import copy
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    FalconConfig,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
+from transformers import PreTrainedModel
 
 from apa_cli.models import forward
-from apa_cli.models.critic import build_critic
+from apa_cli.models.critic import Critic
 from apa_cli.models.forward import (
     PackedInputs,
     PaddedInputs,
@@ -33,41 +19,29 @@ from apa_cli.models.forward import (
     enable_activation_checkpointing,
     pack_if_faster,
 )
-from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapter
+from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.models.sequence_packing import RESTRICTION_OPTIONS, attend_per_sequence, can_pack
-from apa_cli.settings import CriticInit, CriticKind, CriticSettings, HeadKind, LoraSettings
+from apa_cli.settings import CriticKind, HeadKind, LoraSettings
 from apa_cli.types import Sequences
+from tests.builders import add_random_adapter, build_tiny_policy, build_value_critic, make_lora_settings
 
 close = partial(torch.testing.assert_close, rtol=2e-5, atol=2e-6)
 
-LLAMA = {
-    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
-}  # fmt: skip
-GPT = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
-PACKED = {
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, initializer_range=0.2,
-    ),
-    "gpt2": GPT2Config(**GPT),
-    "gptj": GPTJConfig(**GPT, rotary_dim=4),
-    "llama": LlamaConfig(**LLAMA),
-    "qwen2": Qwen2Config(**LLAMA),
-}  # fmt: skip
+PACKED = ["gpt_neox", "gpt2", "gptj", "llama", "qwen2"]
 UNPACKED = {
-    "a window": MistralConfig(**LLAMA, sliding_window=4),
-    "an attention of its own": FalconConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2
-    ),
-    "a loss that reads the mask": MixtralConfig(**LLAMA, num_local_experts=2, output_router_logits=True),
-    "positions read off the mask": BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2),
+    "a window": ("mistral", {"sliding_window": 4}),
+    "an attention of its own": ("falcon", {}),
+    "a loss that reads the mask": ("mixtral", {"num_local_experts": 2, "output_router_logits": True}),
+    "positions read off the mask": ("bloom", {}),
 }
+build_policy = partial(build_tiny_policy, vocab_size=50, num_hidden_layers=2)
 
 
-def build_model(config: PreTrainedConfig) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+def build_random_critic(policy: PreTrainedModel, kind: CriticKind, lora: LoraSettings | None = None) -> Critic:
+    """Return a critic with an MLP head whose values are not 0."""
+    critic = build_value_critic(policy, kind, HeadKind.mlp, seed=3, lora=lora)
+    torch.nn.init.normal_(critic.head[2].weight)
+    return critic
 
 
 @pytest.fixture
@@ -107,10 +81,8 @@ def record_input_shapes(model: torch.nn.Module, run) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("family", PACKED)
 def test_log_probs_and_values_equal_those_of_padded_rows_and_no_padding_is_computed(family, rows, without_packing):
-    policy = build_model(PACKED[family])
-    kind = CriticSettings(kind=CriticKind.separate, init=CriticInit.policy, head=HeadKind.mlp)
-    critic = build_critic(policy, kind, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", 3, None)
-    torch.nn.init.normal_(critic.head[2].weight)
+    policy = build_policy(family)
+    critic = build_random_critic(policy, CriticKind.separate)
     model = TrainingModel(policy, {"value": critic}, 0.7)
     expected, output = without_packing(lambda: model(rows)), model(rows)
     close(output.logprobs, expected.logprobs)
@@ -124,7 +96,7 @@ def test_log_probs_and_values_equal_those_of_padded_rows_and_no_padding_is_compu
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
 def test_gradients_equal_those_of_padded_rows(checkpointing, rows, without_packing):
-    model = TrainingModel(build_model(PACKED["llama"]), {}, 1.0)
+    model = TrainingModel(build_policy("llama"), {}, 1.0)
     if checkpointing:
         enable_activation_checkpointing(model.policy)
 
@@ -140,14 +112,9 @@ def test_gradients_equal_those_of_padded_rows(checkpointing, rows, without_packi
 
 
 def test_adapters_and_the_base_give_the_results_of_padded_rows(rows, without_packing):
-    policy, lora = build_model(PACKED["gpt_neox"]), LoraSettings(rank=2, alpha=4.0, target_modules=None)
-    add_adapter(policy, lora, POLICY_ADAPTER, 0)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    kind = CriticSettings(kind=CriticKind.adapter, init=CriticInit.policy, head=HeadKind.mlp)
-    critic = build_critic(policy, kind, lora, "value", 3, None)
-    torch.nn.init.normal_(critic.head[2].weight)
+    policy, lora = build_policy("gpt_neox"), make_lora_settings()
+    add_random_adapter(policy, lora)
+    critic = build_random_critic(policy, CriticKind.adapter, lora)
     model, reference = TrainingModel(policy, {"value": critic}, 1.0), AdapterDisabledModel(policy)
     expected, output = without_packing(lambda: model(rows)), model(rows)
     close(output.logprobs, expected.logprobs)
@@ -158,17 +125,15 @@ def test_adapters_and_the_base_give_the_results_of_padded_rows(rows, without_pac
 
 
 def test_values_of_a_head_on_the_trunk_equal_those_of_padded_rows(rows, without_packing):
-    policy = build_model(PACKED["qwen2"])
-    kind = CriticSettings(kind=CriticKind.head, init=CriticInit.policy, head=HeadKind.mlp)
-    critic = build_critic(policy, kind, LoraSettings(rank=0, alpha=1.0, target_modules=None), "value", 3, None)
-    torch.nn.init.normal_(critic.head[2].weight)
+    policy = build_policy("qwen2")
+    critic = build_random_critic(policy, CriticKind.head)
     model = TrainingModel(policy, {"value": critic}, 1.0)
     close(model(rows).values["value"], without_packing(lambda: model(rows)).values["value"])
 
 
 @torch.no_grad()
 def test_head_inputs_are_in_the_order_of_the_mask(rows, without_packing):
-    policy = build_model(PACKED["gptj"])
+    policy = build_policy("gptj")
     padded_inputs = join(rows)
     states, _ = compute_head_inputs(policy, padded_inputs)
     close(states, without_packing(lambda: compute_head_inputs(policy, padded_inputs)[0]))
@@ -177,7 +142,8 @@ def test_head_inputs_are_in_the_order_of_the_mask(rows, without_packing):
 
 @pytest.mark.parametrize("reason", UNPACKED)
 def test_models_whose_sequences_would_affect_each_other_stay_padded(reason, rows):
-    model = build_model(UNPACKED[reason])
+    kind, changes = UNPACKED[reason]
+    model = build_policy(kind, **changes)
     assert not can_pack(model)
     assert model.config._attn_implementation != "sdpa_by_sequence"
     padded_inputs = join(rows)
@@ -185,13 +151,13 @@ def test_models_whose_sequences_would_affect_each_other_stay_padded(reason, rows
 
 
 def test_an_attention_other_than_sdpa_is_not_replaced():
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(PACKED["llama"]), attn_implementation="eager").eval()
+    model = build_policy("llama", attn_implementation="eager")
     assert not can_pack(model) and model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", RESTRICTION_OPTIONS)
 def test_a_model_with_an_unsupported_attention_option_stays_padded(name):
-    model = build_model(PACKED["llama"])
+    model = build_policy("llama")
     layer = model.model.layers[1].self_attn
     inner = layer.forward
     layer.forward = lambda *inputs, **options: inner(*inputs, **options, **{name: 1})
@@ -202,11 +168,11 @@ def test_rows_with_little_padding_stay_padded(rows):
     """Separate attention for four short sequences would cost more than three positions each."""
     mask = torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1] * 5]).bool()
     padded_inputs = build_padded_inputs(rows.prompt_ids, torch.ones_like(rows.prompt_mask), rows.response_ids, mask)
-    assert pack_if_faster(build_model(PACKED["llama"]), padded_inputs) is padded_inputs
+    assert pack_if_faster(build_policy("llama"), padded_inputs) is padded_inputs
 
 
 def test_a_model_that_mixes_positions_outside_attention_stays_padded():
-    model = build_model(PACKED["llama"])
+    model = build_policy("llama")
     mixed = model.model.layers[0].mlp
     inner = mixed.forward
     mixed.forward = lambda states: inner(states + 0.1 * states.roll(1, dims=1))
@@ -214,7 +180,7 @@ def test_a_model_that_mixes_positions_outside_attention_stays_padded():
 
 
 def test_rows_without_padding_or_without_a_prompt_stay_padded(rows):
-    model = build_model(PACKED["gpt_neox"])
+    model = build_policy("gpt_neox")
     full = replace(rows, prompt_mask=torch.ones_like(rows.prompt_mask), mask=torch.ones_like(rows.mask))
     none = replace(rows, prompt_mask=rows.prompt_mask & (torch.arange(4) != 1).unsqueeze(1))
     for batch in (full, none):
@@ -224,7 +190,7 @@ def test_rows_without_padding_or_without_a_prompt_stay_padded(rows):
 
 
 def test_a_saved_config_does_not_name_the_packing_attention(rows, tmp_path):
-    model = build_model(PACKED["llama"])
+    model = build_policy("llama")
     assert can_pack(model)
     model.save_pretrained(tmp_path)
     assert "sdpa_by_sequence" not in (tmp_path / "config.json").read_text()

@@ -8,14 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from apa_cli.randomness import Stream, make_generator, sample_uniforms
 from apa_cli.rollout.collect import assemble_rollout, collect_rollout, concatenate_rollouts, decode_response
 from apa_cli.rollout.engine import Sampled
-from apa_cli.settings import SamplingSettings
 from apa_cli.types import Prompt, Rollout, RolloutPlan
+from tests.builders import (
+    EOS,
+    build_tiny_policy,
+    build_word_tokenizer,
+    make_rollout,
+    make_sampling_settings,
+    make_sequences,
+)
 
 # The text that is scored
 
@@ -74,47 +80,19 @@ def test_the_first_space_of_a_response_is_kept_by_a_tokenizer_that_drops_that_of
 
 # Whole rollouts
 
-PAD, EOS, LENGTH, SEED, ITERATION = 0, 10, 6, 5, 3
+LENGTH, SEED, ITERATION = 6, 5, 3
 N = 16
-SETTINGS = SamplingSettings(
-    max_prompt_tokens=8,
-    max_new_tokens=LENGTH,
-    temperature=0.7,
-    top_k=0,
-    top_p=1.0,
-    stop_strings=[],
-    microbatch_size=5,
-    cuda_graph=True,
-)
-
-
-def tiny_model(seed: int) -> PreTrainedModel:
-    """Return a one-layer model with large initial weights (0.2, not 0.02), so that models differ and tokens matter."""
-    torch.manual_seed(seed)
-    config = GPTNeoXConfig(
-        vocab_size=11,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    return GPTNeoXForCausalLM(config).eval()
+SETTINGS = make_sampling_settings(max_new_tokens=LENGTH, temperature=0.7, microbatch_size=5)
 
 
 @pytest.fixture(scope="module")
 def policies() -> dict[str, PreTrainedModel]:
-    return {"policy": tiny_model(0), "guide": tiny_model(1)}
+    return {"policy": build_tiny_policy(seed=0), "guide": build_tiny_policy(seed=1)}
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A vocabulary of eleven words: <pad>, b to j, <eos>."""
-    words = ["<pad>", *"bcdefghij", "<eos>"]
-    word_level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=word_level, pad_token="<pad>", eos_token="<eos>")
+    return build_word_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -288,27 +266,24 @@ def test_prefixes_and_completions_are_joined_and_cut_at_the_limit(tokenizer):
     ]
 
 
-def build_rollout(prompts: list[list[int]], responses: list[list[int]], first: int) -> Rollout:
+def make_numbered_rollout(prompts: list[list[int]], responses: list[list[int]], first: int) -> Rollout:
     """Return a rollout padded to its own widths with the token 0, whose rows are numbered from `first`."""
-
-    def table(rows: list[list], left: bool = False) -> torch.Tensor:
-        width = max(map(len, rows))
-        return torch.tensor([[0] * (width - len(r)) + r if left else r + [0] * (width - len(r)) for r in rows])
-
-    mask = table([[1] * len(row) for row in responses]).bool()
-    numbers = table([[-float(token) for token in row] for row in responses])
+    tokens = make_sequences(prompts, responses)
+    logprobs = -tokens.response_ids.float()
     names = [str(first + i) for i in range(len(prompts))]
-    return Rollout(
-        prompt_ids=table(prompts, left=True), prompt_mask=table([[1] * len(p) for p in prompts], left=True).bool(),
-        response_ids=table(responses), mask=mask, prefix_mask=~mask & False, sampler_logprobs=numbers,
-        prompts=names, responses=names, endings=names, groups=torch.arange(first, first + len(prompts)),
-        columns=[{"name": name} for name in names], scores=torch.arange(first, first + len(prompts)).float(),
-        ref_logprobs=numbers, init_logprobs=numbers, values={"value": 2 * numbers},
+    return make_rollout(
+        **vars(tokens), sampler_logprobs=logprobs, prompts=names, responses=names, endings=names,
+        groups=torch.arange(first, first + len(prompts)), columns=[{"name": name} for name in names],
+        scores=torch.arange(first, first + len(prompts)).float(), ref_logprobs=logprobs, init_logprobs=logprobs,
+        values={"value": 2 * logprobs},
     )  # fmt: skip
 
 
 def test_rollouts_are_concatenated_with_common_padding():
-    parts = [build_rollout([[5], [6, 7]], [[1, 2, 3], [4]], 0), build_rollout([[8, 9, 9], [1]], [[5, 6], [5, 6]], 2)]
+    parts = [
+        make_numbered_rollout([[5], [6, 7]], [[1, 2, 3], [4]], 0),
+        make_numbered_rollout([[8, 9, 9], [1]], [[5, 6], [5, 6]], 2),
+    ]
     joined = concatenate_rollouts(parts, pad=99, count=3)
     # Padding is added on the left of prompts and on the right of responses; the fourth row is left out.
     assert joined.prompt_ids.tolist() == [[99, 0, 5], [99, 6, 7], [8, 9, 9]]

@@ -1,73 +1,42 @@
 """Decode steps: CUDA-graph capture on a fake GPU, and the probe of models for it."""
 
-import copy
 from contextlib import contextmanager
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from apa_cli.rollout import decode_step, graph_probe
 from apa_cli.rollout.decode_step import EagerDecoder, GraphDecoder
 from apa_cli.rollout.graph_probe import can_decode_with_graph, probe_graph_decoding
-from apa_cli.settings import SamplingSettings
+from tests.builders import build_tiny_policy, make_sampling_settings
 
-SETTINGS = SamplingSettings(
-    max_prompt_tokens=5, max_new_tokens=12, temperature=0.7, top_k=8, top_p=0.9, stop_strings=[], microbatch_size=8,
-    cuda_graph=True,
-)  # fmt: skip
-LLAMA = {
-    "vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.2,
-}  # fmt: skip
-GPT = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
-SUPPORTED = {
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.2,
-    ),
-    "gpt2": GPT2Config(**GPT),
-    "gptj": GPTJConfig(**GPT, rotary_dim=4),
-    "llama": LlamaConfig(**LLAMA),
-}  # fmt: skip
+SETTINGS = make_sampling_settings(max_prompt_tokens=5, temperature=0.7, top_k=8, top_p=0.9, microbatch_size=8)
+SUPPORTED = ["gpt_neox", "gpt2", "gptj", "llama"]
 UNSUPPORTED = {
-    "sliding window": MistralConfig(**LLAMA, sliding_window=4),
-    "positions computed from the mask": BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2),
+    "sliding window": ("mistral", {"sliding_window": 4}),
+    "positions computed from the mask": ("bloom", {}),
 }
-
-
-def build_model(config: PreTrainedConfig) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+build_policy = partial(build_tiny_policy, vocab_size=50, num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_the_probe_accepts_these_families(family, dtype):
-    assert probe_graph_decoding(build_model(SUPPORTED[family]).to(dtype))
+    assert probe_graph_decoding(build_policy(family).to(dtype))
 
 
 @pytest.mark.parametrize("reason", UNSUPPORTED)
 def test_the_probe_rejects_these_models(reason):
-    assert not probe_graph_decoding(build_model(UNSUPPORTED[reason]))
+    kind, changes = UNSUPPORTED[reason]
+    assert not probe_graph_decoding(build_policy(kind, **changes))
 
 
 def test_the_probe_rejects_eager_attention():
     """It adds the mask to the scores, and a boolean mask hides nothing then."""
-    config = copy.deepcopy(SUPPORTED["llama"])
-    config._attn_implementation = "eager"
-    assert not probe_graph_decoding(build_model(config))
+    assert not probe_graph_decoding(build_policy("llama", attn_implementation="eager"))
 
 
 @pytest.mark.parametrize("buffer", ["cache_position", "position_ids", "step_index", "attention_mask"])
@@ -81,12 +50,12 @@ def test_the_probe_notices_a_step_that_does_not_advance_a_buffer(buffer, monkeyp
 
     monkeypatch.setattr(GraphDecoder, "compute_step", compute_without_advancing)
     # The step's index selects the uniform number, on which logits do not depend: the probe sets the tokens.
-    assert probe_graph_decoding(build_model(SUPPORTED["gpt2"])) == (buffer == "step_index")
+    assert probe_graph_decoding(build_policy("gpt2")) == (buffer == "step_index")
 
 
 def test_models_on_a_cpu_are_not_probed(monkeypatch):
     monkeypatch.setattr(graph_probe, "probe_graph_decoding", lambda model: pytest.fail("probed"))
-    assert not can_decode_with_graph(build_model(SUPPORTED["gpt2"]))
+    assert not can_decode_with_graph(build_policy("gpt2"))
 
 
 def test_out_of_memory_in_the_probe_is_raised(monkeypatch):
@@ -97,7 +66,7 @@ def test_out_of_memory_in_the_probe_is_raised(monkeypatch):
 
     monkeypatch.setattr(GraphDecoder, "compute_step", run_out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        probe_graph_decoding(build_model(SUPPORTED["gpt2"]))
+        probe_graph_decoding(build_policy("gpt2"))
 
 
 class FakeGraph:
@@ -224,7 +193,7 @@ def assert_close(rows: list[list[float]], expected: list[list[float]]) -> None:
 
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_captured_step_is_replayed(family, fake_cuda):
-    model = build_model(SUPPORTED[family])
+    model = build_policy(family)
     assert probe_graph_decoding(model)
     FakeGraph.captures.clear()
     assert_close(decode_logprobs(model, True), decode_logprobs(model, False))
@@ -236,7 +205,7 @@ def test_a_captured_step_is_replayed(family, fake_cuda):
 
 @pytest.mark.parametrize("fails_at", ["step", "end"])
 def test_steps_that_cannot_be_captured_are_computed(fails_at, fake_cuda, monkeypatch):
-    model = build_model(SUPPORTED["gpt2"])
+    model = build_policy("gpt2")
     monkeypatch.setattr(FakeGraph, "fails_at", fails_at)
     assert not probe_graph_decoding(model)
     FakeGraph.captures.clear()
@@ -245,7 +214,7 @@ def test_steps_that_cannot_be_captured_are_computed(fails_at, fake_cuda, monkeyp
 
 
 def test_a_capture_that_fails_after_others_succeeded_ends_the_attempts(fake_cuda, monkeypatch):
-    model = build_model(SUPPORTED["gpt2"])
+    model = build_policy("gpt2")
     expected = decode_logprobs(model, False)
     assert_close(decode_logprobs(model, True), expected)
     monkeypatch.setattr(FakeGraph, "fails_at", "end")
@@ -256,12 +225,12 @@ def test_a_capture_that_fails_after_others_succeeded_ends_the_attempts(fake_cuda
 
 
 def test_cached_memory_is_released_before_a_capture_only_if_memory_is_scarce(fake_cuda):
-    decode_logprobs(build_model(SUPPORTED["gpt2"]), True)
+    decode_logprobs(build_policy("gpt2"), True)
     assert len(FakeGraph.captures) == 2 and len(fake_cuda) == 1
 
 
 def test_the_last_two_steps_are_not_captured(fake_cuda):
-    model, ones = build_model(SUPPORTED["gpt2"]), torch.ones(2, 3).long()
+    model, ones = build_policy("gpt2"), torch.ones(2, 3).long()
     decoder = EagerDecoder(model, ones, ones, torch.rand(2, 3), SETTINGS)
     with torch.no_grad():
         decoder.step()
@@ -279,7 +248,7 @@ def test_a_step_that_synchronizes_with_the_gpu_is_not_captured(fake_cuda, monkey
         raise RuntimeError("called a synchronizing CUDA operation")
 
     monkeypatch.setattr(graph_probe, "run_without_sync", raise_synchronization)
-    assert not probe_graph_decoding(build_model(SUPPORTED["gpt2"]))
+    assert not probe_graph_decoding(build_policy("gpt2"))
     assert calls and not FakeGraph.captures
 
 
@@ -287,7 +256,7 @@ def test_a_step_that_synchronizes_with_the_gpu_is_not_captured(fake_cuda, monkey
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_a_replayed_graph_samples_what_its_eager_steps_sample(family, monkeypatch):
     """On a GPU, bit for bit, also after rows are selected."""
-    model = build_model(SUPPORTED[family]).cuda()
+    model = build_policy(family).cuda()
     assert can_decode_with_graph(model)
     input_ids = torch.randint(1, 50, (6, 5), device="cuda")
     attention_mask = torch.ones_like(input_ids)

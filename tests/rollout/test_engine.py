@@ -8,25 +8,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from apa_cli.models.forward import compute_response_logprobs
-from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapter
+from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.models.sequence_packing import can_pack
 from apa_cli.rollout import decode_step, engine
 from apa_cli.rollout.engine import Sampled, StopStringMatcher, pad_left, pad_right, sample_responses
 from apa_cli.rollout.kv_cache import PreallocatedCacheLayer
-from apa_cli.settings import LoraSettings, SamplingSettings
 from apa_cli.types import Sequences
+from tests.builders import (
+    EOS,
+    PAD,
+    add_random_adapter,
+    build_tiny_policy,
+    build_word_tokenizer,
+    make_lora_settings,
+    make_sampling_settings,
+)
 
 # Padding
 
@@ -41,52 +40,20 @@ def test_prompts_are_padded_on_the_left_and_responses_on_the_right():
 
 # Whole responses
 
-PAD, EOS = 0, 10
 LENGTH = 12
-SETTINGS = SamplingSettings(
-    max_prompt_tokens=8,
-    max_new_tokens=LENGTH,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    stop_strings=[],
-    microbatch_size=64,
-    cuda_graph=True,
-)
+SETTINGS = make_sampling_settings(max_new_tokens=LENGTH)
 N = 24
-
-
-def tiny_policy(kind: str) -> PreTrainedModel:
-    """Return a one-layer model with large initial weights (0.2, not 0.02), so that outputs depend on the input."""
-    torch.manual_seed(0)
-    if kind == "gpt_neox":
-        config = GPTNeoXConfig(
-            vocab_size=11,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            initializer_range=0.2,
-        )
-        return GPTNeoXForCausalLM(config).eval()
-    config = GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2, n_positions=64, initializer_range=0.2)
-    return GPT2LMHeadModel(config).eval()
 
 
 @pytest.fixture(scope="module", params=["gpt_neox", "gpt2"])
 def policy(request) -> PreTrainedModel:
     """GPT-NeoX has relative positions, GPT-2 absolute ones."""
-    return tiny_policy(request.param)
+    return build_tiny_policy(request.param)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A vocabulary of eleven words: <pad>, b to j, <eos>."""
-    words = ["<pad>", *"bcdefghij", "<eos>"]
-    word_level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=word_level, pad_token="<pad>", eos_token="<eos>")
+    return build_word_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -202,12 +169,8 @@ def test_both_decoders_give_the_same_responses_with_and_without_lookahead(
 
 
 def test_a_model_with_its_adapter_disabled_gives_the_base_models_responses(prompts, uniforms, tokenizer, monkeypatch):
-    base, model = tiny_policy("gpt_neox"), tiny_policy("gpt_neox")
-    add_adapter(model, LoraSettings(rank=2, alpha=4.0, target_modules=None), POLICY_ADAPTER, 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+    base, model = build_tiny_policy("gpt_neox"), build_tiny_policy("gpt_neox")
+    add_random_adapter(model, make_lora_settings())
     arguments = (tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS}))
     expected = sample_responses(base, *arguments)
     assert sample_responses(model, *arguments).tokens != expected.tokens
@@ -335,7 +298,7 @@ def test_a_tiny_top_p_samples_the_likeliest_token(policy, tokenizer, prompts, un
 
 
 def test_logits_in_bfloat16_are_normalised_in_float32(tokenizer, prompts, uniforms):
-    model = tiny_policy("gpt_neox").bfloat16()
+    model = build_tiny_policy("gpt_neox").bfloat16()
     sampled = sample_responses(model, tokenizer, prompts[1:2], uniforms[1:2, :1], SETTINGS, frozenset({EOS}))
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(prompts[1:2])).logits[0, -1]
@@ -382,7 +345,7 @@ def test_the_token_that_completes_a_stop_string_ends_the_response(policy, tokeni
 @pytest.mark.parametrize("kind", ["gpt_neox", "gpt2"])
 def test_responses_do_not_depend_on_earlier_passes_of_the_model(kind, tokenizer, prompts, uniforms):
     """A resumed run samples first, an uninterrupted one computes log-probs before; bfloat16 shows any difference."""
-    new, used = tiny_policy(kind).bfloat16(), tiny_policy(kind).bfloat16()
+    new, used = build_tiny_policy(kind).bfloat16(), build_tiny_policy(kind).bfloat16()
     assert can_pack(used)
     arguments = (tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS}))
     assert sample_responses(new, *arguments) == sample_responses(used, *arguments)

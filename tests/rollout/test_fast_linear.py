@@ -1,36 +1,29 @@
 """Fast linear layers for decoding: the same products, in a block only."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from apa_cli.hardware import cpu_matmul as matmul
-from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapter
+from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.rollout import fast_linear
 from apa_cli.rollout.fast_linear import use_fast_linears
-from apa_cli.settings import LoraSettings, MatmulLibrary
+from apa_cli.settings import MatmulLibrary
+from tests.builders import add_random_adapter, build_tiny_policy, make_lora_settings
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
-CONFIGS = {
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        initializer_range=0.2,
-    ),
-    "gpt2": GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2),
-}  # fmt: skip
-CLASSES = {"gpt_neox": GPTNeoXForCausalLM, "gpt2": GPT2LMHeadModel}
+WIDE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2}
+KINDS = {"gpt_neox": {**WIDE, "intermediate_size": 64}, "gpt2": WIDE}
 needs_onednn = pytest.mark.skipif(not matmul.has_onednn(), reason="this PyTorch has no oneDNN")
 
 
-def build_model(kind: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return CLASSES[kind](copy.deepcopy(CONFIGS[kind])).eval()
+def build_policy(kind: str) -> PreTrainedModel:
+    return build_tiny_policy(kind, **KINDS[kind])
 
 
 @torch.no_grad()
@@ -51,10 +44,10 @@ class WeightConversions(TorchDispatchMode):
 
 @needs_onednn
 @pytest.mark.parametrize("rows", [3, 29])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_float32_logits_by_onednn_are_the_same(kind, rows):
     """3 · 5 positions keep their shape; 29 · 5 are padded."""
-    model = build_model(kind)
+    model = build_policy(kind)
     expected = compute_logits(model, rows)
     matmul.select_matmul(MatmulLibrary.onednn)
     with use_fast_linears(model):
@@ -64,18 +57,18 @@ def test_float32_logits_by_onednn_are_the_same(kind, rows):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_onednn_float32_layers_are_not_replaced(kind):
-    model = build_model(kind)
+    model = build_policy(kind)
     with use_fast_linears(model):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
 @needs_onednn
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_autocast_converts_no_weight_in_the_block(kind):
     """Outside, autocast converts frozen weights in every pass; it caches those of trained weights only."""
-    model = build_model(kind).requires_grad_(False)
+    model = build_policy(kind).requires_grad_(False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = compute_logits(model)
         with WeightConversions() as conversions:
@@ -90,7 +83,7 @@ def test_autocast_converts_no_weight_in_the_block(kind):
 
 @needs_onednn
 def test_a_new_block_uses_the_current_weights():
-    model = build_model("gpt_neox")
+    model = build_policy("gpt_neox")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         with use_fast_linears(model):
             before = compute_logits(model)
@@ -101,7 +94,7 @@ def test_a_new_block_uses_the_current_weights():
 
 
 def test_an_error_in_the_block_restores_the_model():
-    model = build_model("gpt_neox")
+    model = build_policy("gpt_neox")
     with (
         pytest.raises(ZeroDivisionError),
         torch.autocast("cpu", dtype=torch.bfloat16),
@@ -113,7 +106,7 @@ def test_an_error_in_the_block_restores_the_model():
 
 @needs_onednn
 def test_out_of_memory_on_entry_restores_the_model(monkeypatch):
-    model, weights = build_model("gpt_neox"), []
+    model, weights = build_policy("gpt_neox"), []
 
     def prepack_linear(weight):
         weights.append(weight)
@@ -128,12 +121,8 @@ def test_out_of_memory_on_entry_restores_the_model(monkeypatch):
 
 
 def test_a_model_with_an_adapter_enabled_and_disabled():
-    model = build_model("gpt_neox")
-    add_adapter(model, LoraSettings(rank=2, alpha=4.0, target_modules=None), POLICY_ADAPTER, 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
+    model = build_policy("gpt_neox")
+    add_random_adapter(model, make_lora_settings())
     matmul.select_matmul(MatmulLibrary.onednn if matmul.has_onednn() else MatmulLibrary.torch)
     for variant in (model, AdapterDisabledModel(model)):
         expected = compute_logits(variant)
@@ -143,7 +132,7 @@ def test_a_model_with_an_adapter_enabled_and_disabled():
 
 @needs_onednn
 def test_a_model_above_the_size_limit_is_not_copied(monkeypatch):
-    model = build_model("gpt_neox")
+    model = build_policy("gpt_neox")
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     for max_bytes, is_replaced in ((2 * linear - 1, False), (2 * linear, True)):
         monkeypatch.setattr(fast_linear, "MAX_COPY_BYTES", max_bytes)

@@ -8,6 +8,7 @@ import torch
 
 from apa_cli.rollout.statistics import confidence_half_width, distinct_n, response_statistics, rollout_statistics
 from apa_cli.types import Rollout
+from tests.builders import make_mask, make_rollout
 
 JUNK = 77.0
 """Value outside the mask."""
@@ -20,19 +21,11 @@ def pad_with_junk(*rows: list[float]) -> torch.Tensor:
 @pytest.fixture
 def rollout() -> Rollout:
     """Four responses of 3, 1, 2 and 1 tokens; the kinds of log-probs all differ."""
-    lengths = [3, 1, 2, 1]
-    return Rollout(
-        prompt_ids=torch.tensor([[1], [2], [3], [4]]),
-        prompt_mask=torch.ones(4, 1, dtype=torch.bool),
+    return make_rollout(
+        make_mask([3, 1, 2, 1]),
         response_ids=torch.tensor([[5, 6, 5], [6, 5, 6], [5, 6, 6], [9, 8, 7]]),
-        mask=torch.tensor([[t < length for t in range(3)] for length in lengths]),
-        prefix_mask=torch.zeros(4, 3, dtype=torch.bool),
         sampler_logprobs=pad_with_junk([-1.0, -2.0, -0.5], [-3.0], [-0.25, -4.0], [-1.25]),
-        prompts=["a", "b", "c", "d"],
-        responses=["e", "f", "g", "h"],
         endings=["length", "length", "length", "eos"],
-        groups=torch.tensor([0, 1, 2, 3]),
-        columns=[{}] * 4,
         scores=torch.tensor([1.0, 4.0, 7.0, 10.0]),
         init_logprobs=pad_with_junk([-1.5, -1.0, -2.0], [-2.0], [-1.0, -4.5], [-1.0]),
         ref_logprobs=pad_with_junk([-1.25, -2.5, -1.0], [-3.5], [-2.0, -3.0], [-5.25]),

@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,12 +73,19 @@ def test_damaged_policy(damage, model, configured):
         assert WEIGHT in message
 
 
+def save_reward_model(folder: Path, tokenizer_path: Path, positions: int) -> Path:
+    """Save a GPT-2 classifier of one layer with so many positions, and the tokenizer; return the folder."""
+    config = GPT2Config(
+        vocab_size=600, n_embd=32, n_layer=1, n_head=2, n_positions=positions, num_labels=1, pad_token_id=1
+    )
+    GPT2ForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_path).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "weights of another size"])
 def test_damaged_reward_model(damage, tiny, tmp_path):
-    config = GPT2Config(vocab_size=600, n_embd=32, n_layer=1, n_head=2, n_positions=64, num_labels=1, pad_token_id=1)
-    model = tmp_path / "model"
-    GPT2ForSequenceClassification(config).save_pretrained(model)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(model)
+    model = save_reward_model(tmp_path / "model", tiny, positions=64)
     if damage == "a tensor is missing":
         remove_tensor(model / "model.safetensors", "score.weight")  # it would be initialized at random
     else:
@@ -95,10 +103,8 @@ def test_damaged_tokenizer(damage, model, configured):
 
 
 def test_text_beyond_the_reward_models_positions_is_cut_at_the_prompt(tiny, tmp_path):
-    config = GPT2Config(vocab_size=600, n_embd=32, n_layer=1, n_head=2, n_positions=16, num_labels=1, pad_token_id=1)
-    GPT2ForSequenceClassification(config).save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
-    score = ModelReward(str(tmp_path / "model"), 0, 1.0, False, None, 4, 512).load(Placement("cpu", "float32"))
+    model = save_reward_model(tmp_path / "model", tiny, positions=16)
+    score = ModelReward(str(model), 0, 1.0, False, None, 4, 512).load(Placement("cpu", "float32"))
     (long,) = score(["tea " * 100], [" Yes, do! Yes, do! Yes, do! Yes, do!"], [{}])
     (longer,) = score(["bread " * 100 + "tea " * 100], [" Yes, do! Yes, do! Yes, do! Yes, do!"], [{}])
     assert long == pytest.approx(longer, rel=1e-6)

@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from apa_cli.errors import UserError
 from apa_cli.runs.checkpoint import load_checkpoint
-from apa_cli.runs.console import Console
-from apa_cli.training.build import build_trainer
 
 REWARD = '''\
 """Share of vowels; the file `fault` names a call, counted from 1, and how it fails."""
@@ -183,10 +181,8 @@ def test_advantages_beyond_float32_are_named(make_reward, run_train, tmp_path):
 
 
 @pytest.mark.parametrize(("part", "name"), [("policy", "sampler_logprobs"), ("critics", "values.value")])
-def test_nonfinite_weights_are_detected_in_their_output(part, name, configured, tmp_path):
-    with Console(None, 1, quiet=True) as console:
-        trainer = build_trainer(configured(), tmp_path, None, None, console)
-    trainer.progress.algorithm = trainer.config.algo.initial_state()
+def test_nonfinite_weights_are_detected_in_their_output(part, name, make_trainer, tmp_path):
+    trainer = make_trainer(folder=tmp_path)
     with torch.no_grad():
         list(getattr(trainer.models, part).parameters())[-1].fill_(math.nan)
     with pytest.raises(UserError, match=rf"^iteration 1: {name} is nan at token 0 of response 0; nothing was changed"):
@@ -204,12 +200,11 @@ def test_nonfinite_initial_model_is_detected_before_training(run_train, tiny, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_number_of_dumped_batches_is_limited(tmp_path, configured, monkeypatch):
+def test_number_of_dumped_batches_is_limited(tmp_path, make_trainer, monkeypatch):
     from apa_cli.training import fault_dump
 
     monkeypatch.setattr(fault_dump, "MAX_DUMPS", 2)
-    with Console(None, 1, quiet=True) as console:
-        trainer = build_trainer(configured(), tmp_path, None, None, console)
+    trainer = make_trainer()
     rollout, _ = trainer.rollout_builder.sample(1)
     files = [
         fault_dump.write_dump(tmp_path / "faults", f"n{n}", "what", rollout, None, torch.arange(2)) for n in range(4)

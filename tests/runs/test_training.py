@@ -14,8 +14,6 @@ from apa_cli.models.forward import build_padded_inputs, compute_response_logits
 from apa_cli.randomness import Stream, sample_uniforms
 from apa_cli.rollout.collect import collect_rollout
 from apa_cli.runs.checkpoint import load_checkpoint
-from apa_cli.runs.console import Console
-from apa_cli.training.build import build_trainer
 
 TRAINING = {
     "reward/mean",
@@ -148,11 +146,10 @@ def test_resumed_run_equals_the_uninterrupted_one(overrides, run_train, comparab
         assert max(map(abs, refreshed)) < 1e-5 < max(abs(row["kl/sequence"]) for row in expected[1:])
 
 
-def find_nearest_boundary(configured, folder, *overrides) -> float:
+def find_nearest_boundary(make_trainer, *overrides) -> float:
     """Return the least distance of a uniform number to a CDF boundary, in evaluation and first iteration."""
-    config = configured(*overrides)
-    with Console(None, 1, quiet=True) as console:
-        trainer = build_trainer(config, folder, None, None, console)
+    trainer = make_trainer(*overrides)
+    config = trainer.config
     settings, nearest = config.sampling, 1.0
     rollout, _ = trainer.rollout_builder.sample(1)
     prompts = trainer.evaluator.prompts
@@ -176,13 +173,11 @@ def find_nearest_boundary(configured, folder, *overrides) -> float:
     return nearest
 
 
-def test_results_do_not_depend_on_the_microbatch_size(run_train, configured, comparable, records, tmp_path):
+def test_results_do_not_depend_on_the_microbatch_size(run_train, make_trainer, comparable, records):
     overrides = ["iterations=1", "minibatch_size=8", "optimizer.lr=1e-3", "sampling.max_new_tokens=8"]
     # A number within rounding of a CDF boundary may give either token: this seed has none within ten times that.
-    folder = tmp_path / "seed"
-    folder.mkdir()
     seeds = ([f"seed={seed}", f"evaluation.seed={seed}"] for seed in range(50))
-    seed = next(pair for pair in seeds if find_nearest_boundary(configured, folder, *overrides, *pair) > 2e-6)
+    seed = next(pair for pair in seeds if find_nearest_boundary(make_trainer, *overrides, *pair) > 2e-6)
     runs = [
         run_train(*overrides, *seed, f"microbatch_size={size}", f"sampling.microbatch_size={size}", name=f"size_{size}")
         for size in (8, 4, 1)

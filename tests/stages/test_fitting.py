@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import device as torch_device
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -20,25 +19,17 @@ from apa_cli.runs.checkpoint import load_checkpoint
 from apa_cli.runs.stopping import RunStopped
 from apa_cli.settings import LRScheduler
 from apa_cli.stages import fitting
-from apa_cli.stages.fitting import StageContext, fit, learning_rate_factor
+from apa_cli.stages.fitting import fit, learning_rate_factor
 from apa_cli.stages.reward_model import bradley_terry_loss, compute_subset_accuracies, train_reward_model
 from apa_cli.training.launch import start_reward, start_sft
 from apa_cli.types import Example
+from tests.builders import make_stage_context
 
-CPU = torch_device("cpu")
 SETTINGS = build(compose([])).sft
 
 
-def make_settings(**changes):
+def make_stage_settings(**changes):
     return replace(SETTINGS, **{"epochs": 1, "batch_size": 1, "weight_decay": 0.0, "warmup_ratio": 0.0, **changes})
-
-
-def ignore(*_) -> None:
-    """Discard what a stage reports."""
-
-
-def make_context(**options) -> StageContext:
-    return StageContext(CPU, None, ignore, ignore, **options)
 
 
 # --- the learning rate --------------------------------------------------------------------------------------
@@ -54,7 +45,7 @@ def make_context(**options) -> StageContext:
     ],
 )
 def test_the_learning_rate_warms_up_and_then_follows_its_schedule(schedule, expected):
-    stage = make_settings(lr_scheduler=schedule, warmup_ratio=0.2)
+    stage = make_stage_settings(lr_scheduler=schedule, warmup_ratio=0.2)
     assert [learning_rate_factor(stage, step, 10) for step in range(10)] == pytest.approx(expected)
 
 
@@ -72,12 +63,12 @@ class OneWeight(nn.Module):
 def fit_one_weight(eval_every, epochs=6):
     """Fit with loss −w, so that w rises by 0.1 a step, and eval/loss |w − 0.3|, which is lowest after 3 steps."""
     model, rows = OneWeight(), []
-    stage = make_settings(epochs=epochs, lr=0.1, lr_scheduler=LRScheduler.constant, eval_every=eval_every)
+    stage = make_stage_settings(epochs=epochs, lr=0.1, lr_scheduler=LRScheduler.constant, eval_every=eval_every)
 
     def measure():
         return {"eval/loss": abs(float(model.weight.detach()) - 0.3)}
 
-    best = fit(model, lambda _: -model.weight.sum(), measure, [1], stage, 0, make_context(record=rows.append))
+    best = fit(model, lambda _: -model.weight.sum(), measure, [1], stage, 0, make_stage_context(record=rows.append))
     return model, best, rows
 
 
@@ -100,14 +91,14 @@ def test_evaluations_follow_eval_every_and_the_last_step():
 def test_a_non_finite_gradient_is_a_one_line_error():
     model = OneWeight()
     with pytest.raises(UserError, match=r"^step 1: the gradient norm is nan"):
-        fit(model, lambda _: (model.weight * math.nan).sum(), dict, [1], make_settings(), 0, make_context())
+        fit(model, lambda _: (model.weight * math.nan).sum(), dict, [1], make_stage_settings(), 0, make_stage_context())
 
 
 def test_frozen_weights_are_neither_trained_nor_saved(tmp_path):
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     model[0].requires_grad_(False)
     before = [parameter.clone() for parameter in model.parameters()]
-    stage = make_settings(epochs=3, lr=0.1, checkpoint_every=2)
+    stage = make_stage_settings(epochs=3, lr=0.1, checkpoint_every=2)
     fit(
         model,
         lambda _: model(torch.ones(1)).sum(),
@@ -115,7 +106,7 @@ def test_frozen_weights_are_neither_trained_nor_saved(tmp_path):
         [1],
         stage,
         0,
-        make_context(checkpoint_folder=tmp_path),
+        make_stage_context(checkpoint_folder=tmp_path),
     )
     unchanged = [torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
     assert unchanged == [True, True, False, False]
@@ -221,8 +212,7 @@ def test_center_coef_centres_the_scores_and_the_metrics_have_the_subsets(tiny, t
     means = {}
     for coefficient in ("0", "1"):
         overrides = [*OVERRIDES, f"model.path={tiny}", f"reward_model.center_coef={coefficient}"]
-        folder = tmp_path / coefficient
-        context = StageContext(CPU, folder, ignore, ignore)
+        context = make_stage_context(tmp_path / coefficient)
         report = train_reward_model(build(compose(overrides)), rows[:60], rows[60:], 0, context)
         assert {"accuracy/even", "accuracy/odd"} <= report.keys()
         means[coefficient] = abs(report["score_mean"])
@@ -234,9 +224,8 @@ def test_a_lora_reward_model_is_saved_merged_and_as_an_adapter_with_its_head(tin
 
     rows = EmbeddedDataset(80, 20, 0, []).load("train")
     overrides = [*OVERRIDES, f"model.path={tiny}", "lora=default", "lora.rank=3"]
-    train_reward_model(
-        build(compose(overrides)), rows[:60], rows[60:], 0, StageContext(CPU, tmp_path / "model", ignore, ignore)
-    )
+    context = make_stage_context(tmp_path / "model")
+    train_reward_model(build(compose(overrides)), rows[:60], rows[60:], 0, context)
     ids = torch.tensor([[7, 99, 31, 4]])
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()(ids).logits
     base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)

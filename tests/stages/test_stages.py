@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import device as torch_device
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from apa_cli.config.build import build as build_config
@@ -18,12 +17,11 @@ from apa_cli.errors import UserError
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.models.reward_model import encode_text
 from apa_cli.stages import cache
-from apa_cli.stages.fitting import StageContext
 from apa_cli.stages.reward_model import compute_preference_metrics, train_reward_model
 from apa_cli.stages.sft import compute_perplexity, train_sft_model
 from apa_cli.types import Example
+from tests.builders import make_stage_context
 
-CPU = torch_device("cpu")
 OVERRIDES = [
     "sft.epochs=2", "sft.batch_size=8", "sft.lr=5e-3", "sft.weight_decay=0", "sft.warmup_ratio=0.1",
     "sft.max_tokens=100", "sft.held_out=20", "reward_model.epochs=2", "reward_model.batch_size=8",
@@ -34,17 +32,9 @@ OVERRIDES = [
 ROWS = EmbeddedDataset(80, 20, 0, [])
 
 
-def ignore(*_) -> None:
-    """Discard what a stage reports."""
-
-
 def configure_model(folder, *overrides):
     """Return a configuration whose stages start from the model in `folder`."""
     return build_config(compose([*OVERRIDES, "model=local", f"model.path={folder}", *overrides]))
-
-
-def make_context(folder) -> StageContext:
-    return StageContext(CPU, folder, ignore, ignore)
 
 
 def encode_target(tokenizer, prompt, reply, max_tokens):
@@ -111,7 +101,7 @@ def test_sft_lowers_perplexity_and_is_repeatable(tiny, tmp_path):
     results = []
     for name in ("first", "second"):
         torch.manual_seed(random.randrange(1000))
-        results.append(train_sft_model(configure_model(tiny), train, test, 0, make_context(tmp_path / name)))
+        results.append(train_sft_model(configure_model(tiny), train, test, 0, make_stage_context(tmp_path / name)))
     first, second = results
     assert first["perplexity_after"] < 0.5 * first["perplexity_before"]
     assert first == second and first["replies"] == 80
@@ -130,7 +120,7 @@ def test_sft_builds_a_model_without_model_path(tmp_path):
     architecture = [f"model.architecture.{dimension}" for dimension in dimensions]
     config = build_config(compose([*OVERRIDES, *architecture, "model.tokenizer_vocabulary=320", "sft.epochs=1"]))
     train, test = ROWS.load("train"), ROWS.load("test")
-    train_sft_model(config, train, test, 0, make_context(tmp_path / "model"))
+    train_sft_model(config, train, test, 0, make_stage_context(tmp_path / "model"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert model.config.vocab_size == len(tokenizer) == 320
@@ -142,9 +132,9 @@ def test_a_stage_without_replies_is_refused(stage, tiny, tmp_path):
     rows = [Example("a prompt", None, None, {})]
     with pytest.raises(UserError, match=f"^{stage}: the data set has no") as error:
         if stage == "sft":
-            train_sft_model(configure_model(tiny), rows, rows, 0, make_context(tmp_path / "x"))
+            train_sft_model(configure_model(tiny), rows, rows, 0, make_stage_context(tmp_path / "x"))
         else:
-            train_reward_model(configure_model(tiny), rows, rows, 0, make_context(tmp_path / "x"))
+            train_reward_model(configure_model(tiny), rows, rows, 0, make_stage_context(tmp_path / "x"))
     assert "\n" not in str(error.value)
 
 
@@ -189,7 +179,7 @@ def test_the_reward_stage_learns_and_stores_the_moments_of_its_scores(tiny, tmp_
     train = [Example(f"Is {i} more than zero?", " Yes, it is.", " No, it is not.", {}) for i in range(1, 65)]
     test = [Example(f"Is {i} more than zero?", " Yes, it is.", " No, it is not.", {}) for i in range(70, 80)]
     folder = tmp_path / "model"
-    report = train_reward_model(configure_model(tiny), train, test, 0, make_context(folder))
+    report = train_reward_model(configure_model(tiny), train, test, 0, make_stage_context(folder))
     assert report["accuracy"] == 1.0 and report["margin"] > 0.5
     assert (report["pairs"], report["held_out_pairs"]) == (64, 10)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -233,7 +223,7 @@ def find_or_build(configured, tmp_path, build):
 
     def call(*overrides, key=None, rows=(), stage="sft"):
         config = configured(f"stages.cache_dir={tmp_path}/cache", *overrides)
-        return cache.find_or_build(config, stage, key or {"lr": 1}, [list(rows), []], build, ignore)
+        return cache.find_or_build(config, stage, key or {"lr": 1}, [list(rows), []], build, lambda text: None)
 
     return call
 

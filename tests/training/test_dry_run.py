@@ -26,7 +26,7 @@ def test_the_batch_arithmetic_names_every_factor(describe):
     lines = describe(*SIZES, "samples_per_prompt=3")
     assert lines["batches"] == "5 iterations × 24 responses (8 prompts × 3) = 120 responses"
     assert lines["updates"] == (
-        "2 epochs × 2 minibatches of 12 = 4 optimiser steps per iteration, 20 in all, each of 3 × 4 responses"
+        "2 epochs × 2 minibatches of 12 = 4 optimizer steps per iteration, 20 in all, each of 3 × 4 responses"
     )
 
 

@@ -1,0 +1,30 @@
+"""MFU of the updates by hand, and the seconds of nested phases."""
+
+import pytest
+import torch
+
+from apa_cli.hardware.roofline import ModelCost
+from apa_cli.training.mfu import Stopwatch, UpdateMeter
+from apa_cli.types import Batch
+
+
+def test_utilization_by_hand(configured):
+    cost = ModelCost(10, 20, 4, 8, 100, 200, 55, 6)
+    meter = UpdateMeter(
+        cost, 11, configured("rollout_batch_size=2", "minibatch_size=2", "microbatch_size=1").run, 4, False, 1000.0
+    )
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    prompt_mask = torch.tensor([[False, True, True], [True, True, True]])
+    batch = Batch(None, prompt_mask, None, mask, {}, None, None, {}, {})
+    # As in tests/hardware/test_roofline.py 534 FLOPs forward; twice that backward, two epochs: 3204 in 4 s at 1000/s.
+    assert meter.compute_utilization(batch, 4.0) == pytest.approx(0.801, rel=1e-12)
+
+
+def test_a_stopwatch_counts_nested_phases_in_both(monkeypatch):
+    # Start of the outer phase, start and end of the inner one, end of the outer.
+    times = iter([1.0, 2.0, 5.0, 9.0])
+    monkeypatch.setattr("apa_cli.training.mfu.time.perf_counter", lambda: next(times))
+    stopwatch = Stopwatch(torch.device("cpu"))
+    with stopwatch("prepare"), stopwatch("reference"):
+        pass
+    assert stopwatch.seconds == {"prepare": 8.0, "reference": 3.0}
