@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def run_command(
                     f"--{flag.replace('_', '-')}: not offered; your own yamls go into a folder given by --config-dir"
                 )
         if args.help:
-            _print_help(name, args.overrides)
+            print_help(name, config_dir(), args.overrides)
         elif args.hydra_help or args.info or args.shell_completion:
             run_hydra(task, args, [])
         else:
@@ -99,6 +100,11 @@ def run_command(
                     print(OmegaConf.to_yaml(job.cfg, resolve=args.resolve), end="")
                 else:
                     task(job)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not (args.help or args.cfg):  # what was to be done may be half done
+            sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.status)
@@ -115,15 +121,6 @@ def refuse_flag(message: str) -> NoReturn:
         value = next((after for before, after in zip(sys.argv, sys.argv[1:], strict=False) if before == flag), None)
         raise ConfigError(suggest_for_flag(flag, value))
     raise ConfigError(f"{first_line(ValueError(message))}; --help lists the flags and keys")
-
-
-def _print_help(name: str, overrides: list[str]) -> None:
-    """Print the help; a reader that closes the pipe has seen enough."""
-    with contextlib.suppress(BrokenPipeError):
-        print_help(name, config_dir(), overrides)
-        sys.stdout.flush()
-        return
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_for_hydra(args: Namespace, takes: tuple[str, ...]) -> bool:

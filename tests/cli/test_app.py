@@ -138,3 +138,17 @@ def test_version_is_the_packages(tmp_path):
 def test_a_single_run_makes_no_directory_before_it_starts(words, tmp_path):
     run(*words, "launch.device=cpu", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+PIPED = [("--help", 0), ("--cfg job", 0), ("dry_run=true launch.device=cpu", 141)]
+
+
+@pytest.mark.parametrize(("words", "status"), PIPED)
+def test_a_reader_that_closes_the_pipe_causes_no_traceback(words, status, tmp_path):
+    code = "import sys; from apa_cli.cli.train import main; sys.argv[0] = 'apa-train'; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words.split()], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == status

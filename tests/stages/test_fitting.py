@@ -191,46 +191,9 @@ def test_a_signal_stops_a_stage_after_its_step_and_it_resumes(number, tiny, tmp_
 # --- the reward model ---------------------------------------------------------------------------------------
 
 
-def test_bradley_terry_loss_by_hand():
-    chosen, rejected = torch.tensor([2.0, -1.0]), torch.tensor([1.0, 1.0])
-    # −log σ(1) = log(1 + e⁻¹) = 0.3133; −log σ(−2) = log(1 + e²) = 2.1269. Centred: 0.1 · 3² = 0.9; 0.1 · 0² = 0.
-    assert bradley_terry_loss(chosen, rejected, 0.0).tolist() == pytest.approx([0.313262, 2.126928], abs=1e-5)
-    assert bradley_terry_loss(chosen, rejected, 0.1).tolist() == pytest.approx([1.213262, 2.126928], abs=1e-5)
 
 
-def test_subset_accuracies_by_hand():
-    rows = [Example("p", "a", "b", {"subset": name}) for name in ("kind", "wise", "kind", "kind")]
-    report = compute_subset_accuracies(rows, [1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 0.0, 1.0])
-    assert report["accuracy/kind"] == pytest.approx(2 / 3) and report["accuracy/wise"] == 0.0
-    assert report["accuracy_ci/kind"] == pytest.approx(1.96 * math.sqrt(2 / 3 * 1 / 3 / 3))
-    assert compute_subset_accuracies([Example("p", "a", "b", {})], [1.0], [0.0]) == {}
 
 
-def test_center_coef_centres_the_scores_and_the_metrics_have_the_subsets(tiny, tmp_path):
-    rows = EmbeddedDataset(80, 20, 0, []).load("train")
-    rows = [replace(row, columns={"subset": "even" if i % 2 == 0 else "odd"}) for i, row in enumerate(rows)]
-    means = {}
-    for coefficient in ("0", "1"):
-        overrides = [*OVERRIDES, f"model.path={tiny}", f"reward_model.center_coef={coefficient}"]
-        context = make_stage_context(tmp_path / coefficient)
-        report = train_reward_model(build(compose(overrides)), rows[:60], rows[60:], 0, context)
-        assert {"accuracy/even", "accuracy/odd"} <= report.keys()
-        means[coefficient] = abs(report["score_mean"])
-    assert means["1"] < 0.2 * means["0"]
 
 
-def test_a_lora_reward_model_is_saved_merged_and_as_an_adapter_with_its_head(tiny, tmp_path):
-    from peft import PeftModel
-
-    rows = EmbeddedDataset(80, 20, 0, []).load("train")
-    overrides = [*OVERRIDES, f"model.path={tiny}", "lora=default", "lora.rank=3"]
-    context = make_stage_context(tmp_path / "model")
-    train_reward_model(build(compose(overrides)), rows[:60], rows[60:], 0, context)
-    ids = torch.tensor([[7, 99, 31, 4]])
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()(ids).logits
-    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
-    adapted = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter").eval()
-    torch.testing.assert_close(adapted(ids).logits, merged, rtol=1e-4, atol=1e-5)
-    stored = json.loads((tmp_path / "model" / "adapter" / "adapter_config.json").read_text())
-    assert stored["task_type"] == "SEQ_CLS" and stored["modules_to_save"] == ["score"]
-    assert float(merged.detach().abs().sum()) > 0

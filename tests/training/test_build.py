@@ -15,10 +15,7 @@ from transformers import (
 )
 
 from apa_cli.errors import ConfigError
-from apa_cli.runs.console import Console
-from apa_cli.training.build import build_trainer
 from apa_cli.training.evaluator import compute_win_rate
-from apa_cli.training.trainer import Trainer
 
 # A critic initialised from the reward model
 
@@ -41,15 +38,6 @@ def make_reward(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reward(make_reward):
     return make_reward()
-
-
-@pytest.fixture(scope="module")
-def make_trainer(configured, tmp_path_factory):
-    def make(*overrides: str) -> Trainer:
-        with Console(None, 1, quiet=True) as console:
-            return build_trainer(configured(*overrides), tmp_path_factory.mktemp("trainer"), None, None, console)
-
-    return make
 
 
 def list_overrides(folder) -> list[str]:
@@ -144,12 +132,10 @@ def test_an_algorithm_without_a_critic_builds_none(make_trainer):
 # environment.json
 
 
-def test_environment_json_has_how_the_algorithm_is_shown(configured, tmp_path):
-    config = configured("algo=awr")
-    with Console(None, 1, quiet=True) as console:
-        build_trainer(config, tmp_path, None, None, console)
+def test_environment_json_has_how_the_algorithm_is_shown(make_trainer, tmp_path):
+    trainer = make_trainer("algo=awr", folder=tmp_path)
     environment = json.loads((tmp_path / "environment.json").read_text())
-    algorithm = config.algo
+    algorithm = trainer.config.algo
     assert environment["algorithm"] == {
         "label": algorithm.label,
         "color": algorithm.color,

@@ -47,7 +47,7 @@ def test_learning_rates_have_their_schedule(describe):
 def test_lambda_has_its_value_and_the_meaning_that_the_algorithm_gives_it(name, value, describe, configured):
     overrides = [f"algo={name}", f"lambda={value}"]
     meaning = configured(*overrides).algo.lambda_meaning
-    assert meaning and describe(*overrides)[f"lambda {value}"] == meaning
+    assert meaning and describe(*overrides)[f"lambda {value}"] == f"{meaning} (GAE's λ is algo.gae_lambda, 0.95)"
 
 
 @dataclass(frozen=True)

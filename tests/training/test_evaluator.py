@@ -7,37 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from apa_cli.hardware.oom import BatchSizeHalver
 from apa_cli.randomness import Stream, sample_uniforms
 from apa_cli.rewards.base import add_score_check
-from apa_cli.settings import DType, SamplingSettings
+from apa_cli.settings import DType
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, Replies, compare_scores, compute_win_rate
 from apa_cli.types import Prompt, Rollout
+from tests.builders import EOS, build_tiny_policy, build_word_tokenizer, make_sampling_settings
 
 T = 0.7
-EOS = 10
 LIMIT = 8
 SEED = 11
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6], [5, 3], [7, 7, 1]]
 """Token ids: different lengths, which are padded, and more prompts than a microbatch holds."""
-
-
-def make_model(seed: int) -> PreTrainedModel:
-    """Return one layer with initial weights ten times the usual, so that two seeds give clearly different models."""
-    torch.manual_seed(seed)
-    config = GPTNeoXConfig(
-        vocab_size=11,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    return GPTNeoXForCausalLM(config).eval()
 
 
 def score_length(prompts, responses, columns):
@@ -50,31 +34,19 @@ def score_row(prompts, responses, columns):
 
 @pytest.fixture(scope="module")
 def policy() -> PreTrainedModel:
-    return make_model(0)
+    return build_tiny_policy(seed=0)
 
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    names = ["<pad>", *"bcdefghij", "<eos>"]
-    built = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<pad>"))
-    built.pre_tokenizer = pre_tokenizers.Whitespace()
     return Evaluator(
         prompts=[Prompt(f"prompt {i}", ids, i, 0, {"row": i}) for i, ids in enumerate(PROMPTS)],
         sources=[f"whole prompt {i}" for i in range(5)],
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=built, pad_token="<pad>", eos_token="<eos>"),
-        reference=make_model(1).requires_grad_(False),
+        tokenizer=build_word_tokenizer(),
+        reference=build_tiny_policy(seed=1).requires_grad_(False),
         scores={MAIN_REWARD: add_score_check(score_length), "row": add_score_check(score_row)},
         describe=lambda sources, responses: {"characters": float(sum(map(len, sources)))},
-        sampling=SamplingSettings(
-            max_prompt_tokens=8,
-            max_new_tokens=LIMIT,
-            temperature=T,
-            top_k=0,
-            top_p=1.0,
-            stop_strings=[],
-            microbatch_size=3,
-            cuda_graph=True,
-        ),
+        sampling=make_sampling_settings(max_new_tokens=LIMIT, temperature=T, microbatch_size=3),
         end_tokens=frozenset({EOS}),
         seed=SEED,
         sampling_batch=BatchSizeHalver("sampling.microbatch_size", 3, 1, print),

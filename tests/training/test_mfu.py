@@ -5,7 +5,7 @@ import torch
 
 from apa_cli.hardware.roofline import ModelCost
 from apa_cli.training.mfu import Stopwatch, UpdateMeter
-from apa_cli.types import Batch
+from tests.builders import make_batch, make_sequences
 
 
 def test_utilization_by_hand(configured):
@@ -13,9 +13,7 @@ def test_utilization_by_hand(configured):
     meter = UpdateMeter(
         cost, 11, configured("rollout_batch_size=2", "minibatch_size=2", "microbatch_size=1").run, 4, False, 1000.0
     )
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    prompt_mask = torch.tensor([[False, True, True], [True, True, True]])
-    batch = Batch(None, prompt_mask, None, mask, {}, None, None, {}, {})
+    batch = make_batch(make_sequences([[1] * 2, [1] * 3], [[1] * 3, [1]]))
     # As in tests/hardware/test_roofline.py 534 FLOPs forward; twice that backward, two epochs: 3204 in 4 s at 1000/s.
     assert meter.compute_utilization(batch, 4.0) == pytest.approx(0.801, rel=1e-12)
 

@@ -11,28 +11,13 @@ import torch
 from apa_cli.algorithms.apa import APA
 from apa_cli.randomness import Stream, make_generator, sample_uniforms
 from apa_cli.rollout.engine import pad_right
-from apa_cli.runs.console import Console
-from apa_cli.training.build import build_trainer
 from apa_cli.training.rollout_builder import compute_sampler_gap
 from apa_cli.training.trainer import Trainer
 from apa_cli.types import Rollout, RolloutPlan
+from tests.builders import make_mask, make_rollout
 
 T = 0.7
 HOT = f"sampling.temperature={T}"
-
-
-@pytest.fixture(scope="module")
-def make_trainer(configured, tmp_path_factory):
-    """make_trainer(*overrides) → the trainer of a small run before its first iteration."""
-
-    def make(*overrides: str) -> Trainer:
-        folder = tmp_path_factory.mktemp("trainer")
-        with Console(None, 1, quiet=True) as console:
-            trainer = build_trainer(configured(*overrides), folder, None, None, console)
-        trainer.progress.algorithm = trainer.config.algo.initial_state()
-        return trainer
-
-    return make
 
 
 def list_responses(rollout: Rollout) -> list[list[int]]:
@@ -239,12 +224,8 @@ def test_the_loss_uses_the_moving_reference(make_trainer):
 
 
 def test_the_gap_is_a_mean_over_the_mask():
-    ids = torch.tensor([[1], [1]])
     table = torch.tensor([[-1.0, -2.0, 5.0], [-3.0, 5.0, 5.0]])
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    rollout = Rollout(
-        ids, ids > 0, table.long(), mask, ~mask, table, ["", ""], ["", ""], ["eos", "eos"], torch.arange(2), [{}, {}]
-    )
+    rollout = make_rollout(make_mask([2, 1], width=3), sampler_logprobs=table)
     assert compute_sampler_gap(rollout) == {}
     old = torch.tensor([[-1.5, -1.75, 0.0], [-3.0, 0.0, 0.0]])
     # ½ + ¼ + 0 of three tokens

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from apa_cli.algorithms.apa import APA, Normalizer
 from apa_cli.algorithms.awr import AWR
-from apa_cli.algorithms.base import AdvantageEstimator, Algorithm, ScoreScaling, Whitening
-from apa_cli.algorithms.ppo import PPO, KLController
+from apa_cli.algorithms.base import Algorithm, Whitening
+from apa_cli.algorithms.ppo import PPO
 from apa_cli.errors import UserError
 from apa_cli.hardware.oom import BatchSizeHalver
 from apa_cli.models.critic import Critic, build_value_head
@@ -28,6 +27,7 @@ from apa_cli.training.updater import (
     split_into_minibatches,
 )
 from apa_cli.types import Batch, Loss, LossTerm, Metric
+from tests.builders import build_tiny_policy, make_algorithm, make_batch, make_sequences
 
 CPU = torch.device("cpu")
 
@@ -43,22 +43,11 @@ RESPONSES = [
     [7, 4, 7, 1, 3, 5],
 ]
 
-COMMON = {
-    "gamma": 1.0,
-    "gae_lambda": 0.95,
-    "score_scaling": ScoreScaling.none,
-    "score_clip": None,
-    "whitening": Whitening.minibatch,
-    "advantage_estimator": AdvantageEstimator.gae,
-    "value_coef": 0.7,
-    "value_clip_range": 0.2,
-}
+COMMON = {"gae_lambda": 0.95, "whitening": Whitening.minibatch, "value_coef": 0.7, "value_clip_range": 0.2}
 ALGORITHMS = {
-    "apa": APA(**COMMON, lambda_=0.5, normalizer=Normalizer.batch),
-    "awr": AWR(**COMMON, lambda_=0.5, weight_clip=20.0),
-    "ppo": PPO(
-        **COMMON, kl_coef=0.1, clip_range=0.2, kl_controller=KLController.fixed, kl_target=6.0, kl_horizon=10_000
-    ),
+    "apa": make_algorithm(APA, **COMMON, normalizer=Normalizer.batch),
+    "awr": make_algorithm(AWR, **COMMON),
+    "ppo": make_algorithm(PPO, **COMMON),
 }
 
 RUN = RunSettings(
@@ -92,54 +81,30 @@ OPTIMIZER = OptimizerSettings(
 )
 
 
-def make_policy(seed: int) -> GPTNeoXForCausalLM:
-    torch.manual_seed(seed)
-    config = GPTNeoXConfig(
-        vocab_size=11,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    )
-    return GPTNeoXForCausalLM(config).eval()
-
-
-def make_model(on_trunk: bool = False) -> TrainingModel:
+def build_model(on_trunk: bool = False) -> TrainingModel:
     """Return a policy and a critic whose values are not 0."""
     head = build_value_head(HeadKind.linear, 16)
     torch.manual_seed(5)
     torch.nn.init.normal_(head.weight, std=0.3)
-    critic = Critic(None if on_trunk else make_policy(1).base_model, head)
-    return TrainingModel(make_policy(0), {"value": critic}, temperature=1.0)
+    critic = Critic(None if on_trunk else build_tiny_policy(seed=1).base_model, head)
+    return TrainingModel(build_tiny_policy(seed=0), {"value": critic}, temperature=1.0)
 
 
 @torch.no_grad()
-def make_batch(model: TrainingModel, left: int = 0, right: int = 0, junk: int = 0, drift: float = 0.0) -> Batch:
+def make_response_batch(
+    model: TrainingModel, left: int = 0, right: int = 0, junk: int = 0, drift: float = 0.0
+) -> Batch:
     """Return the eight responses with `left` and `right` further columns of padding, filled with the token `junk`.
 
     `drift` is the standard deviation of the noise on the sampler's, the reference's and the old log-probs and values.
     """
-    before, after = max(map(len, PROMPTS)) + left, max(map(len, RESPONSES)) + right
-    mask = torch.tensor([[True] * len(r) + [False] * (after - len(r)) for r in RESPONSES])
+    tokens = make_sequences(PROMPTS, RESPONSES, left, right, junk)
     torch.manual_seed(7)
     noise = {
-        name: torch.nn.functional.pad(torch.randn(8, 6), (0, right)) * mask
+        name: torch.nn.functional.pad(torch.randn(8, 6), (0, right)) * tokens.mask
         for name in ("sampler", "reference", "old", "values", "advantages", "returns")
     }
-    zeros = torch.zeros(mask.shape)
-    batch = Batch(
-        prompt_ids=torch.tensor([[junk] * (before - len(p)) + p for p in PROMPTS]),
-        prompt_mask=torch.tensor([[False] * (before - len(p)) + [True] * len(p) for p in PROMPTS]),
-        response_ids=torch.tensor([r + [junk] * (after - len(r)) for r in RESPONSES]),
-        mask=mask,
-        masks={"tokens": mask},
-        sampler_logprobs=zeros,
-        advantages=noise["advantages"],
-        returns={"value": noise["returns"]},
-        values={"value": zeros},
-    )
+    batch = make_batch(tokens, advantages=noise["advantages"], returns={"value": noise["returns"]})
     logprobs = compute_response_logprobs(model.policy, batch, 1.0)
     return batch.replace(
         sampler_logprobs=logprobs + drift * noise["sampler"],
@@ -158,7 +123,7 @@ def make_updater(algorithm: Algorithm, model: TrainingModel, optimizer=None, set
 
 def compute_gradients(algorithm: Algorithm, batch: Batch, microbatch: int = 8) -> tuple[dict, dict[str, float]]:
     """Return the gradient of the whole batch as one minibatch, by parameter, and the metrics."""
-    model = make_model()
+    model = build_model()
     minibatch = algorithm.prepare_minibatch(batch)
     updater = make_updater(algorithm, model, microbatch_size=microbatch)
     metrics = updater.accumulate_gradients(minibatch, is_first=True)
@@ -193,7 +158,7 @@ algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGOR
 @algorithms
 @pytest.mark.parametrize("microbatch", [1, 2, 3, 4])
 def test_gradients_and_metrics_do_not_depend_on_the_microbatch(algorithm, microbatch):
-    batch = make_batch(make_model(), drift=0.3)
+    batch = make_response_batch(build_model(), drift=0.3)
     whole = compute_gradients(algorithm, batch)
     assert float(flatten(whole[0].values()).norm()) > 0.1
     assert_same(whole, compute_gradients(algorithm, batch, microbatch))
@@ -203,14 +168,14 @@ def test_gradients_and_metrics_do_not_depend_on_the_microbatch(algorithm, microb
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 2), (4, 5)])
 @pytest.mark.parametrize("microbatch", [8, 2])
 def test_gradients_and_metrics_do_not_depend_on_padding(algorithm, left, right, microbatch):
-    plain = compute_gradients(algorithm, make_batch(make_model(), drift=0.3))
-    padded = make_batch(make_model(), left, right, junk=6, drift=0.3)
+    plain = compute_gradients(algorithm, make_response_batch(build_model(), drift=0.3))
+    padded = make_response_batch(build_model(), left, right, junk=6, drift=0.3)
     assert_same(plain, compute_gradients(algorithm, padded, microbatch))
 
 
 @algorithms
 def test_tokens_and_numbers_outside_the_mask_change_nothing(algorithm):
-    batch = make_batch(make_model(), drift=0.3)
+    batch = make_response_batch(build_model(), drift=0.3)
 
     def set_nan(x: torch.Tensor) -> torch.Tensor:
         return x.masked_fill(~batch.mask, math.nan)
@@ -232,8 +197,8 @@ def test_tokens_and_numbers_outside_the_mask_change_nothing(algorithm):
 def test_whole_updates_do_not_depend_on_the_microbatch(algorithm):
     results = []
     for microbatch in (4, 1):
-        model = make_model()
-        batch = make_batch(model, drift=0.3)
+        model = build_model()
+        batch = make_response_batch(model, drift=0.3)
         # Plain descent: Adam would turn the rounding of a zero gradient into a whole step.
         descent = plain_descent(model, rate=0.1)
         updater = make_updater(algorithm, model, descent, microbatch_size=microbatch, minibatch_size=4, update_epochs=2)
@@ -241,7 +206,7 @@ def test_whole_updates_do_not_depend_on_the_microbatch(algorithm):
         results.append((metrics, flatten(model.parameters())))
     (metrics, weights), (other_metrics, other_weights) = results
     assert metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-6)
-    assert float((weights - flatten(make_model().parameters())).abs().max()) > 0.01
+    assert float((weights - flatten(build_model().parameters())).abs().max()) > 0.01
     torch.testing.assert_close(other_weights, weights, rtol=1e-4, atol=1e-6)
 
 
@@ -270,8 +235,8 @@ class Probe(Algorithm):
 
 @pytest.mark.parametrize("microbatch", [8, 3, 1])
 def test_each_term_is_divided_by_the_count_of_its_mask_and_multiplied_by_its_weight(microbatch):
-    model = make_model()
-    batch = make_batch(model)
+    model = build_model()
+    batch = make_response_batch(model)
     first = torch.zeros_like(batch.mask)
     first[:, 0] = True
     others = batch.mask & ~first
@@ -291,18 +256,18 @@ def test_each_term_is_divided_by_the_count_of_its_mask_and_multiplied_by_its_wei
 
 
 def test_an_empty_mask_adds_nothing():
-    batch = make_batch(make_model())
+    batch = make_response_batch(build_model())
     none = torch.zeros_like(batch.mask)
     gradients, metrics = compute_gradients(Probe(), batch.replace(masks={"first": none, "others": batch.mask}))
     assert metrics["loss/first"] == 0
     assert metrics["probe/max"] == -math.inf
-    expected = compute_response_logprobs(make_model().policy, batch, 1.0).detach().sum() / 29
+    expected = compute_response_logprobs(build_model().policy, batch, 1.0).detach().sum() / 29
     assert metrics["loss/others"] == pytest.approx(float(expected), rel=1e-5)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def test_value_coef_scales_the_critics_gradient_and_not_its_metric():
-    batch = make_batch(make_model(), drift=0.3)
+    batch = make_response_batch(build_model(), drift=0.3)
     plain, doubled = (replace(ALGORITHMS["awr"], value_coef=coefficient) for coefficient in (1.0, 2.0))
     (one, one_metrics), (two, two_metrics) = compute_gradients(plain, batch), compute_gradients(doubled, batch)
     for name, gradient in one.items():
@@ -313,7 +278,7 @@ def test_value_coef_scales_the_critics_gradient_and_not_its_metric():
 
 def test_microbatches_take_the_rows_by_length_shortest_first():
     # prompt and response together: 5, 7, 5, 5, 5, 7, 5, 10
-    rows = [rows.tolist() for rows in split_into_microbatches(make_batch(make_model()), 3)]
+    rows = [rows.tolist() for rows in split_into_microbatches(make_response_batch(build_model()), 3)]
     assert rows == [[0, 2, 3], [4, 6, 1], [5, 7]]
 
 
@@ -321,14 +286,14 @@ def test_microbatches_take_the_rows_by_length_shortest_first():
 
 
 def test_sampler_gap_is_rounding_if_the_sampler_is_the_policy():
-    metrics = compute_gradients(ALGORITHMS["apa"], make_batch(make_model()).replace(old_logprobs=None))[1]
+    metrics = compute_gradients(ALGORITHMS["apa"], make_response_batch(build_model()).replace(old_logprobs=None))[1]
     assert metrics["policy/sampler_gap"] < 1e-6
     assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("microbatch", [8, 1])
 def test_sampler_gap_is_the_mean_difference_and_ratio_max_the_largest_ratio(microbatch):
-    batch = make_batch(make_model()).replace(old_logprobs=None)
+    batch = make_response_batch(build_model()).replace(old_logprobs=None)
     # 29 tokens in the mask: log π_θ − log π_sampler is 0.5 on one of them, −0.25 on another
     sampler = batch.sampler_logprobs.clone()
     sampler[1, 2] -= 0.5
@@ -339,18 +304,18 @@ def test_sampler_gap_is_the_mean_difference_and_ratio_max_the_largest_ratio(micr
 
 
 def test_sampler_gap_is_measured_only_before_the_first_step():
-    model = make_model()
+    model = build_model()
     updater = make_updater(
         ALGORITHMS["apa"], model, settings=replace(OPTIMIZER, lr=0.1), minibatch_size=4, update_epochs=2
     )
-    metrics = updater.update(make_batch(model).replace(old_logprobs=None), 1)
+    metrics = updater.update(make_response_batch(model).replace(old_logprobs=None), 1)
     assert metrics["policy/sampler_gap"] < 1e-6
     assert metrics["policy/ratio_max"] > 1.1
 
 
 @pytest.mark.parametrize("microbatch", [8, 1])
 def test_ratio_max_ignores_padding_and_uses_the_old_logprobs_of_the_loss(microbatch):
-    batch = make_batch(make_model())
+    batch = make_response_batch(build_model())
     # Every ratio is e^−0.7, below the 1 that padding would give; the sampler's log-probs are not used.
     batch = batch.replace(old_logprobs=batch.old_logprobs + 0.7, sampler_logprobs=batch.sampler_logprobs - 3)
     metrics = compute_gradients(ALGORITHMS["ppo"], batch, microbatch)[1]
@@ -361,7 +326,7 @@ def test_ratio_max_ignores_padding_and_uses_the_old_logprobs_of_the_loss(microba
 @pytest.mark.parametrize("algorithm", ["apa", "ppo"])
 @pytest.mark.parametrize("microbatch", [8, 1])
 def test_ratio_max_is_signed(algorithm, microbatch):
-    batch = make_batch(make_model())
+    batch = make_response_batch(build_model())
     old = batch.old_logprobs.clone()
     # Ratios e^0.3 and e^−0.9: the second log-difference is larger in size, and its ratio smaller.
     old[1, 2] -= 0.3
@@ -372,7 +337,7 @@ def test_ratio_max_is_signed(algorithm, microbatch):
 
 
 def test_clip_fraction_counts_all_tokens_of_the_mask():
-    batch = make_batch(make_model())
+    batch = make_response_batch(build_model())
     old = batch.old_logprobs.clone()
     # ratio e^0.5 with Â > 0 on three tokens of 29
     for row, token in ((0, 0), (1, 4), (7, 2)):
@@ -419,10 +384,10 @@ def test_minibatch_order_is_keyed_by_seed_and_iteration():
 
 
 def test_an_iteration_has_epochs_times_minibatches_steps():
-    model = make_model()
+    model = build_model()
     updater = make_updater(ALGORITHMS["awr"], model, minibatch_size=4, microbatch_size=2, update_epochs=3)
     assert updater.steps_per_iteration == 6
-    updater.update(make_batch(model), 1)
+    updater.update(make_response_batch(model), 1)
     assert {int(state["step"]) for state in updater.optimizer.state.values()} == {6}
 
 
@@ -459,17 +424,17 @@ def test_a_run_that_is_all_warmup_does_not_divide_by_zero():
 
 
 def test_the_schedule_spans_all_iterations_and_scales_both_rates():
-    model = make_model()
+    model = build_model()
     settings = replace(OPTIMIZER, lr_scheduler=LRScheduler.linear)
     updater = make_updater(ALGORITHMS["awr"], model, settings=settings, minibatch_size=4, iterations=5)
-    metrics = updater.update(make_batch(model), 3)
+    metrics = updater.update(make_response_batch(model), 3)
     # 2 steps an iteration, 10 in all; the last of iteration 3 is number 5 from 0: 1 − 5/10
     assert metrics["optimizer/lr"] == pytest.approx(0.5 * 1e-3, rel=1e-12)
     assert [group["lr"] for group in updater.optimizer.param_groups] == pytest.approx([0.5e-3, 1e-3], rel=1e-12)
 
 
 def test_the_optimizer_has_a_group_for_the_policy_and_one_for_the_critics():
-    model = make_model()
+    model = build_model()
     optimizer = build_optimizer(model, OPTIMIZER)
     assert type(optimizer) is torch.optim.AdamW
     policy, critic = optimizer.param_groups
@@ -478,7 +443,7 @@ def test_the_optimizer_has_a_group_for_the_policy_and_one_for_the_critics():
     assert (policy["lr"], critic["lr"]) == (1e-3, 2e-3)
     for group in (policy, critic):
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-8, 1e-6)
-    without = build_optimizer(TrainingModel(make_policy(0), {}, 1.0), OPTIMIZER)
+    without = build_optimizer(TrainingModel(build_tiny_policy(seed=0), {}, 1.0), OPTIMIZER)
     assert len(without.param_groups) == 1
 
 
@@ -487,10 +452,10 @@ def test_the_optimizer_has_a_group_for_the_policy_and_one_for_the_critics():
 
 @pytest.mark.parametrize("on_trunk", [False, True])
 def test_critic_warmup_leaves_the_policy_bit_identical_while_the_critic_moves(on_trunk):
-    model = make_model(on_trunk)
+    model = build_model(on_trunk)
     settings = replace(OPTIMIZER, critic_warmup_iterations=2, weight_decay=0.1)
     updater = make_updater(ALGORITHMS["ppo"], model, settings=settings, minibatch_size=4)
-    batch = make_batch(model)
+    batch = make_response_batch(model)
     policy, critic = flatten(model.policy.parameters()), flatten(model.critics.parameters())
     for iteration in (1, 2):
         updater.update(batch, iteration)
@@ -505,10 +470,10 @@ def test_critic_warmup_leaves_the_policy_bit_identical_while_the_critic_moves(on
 
 def measure_step(max_grad_norm: float) -> tuple[float, float, dict[str, float]]:
     """Return how far policy and critic move in a step at rate 1, and the metrics."""
-    model = make_model()
+    model = build_model()
     settings = replace(OPTIMIZER, max_grad_norm=max_grad_norm)
     updater = make_updater(ALGORITHMS["awr"], model, plain_descent(model), settings)
-    batch = make_batch(model, drift=0.3)
+    batch = make_response_batch(model, drift=0.3)
     start = [flatten(part.parameters()) for part in (model.policy, model.critics)]
     metrics = updater.update(batch, 1)
     end = [flatten(part.parameters()) for part in (model.policy, model.critics)]
@@ -531,14 +496,14 @@ def test_policy_and_critic_are_clipped_separately():
 
 
 def test_a_step_clears_the_gradients():
-    model = make_model()
-    make_updater(ALGORITHMS["awr"], model).update(make_batch(model), 1)
+    model = build_model()
+    make_updater(ALGORITHMS["awr"], model).update(make_response_batch(model), 1)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_nonfinite_gradient_raises_before_any_weight_changes():
-    model = make_model()
-    batch = make_batch(model)
+    model = build_model()
+    batch = make_response_batch(model)
     advantages = batch.advantages.clone()
     advantages[2, 0] = math.inf
     before = flatten(model.parameters())
@@ -569,8 +534,8 @@ def test_microbatches_add_to_sums_and_raise_maxima():
 
 
 def test_metrics_of_minibatches_are_averaged():
-    model = make_model()
-    algorithm, batch = ALGORITHMS["apa"], make_batch(model, drift=0.3)
+    model = build_model()
+    algorithm, batch = ALGORITHMS["apa"], make_response_batch(model, drift=0.3)
     updater = make_updater(algorithm, model, minibatch_size=4)
     values = [
         algorithm.prepare_minibatch(batch.select_rows(rows)).metrics["apa/log_z"]

@@ -1,0 +1,92 @@
+"""The SFT stage: perplexity by hand, a model that learns, and the errors for data without replies."""
+
+import math
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from apa_cli.config.build import build
+from apa_cli.config.compose import compose
+from apa_cli.datasets.base import PromptStyle
+from apa_cli.datasets.embedded import EmbeddedDataset
+from apa_cli.errors import UserError
+from apa_cli.models.prompting import PromptFormat
+from apa_cli.stages.sft import compute_perplexity, train_sft_model
+from apa_cli.types import Example
+from tests.builders import make_stage_context
+
+OVERRIDES = [
+    "sft.epochs=2", "sft.batch_size=8", "sft.lr=5e-3", "sft.weight_decay=0", "sft.warmup_ratio=0.1",
+    "sft.max_tokens=100", "sft.held_out=20",
+]  # fmt: skip
+ROWS = EmbeddedDataset(80, 20, 0, [])
+PROMPT, REPLY = "\n\nHuman: How long does it take?\n\nAssistant:", " It takes about three hours."
+
+
+def configure_model(folder):
+    """Return a configuration whose stage starts from the model in `folder`."""
+    return build(compose([*OVERRIDES, "model=local", f"model.path={folder}"]))
+
+
+def encode_target(tokenizer, prompt, reply, max_tokens):
+    return PromptFormat(tokenizer, PromptStyle.hh).encode_target(Example(prompt, reply, None, {}), max_tokens)
+
+
+def test_perplexity_by_hand(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    rows = [
+        encode_target(tokenizer, PROMPT, REPLY, 100),
+        encode_target(tokenizer, PROMPT + " more", " No.", 100),
+        encode_target(tokenizer, "x", " Yes, it does.", 100),
+    ]
+    total, count = 0.0, 0
+    for ids, flags in rows:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        for position, token in enumerate(ids):
+            if flags[position]:
+                total, count = total + float(logprobs[position - 1, token]), count + 1
+    expected = math.exp(-total / count)
+    for batch in (1, 2, 3):
+        assert compute_perplexity(model, rows, tokenizer.pad_token_id, batch) == pytest.approx(expected, rel=1e-4)
+
+
+def test_sft_lowers_perplexity_and_is_repeatable(tiny, tmp_path):
+    train, test = ROWS.load("train"), ROWS.load("test")
+    results = []
+    for name in ("first", "second"):
+        torch.manual_seed(random.randrange(1000))
+        results.append(train_sft_model(configure_model(tiny), train, test, 0, make_stage_context(tmp_path / name)))
+    first, second = results
+    assert first["perplexity_after"] < 0.5 * first["perplexity_before"]
+    assert first == second and first["replies"] == 80
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "first")
+    rows = [encode_target(tokenizer, e.prompt, e.chosen, 100) for e in test]
+    assert compute_perplexity(model, rows, tokenizer.pad_token_id, 8) == pytest.approx(
+        first["perplexity_after"], rel=1e-4
+    )
+
+
+def test_sft_builds_a_model_without_model_path(tmp_path):
+    dimensions = ["hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=16"]
+    architecture = [f"model.architecture.{dimension}" for dimension in dimensions]
+    config = build(compose([*OVERRIDES, *architecture, "model.tokenizer_vocabulary=320", "sft.epochs=1"]))
+    train, test = ROWS.load("train"), ROWS.load("test")
+    train_sft_model(config, train, test, 0, make_stage_context(tmp_path / "model"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert model.config.vocab_size == len(tokenizer) == 320
+    assert model.config.eos_token_id == tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_data_without_replies_is_refused(tiny, tmp_path):
+    rows = [Example("a prompt", None, None, {})]
+    with pytest.raises(UserError, match="^sft: the data set has no") as error:
+        train_sft_model(configure_model(tiny), rows, rows, 0, make_stage_context(tmp_path / "x"))
+    assert "\n" not in str(error.value)
