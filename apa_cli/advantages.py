@@ -38,7 +38,7 @@ def place_scores_at_end(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Return generalised advantage estimates and returns (1506.02438, equations 11 to 16).
+    """Return generalized advantage estimates and returns (1506.02438, equations 11 to 16).
 
         δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γ·gae_lambda·A_{t+1},   G_t = A_t + V_t
 
@@ -71,6 +71,6 @@ def group_mean(token_rewards: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
     same_prompt = (groups.unsqueeze(0) == groups.unsqueeze(1)).to(totals.dtype)
     others = same_prompt.sum(-1) - 1
     if bool((others < 1).any()):
-        raise ValueError("group_mean needs at least two responses to every prompt")
+        raise ValueError("group_mean: at least two responses to every prompt are needed; raise samples_per_prompt")
     baseline = (same_prompt @ totals - totals) / others
     return (totals - baseline).to(token_rewards.dtype).unsqueeze(-1) * mask

@@ -1,4 +1,4 @@
-"""Quick checks if a server answers, made before a library retries the same request for minutes."""
+"""Quick reachability checks, made before a library would retry the same request for minutes."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def request_status(url: str, timeout: float) -> int | None:
 def is_hub_reachable() -> bool:
     """Return True if the model hub responds; checked once per process, before the first request to the hub.
 
-    If it does not, `huggingface_hub` and `datasets` are switched to offline mode: they then use cached files or fail
-    at once, instead of retrying every file for minutes.
+    If the hub does not respond, `huggingface_hub` and `datasets` are switched to offline mode: they then use cached
+    files or fail at once, instead of retrying every file for minutes.
     """
     from huggingface_hub import constants
 

@@ -32,10 +32,10 @@ class Stream(IntEnum):
 def make_generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:
     """Return the generator of one place: up to three integers ≥ 0, such as (iteration, prompt, sample).
 
-    ValueError for more than three.
+    Raise ValueError for more than three.
     """
     if len(place) > 3:
-        raise ValueError(f"a place has at most three coordinates, got {len(place)}")
+        raise ValueError(f"place: at most three coordinates are allowed, got {len(place)}")
     counter = [0, *place, *[0] * (3 - len(place))]
     return np.random.Generator(np.random.Philox(counter=counter, key=[seed, int(stream)]))
 
@@ -58,5 +58,5 @@ def sample_permutation(n: int, seed: int, stream: Stream, *place: int) -> NDArra
 
 
 def derive_torch_seed(seed: int, stream: Stream, *place: int) -> int:
-    """Return a seed in [0, 2⁶³ − 1) for code that uses torch's global generator, such as weight initialisation."""
+    """Return a seed in [0, 2⁶³ − 1) for code that uses torch's global generator, such as weight initialization."""
     return int(make_generator(seed, stream, *place).integers(2**63 - 1))

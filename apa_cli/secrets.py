@@ -36,7 +36,7 @@ def read_secrets() -> dict[str, str]:
 
 
 def check_secrets(config: dict[str, object]) -> None:
-    """Raise ConfigError if a value contains a secret of the environment; config.yaml and trackers would record it."""
+    """Raise ConfigError if a value contains an environment secret, which config.yaml and trackers would record."""
     secrets = read_secrets()
     for key, leaf in iterate_leaves(config):
         for name, secret in secrets.items():

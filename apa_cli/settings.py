@@ -24,8 +24,8 @@ Seed = Range(0, 2**63 - 1)
 class RewardSpecs:
     """Marker for a field that holds rewards.
 
-    In conf/ each is the name of a yaml in conf/reward, or a mapping {use: NAME, name: …, weight: …, any key of that
-    yaml: value}. The check of the configuration turns them into `rewards.base.NamedReward`s.
+    In conf/ a reward is the name of a yaml in conf/reward, or a mapping {use: NAME, name: …, weight: …, any key of
+    that yaml: value}. The check of the configuration turns each into a `rewards.base.NamedReward`.
     """
 
 
@@ -60,7 +60,7 @@ class CriticKind(Enum):
 
 
 class CriticInit(Enum):
-    """Model that a separate critic is initialised from."""
+    """Model that initializes a separate critic."""
 
     policy = "policy"
     reward = "reward"
@@ -105,7 +105,7 @@ class NonFiniteAction(Enum):
 
 
 class GuardAction(Enum):
-    """Action if a bound of the guard is passed: print one warning, or save a checkpoint and end the run."""
+    """Action if a bound of the guard is exceeded: print one warning, or save a checkpoint and end the run."""
 
     warn = "warn"
     stop = "stop"
@@ -181,7 +181,7 @@ class ModelSettings:
 
     @property
     def resolved_path(self) -> str:
-        """Folder or hub id of the model. ValueError while `path` is null: a stage fills it in first."""
+        """Folder or hub id of the model. Raises ValueError while `path` is null; the SFT stage fills it in."""
         if self.path is None:
             raise ValueError("model.path: not filled in yet; the SFT stage must run first")
         return self.path
@@ -198,7 +198,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class CriticSettings:
-    """`critic`: placement, initialisation and head of the critic."""
+    """`critic`: placement, initialization and head of the critic."""
 
     kind: CriticKind
     init: CriticInit
@@ -243,7 +243,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class RewardSpecSettings:
-    """The keys of a reward spec besides those of its reward."""
+    """The keys of a reward spec besides those of the reward itself."""
 
     use: str
     name: str | None
@@ -283,7 +283,7 @@ class CheckpointSettings:
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """`guard`: signs of a failing run, and the action that follows."""
+    """`guard`: signs of a failing run, and the action on them."""
 
     nonfinite: NonFiniteAction
     action: GuardAction

@@ -32,8 +32,8 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     wide = x.double()
     largest = float(wide.where(mask, wide.new_zeros(())).abs().max()) if x.numel() else 0.0
     deviation = masked_variance(wide, mask).sqrt().clamp(min=max(1e-8, 1e-6 * largest))
-    centred = ((wide - masked_mean(wide, mask)) / deviation).to(x.dtype)
-    return centred.where(mask, x.new_zeros(()))
+    whitened = ((wide - masked_mean(wide, mask)) / deviation).to(x.dtype)
+    return whitened.where(mask, x.new_zeros(()))
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:

@@ -53,14 +53,14 @@ UnitInterval = Range(0, 1)
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set: a prompt, optionally a preferred and a rejected response, and further columns."""
+    """One row of a data set: a prompt, optionally a chosen and a rejected reply, and further columns."""
 
     prompt: str
     """The prompt as plain text, which rewards read."""
     chosen: str | None
-    """The preferred response; None if the data set has no responses."""
+    """The preferred reply; None if the data set has no replies."""
     rejected: str | None
-    """The rejected response; None if the data set has no preference pairs."""
+    """The rejected reply; None if the data set has no preference pairs."""
     columns: dict[str, Any]
     """Further fields of the row, passed to reward functions."""
     messages: list[dict[str, str]] | None = None
@@ -68,7 +68,7 @@ class Example:
 
 
 class Examples(list[Example]):
-    """The rows of a split; `drop_counts` maps a reason to the number of unusable rows that were left out for it."""
+    """The rows of a split; `drop_counts` maps each reason for leaving rows out to their number."""
 
     def __init__(self, rows: Iterable[Example] = (), drop_counts: Mapping[str, int] | None = None) -> None:
         super().__init__(rows)
@@ -132,7 +132,7 @@ class Sequences:
 
 
 def require(value: Tensor | None, name: str) -> Tensor:
-    """Return an optional field of a rollout or batch; ValueError if the trainer was not asked to compute it."""
+    """Return an optional field of a rollout or batch. Raise ValueError if the trainer was not asked to compute it."""
     if value is None:
         raise ValueError(f"{name}: not computed; the algorithm's needs() must ask for it")
     return value
@@ -140,9 +140,9 @@ def require(value: Tensor | None, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One iteration's responses and their scores, log-probs and values before the update, complete in every process.
+    """One iteration's responses and their scores, log-probs and values before the update, complete on every rank.
 
-    The fields that default to None are filled in one after the other; see `require`.
+    Fields that default to None are filled in by later phases of the iteration; see `require`.
     """
 
     prompt_ids: Tensor

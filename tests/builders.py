@@ -1,7 +1,7 @@
 """Builders of small models, tokenizers, token sequences, rollouts, batches, settings and algorithms for the tests.
 
-Each call returns a new object that is neutral in everything its arguments do not name. A builder that only one test
-file needs stands in that file, and a fixture in a conftest.py.
+Each call returns a new object; fields that are not given have neutral values. Builders that only one test file needs
+are in that file, fixtures in the conftest.py files.
 """
 
 import copy
@@ -27,6 +27,7 @@ from apa_cli.algorithms.base import ActorCritic, AdvantageEstimator, ScoreScalin
 from apa_cli.algorithms.ppo import PPO, KLController
 from apa_cli.datasets.embedded import EmbeddedDataset
 from apa_cli.models.critic import Critic, build_critic
+from apa_cli.models.forward import PaddedInputs, build_padded_inputs
 from apa_cli.models.loading import build_policy, save_model, train_tokenizer
 from apa_cli.models.lora import POLICY_ADAPTER, add_adapter
 from apa_cli.settings import (
@@ -68,7 +69,7 @@ def make_tiny_config(kind: str = "gpt_neox", **changes: Any) -> PreTrainedConfig
 
 
 def build_random_policy(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Return a language model of this configuration, which stays as it is, with the random weights of this seed."""
+    """Return a language model with random weights; the configuration is copied, since `from_config` changes it."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
 
@@ -173,6 +174,11 @@ def make_sequences(
     )
 
 
+def make_padded_inputs(tokens: Sequences) -> PaddedInputs:
+    """Return the inputs of a forward pass over these tokens."""
+    return build_padded_inputs(tokens.prompt_ids, tokens.prompt_mask, tokens.response_ids, tokens.mask)
+
+
 def make_rollout(mask: Tensor, **fields: Any) -> Rollout:
     """Return a rollout of responses with this mask [N, T], each to a prompt of one token; scores etc. by `fields`.
 
@@ -244,5 +250,5 @@ def make_algorithm(kind: type[ActorCritic], **fields: Any) -> ActorCritic:
 
 
 def make_stage_context(model_folder: Path | None = None, **options: Any) -> StageContext:
-    """Return the context of a stage on the CPU that reports nothing; None: the test saves no model."""
+    """Return the context of a stage on the CPU that reports nothing; `model_folder` is None if no model is saved."""
     return StageContext(torch.device("cpu"), model_folder, lambda text: None, lambda *progress: None, **options)

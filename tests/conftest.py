@@ -1,4 +1,4 @@
-"""A tiny model made once for all tests, and training runs inside this process."""
+"""Fixtures of the session: a tiny model, the configuration of a small run, and training runs inside this process."""
 
 import gc
 import json
@@ -29,7 +29,7 @@ SMALL = (
     "launch.device=cpu",
     "launch.threads=1",
 )
-"""The words of a small run, without the model and the reward's file. Story openings are made faster than the
+"""Overrides of a small run, without the model and the file of the reward. Story openings are generated faster than
 embedded dialogues."""
 
 REWARD = '''\
@@ -41,10 +41,10 @@ def vowels(prompts, responses):
 '''
 
 
-def overriding(words: list[str]) -> list[str]:
-    """The words, of each key only the last; `~key` takes back an earlier word for that key."""
-    last = {word.lstrip("+~").split("=")[0]: word for word in words}
-    return [word for word in last.values() if not word.startswith("~")]
+def keep_last_overrides(overrides: list[str]) -> list[str]:
+    """Return the last override of each key; `~key` removes an earlier override of that key."""
+    last = {override.lstrip("+~").split("=")[0]: override for override in overrides}
+    return [override for override in last.values() if not override.startswith("~")]
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save_dialogue_model(folder)
     gc.collect()
-    gc.freeze()  # what is imported by now is not searched again by the collection at each run's end
+    gc.freeze()  # the collection at each run's end then skips all modules imported so far
     return folder
 
 
@@ -82,33 +82,33 @@ def make_classifier(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def small_words(tiny, tmp_path_factory) -> list[str]:
-    """The words of a small run on the tiny model with a deterministic reward function."""
+def small_overrides(tiny, tmp_path_factory) -> list[str]:
+    """Overrides of a small run on the tiny model with a deterministic reward function."""
     file = tmp_path_factory.mktemp("rewards") / "vowels.py"
     file.write_text(REWARD)
     return [*SMALL, f"model.path={tiny}", f"reward.target={file}:vowels"]
 
 
 @pytest.fixture(scope="session")
-def configured(small_words):
-    """configured(*words) → the checked Config of a small run with these words on top."""
-    from apa_cli.config.build import build
+def make_config(small_overrides):
+    """make_config(*overrides) → the checked Config of a small run with these further overrides."""
+    from apa_cli.config.build import build_config
     from apa_cli.config.compose import compose
 
-    def make(*words: str):
-        return build(compose(overriding([*small_words, *words])))
+    def make(*overrides: str):
+        return build_config(compose(keep_last_overrides([*small_overrides, *overrides])))
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_trainer(configured, tmp_path_factory):
-    """make_trainer(*words, folder=) → the trainer of a small run before its first iteration; it prints nothing."""
+def make_trainer(make_config, tmp_path_factory):
+    """make_trainer(*overrides, folder=) → the trainer of a small run before its first iteration; it prints nothing."""
     from apa_cli.runs.console import Console
     from apa_cli.training.build import build_trainer
 
-    def make(*words: str, folder: Path | None = None):
-        config = configured(*words)
+    def make(*overrides: str, folder: Path | None = None):
+        config = make_config(*overrides)
         with Console(None, 1, quiet=True) as console:
             trainer = build_trainer(config, folder or tmp_path_factory.mktemp("trainer"), None, None, console)
         trainer.progress.algorithm = config.algo.initial_state()
@@ -118,15 +118,15 @@ def make_trainer(configured, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def train(configured):
-    """train(directory, *words, curves=False) → the directory of a small run, done in this process.
+def train(make_config):
+    """train(directory, *overrides, curves=False) → the directory of a small run in this process.
 
-    Drawing takes longer than all the rest, so there is no curves.png unless `curves` is true.
+    Plotting takes longer than all the rest, so there is no curves.png unless `curves` is true.
     """
     from apa_cli.training.launch import start_training
 
-    def run(directory: Path, *words: str, curves: bool = False) -> Path:
-        config = configured(f"name={directory.name}", *words)
+    def run(directory: Path, *overrides: str, curves: bool = False) -> Path:
+        config = make_config(f"name={directory.name}", *overrides)
         with pytest.MonkeyPatch.context() as patch:
             if not curves:
                 patch.setattr("apa_cli.training.results.plot_curves", lambda directory: None, raising=False)
@@ -138,10 +138,10 @@ def train(configured):
 
 @pytest.fixture
 def run_train(train, tmp_path):
-    """run_train(*words, name=, curves=) → the directory of a small run in the test's own folder."""
+    """run_train(*overrides, name=, curves=) → the directory of a small run in the test's own folder."""
 
-    def run(*words: str, name: str = "run", curves: bool = False) -> Path:
-        return train(tmp_path / name, *words, curves=curves)
+    def run(*overrides: str, name: str = "run", curves: bool = False) -> Path:
+        return train(tmp_path / name, *overrides, curves=curves)
 
     return run
 
@@ -154,7 +154,7 @@ def records():
 
 @pytest.fixture(scope="session")
 def comparable(records):
-    """comparable(metrics.jsonl) → its objects without what the clock and the machine decide."""
+    """comparable(metrics.jsonl) → its objects without the metrics that depend on the clock and the machine."""
     machine = ("time/", "throughput/", "memory/")
 
     def read(file: Path) -> list[dict]:
@@ -164,8 +164,8 @@ def comparable(records):
 
 
 @pytest.fixture(autouse=True)
-def pytorchs_own_products():
-    """No test goes on with the products that another one chose."""
+def reset_matmul_library():
+    """Compute matrix products by PyTorch again after a test that selected another library."""
     yield
     if "apa_cli.hardware.cpu_matmul" in sys.modules:
         from apa_cli.hardware import cpu_matmul as matmul

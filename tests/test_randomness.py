@@ -92,7 +92,7 @@ def test_no_responses_give_no_rows():
 
 def test_missing_coordinates_are_0_and_a_fourth_is_refused():
     assert make_generator(1, Stream.plan, 4).random() == make_generator(1, Stream.plan, 4, 0, 0).random()
-    with pytest.raises(ValueError, match="three coordinates, got 4"):
+    with pytest.raises(ValueError, match="three coordinates are allowed, got 4"):
         make_generator(1, Stream.plan, 1, 2, 3, 4)
 
 

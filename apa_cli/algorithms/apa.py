@@ -48,7 +48,7 @@ class APA(ActorCritic):
     def add_log_z(self, batch: Batch) -> Batch:
         """Return the batch with the diagnostics of log Z and, if `normalizer` is batch, the constant for the target.
 
-        Both are computed over the tokens over which Â was whitened.
+        Diagnostics and constant are computed over the tokens over which Â was whitened.
         """
         log_ratio = k1(batch.sampler_logprobs, require(batch.ref_logprobs, "ref_logprobs"))
         exponent = batch.advantages / self.lambda_ - log_ratio
@@ -71,8 +71,8 @@ def log_z(exponent: Tensor, mask: Tensor) -> dict[str, float]:
     """Return the log of the batch-mean Z, which the paper takes as 0, its effective sample size and its Jensen bound.
 
     With e = Â/λ − k1 on the n true tokens (exponent and mask [N, T]): log_z = logsumexp_m(e) − log n;
-    ess = (Σ w)² / Σ w² for w = exp(e), between 1 and n (log_z is unreliable below 10); log_z_lower = mean_m(e),
-    which is also the constant that minimises the squared error.
+    ess = (Σ w)² / Σ w² for w = exp(e), between 1 and n (below 10, log_z is unreliable); log_z_lower = mean_m(e),
+    which is also the constant that minimizes the squared error.
     """
     tokens = exponent[mask].double()
     total = float(tokens.logsumexp(0))

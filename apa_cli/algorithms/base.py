@@ -39,7 +39,7 @@ class Algorithm(ABC):
     label: ClassVar[str]
     """Name in tables and plots; default: the name of the class."""
     color: ClassVar[str] = "#6b7280"
-    """Colour in plots, "#rrggbb", readable on white; default: a neutral grey."""
+    """Color in plots, "#rrggbb", readable on white; default: a neutral gray."""
     lambda_meaning: ClassVar[str | None] = None
     """Meaning of λ in a few words, as in "lambda 0.05: price of KL"; None if the algorithm has no λ."""
 
@@ -65,7 +65,7 @@ class Algorithm(ABC):
         """Compute token rewards, advantages and returns, without gradient; return the batch and the next state."""
 
     def prepare_minibatch(self, batch: Batch) -> Batch:
-        """Return the whole minibatch (of all processes) with quantities computed over it; default: unchanged."""
+        """Return the minibatch of all ranks with the quantities that are computed over it; default: unchanged."""
         return batch
 
     @abstractmethod
@@ -90,7 +90,7 @@ class Whitening(Enum):
 
 
 class AdvantageEstimator(Enum):
-    """Estimator of the advantages: GAE, Monte-Carlo return minus value, or score minus the mean of its group."""
+    """Estimator of the advantages: GAE, Monte-Carlo return minus value, or leave-one-out (see `group_mean`)."""
 
     gae = "gae"
     monte_carlo = "monte_carlo"
@@ -169,7 +169,7 @@ class ActorCritic(Algorithm):
         return 1.0
 
     def scale_scores(self, scores: Tensor, moments: estimators.Moments) -> Tensor:
-        """Return scores [N] in the unit of advantages and λ: divided, not centred, then clipped to ±score_clip."""
+        """Return scores [N] in the unit of advantages and λ: divided, not centered, then clipped to ±score_clip."""
         scores = scores / self.score_scale(scores, moments)
         return scores if self.score_clip is None else scores.clamp(-self.score_clip, self.score_clip)
 

@@ -62,7 +62,7 @@ class PPO(ActorCritic):
         return super().token_rewards(rollout, scores, state) - penalty * rollout.mask
 
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
-        """As in the base class; the returned state holds the coefficient for the next iteration."""
+        """Return the base class's batch and a state that holds the KL coefficient for the next iteration."""
         batch, new_state = super().prepare(rollout, state)
         batch = batch.replace(metrics={**batch.metrics, "ppo/kl_coef": state["kl_coef"]})
         if self.kl_controller is KLController.adaptive:

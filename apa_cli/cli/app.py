@@ -1,4 +1,4 @@
-"""A command of the Hydra kind: check all overrides, run the task once for each job, say errors in one line."""
+"""Hydra commands: check all overrides, run the task once for each job, print errors in one line."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from apa_cli.cli.help import print_help
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import LOCAL_MODEL, check_choices, choose_local_model, compose
 from apa_cli.config.continuation import compose_continuation, find_continued_run
 from apa_cli.config.explain import suggest_for_flag
-from apa_cli.config.from_run import RUN, always, compose_from_run, find_recorded_run
-from apa_cli.config.hydra_api import CONFIG_NAME, VERSION_BASE, config_dir, expand_sweep
+from apa_cli.config.from_run import RUN, compose_from_run, find_recorded_run
+from apa_cli.config.hydra_api import CONFIG_NAME, VERSION_BASE, expand_sweep, find_config_dir
 from apa_cli.config.run_names import locate_run_directory
 from apa_cli.errors import ConfigError, UserError, first_line
 from apa_cli.runs.directory import RunDirectory
@@ -43,11 +43,11 @@ class Job:
     """The composed configuration, for --cfg."""
     config: Config
     run: RecordedRun | None = None
-    """The recorded run that run= names, in the commands that look at one."""
+    """The recorded run that run= names; None in commands that take no run=."""
 
     @property
     def directory(self) -> Path:
-        """The job's directory: Hydra's in a sweep, else outputs/NAME or that of the run that is resumed."""
+        """The job's directory: Hydra's in a sweep, else outputs/NAME or the directory of the resumed run."""
         if self.sweep is not None:
             return Path(HydraConfig.get().runtime.output_dir)
         return Path(locate_run_directory(self.config.run.name, self.config.run.resume))
@@ -64,34 +64,35 @@ Task = Callable[[Job], None]
 
 
 def run_command(
-    name: str, task: Task, takes: tuple[str, ...] = (), scores: Callable[[DictConfig], bool] = always
+    name: str, task: Task, takes: tuple[str, ...] = (), uses_reward: Callable[[DictConfig], bool] = lambda cfg: True
 ) -> None:
-    """Run one of the Hydra commands; an error ends in one line on stderr and its exit status.
+    """Run one of the Hydra commands; an error is printed in one line on stderr and sets the exit status.
 
-    `takes` are the keys by which a command that looks at a model is told which, "run" and perhaps "model.path";
-    `scores` tells whether it then asks the run's reward, of which a function must be named on the command line.
-    A single job is composed and checked once, here; Hydra's own program serves -m and its own flags.
+    `takes` are the keys that name the model which the command looks at, "run" and perhaps "model.path"; empty for a
+    command that trains. `uses_reward` returns True if the command scores with a run's reward, whose function must then
+    be named on the command line. A single job is composed and checked once, here; Hydra's own program serves -m and
+    Hydra's flags.
     """
     if "--version" in sys.argv[1:]:
         print(f"apa-cli {version('apa-cli')}")
         return
     parser = get_args_parser()
-    parser.error = refuse_flag  # type: ignore[method-assign]  # in place of argparse's usage of many lines
+    parser.error = refuse_flag  # type: ignore[method-assign]  # argparse would print a usage of many lines
     try:
         args = parser.parse_args()
         for flag in ("config_name", "config_path"):
             if getattr(args, flag) is not None:
                 raise ConfigError(
-                    f"--{flag.replace('_', '-')}: not offered; your own yamls go into a folder given by --config-dir"
+                    f"--{flag.replace('_', '-')}: not supported; give a folder with your own yamls by --config-dir"
                 )
         if args.help:
-            print_help(name, config_dir(), args.overrides)
+            print_help(name, args.config_dir, args.overrides)
         elif args.hydra_help or args.info or args.shell_completion:
             run_hydra(task, args, [])
         else:
             overrides = [quote_folder(override) for override in args.overrides]
             jobs = expand_jobs(overrides) if args.multirun else [overrides]
-            checked_jobs = [check_job(overrides, args, takes, scores) for overrides in jobs]
+            checked_jobs = [check_job(overrides, args, takes, uses_reward) for overrides in jobs]
             if is_for_hydra(args, takes):
                 run_hydra(task, args, jobs)
                 return
@@ -114,7 +115,7 @@ def run_command(
 
 
 def refuse_flag(message: str) -> NoReturn:
-    """Raise ConfigError for what argparse refuses: a flag of another tool is answered with key=value."""
+    """Raise ConfigError for arguments that argparse refuses; for a flag of another tool with the override to use."""
     unknown = message.partition("unrecognized arguments: ")[2].split()
     if unknown and unknown[0].startswith("--"):
         flag = unknown[0]
@@ -126,7 +127,7 @@ def refuse_flag(message: str) -> NoReturn:
 def is_for_hydra(args: Namespace, takes: tuple[str, ...]) -> bool:
     """Return True if Hydra's own program is needed: for a sweep, for its flags, or if its settings are overridden.
 
-    Jobs that take the settings of a recorded run are composed here also in a sweep, since Hydra knows conf/ alone.
+    Jobs with the settings of a recorded run are composed here even in a sweep, since Hydra reads only conf/.
     """
     overrides = [override.lstrip("+~") for override in args.overrides]
     if RUN in takes and any(override.startswith(f"{RUN}=") for override in overrides):
@@ -135,48 +136,51 @@ def is_for_hydra(args: Namespace, takes: tuple[str, ...]) -> bool:
     return bool(args.multirun or sets_hydra or args.package or args.experimental_rerun or args.cfg in ("hydra", "all"))
 
 
-# One job
+# --- one job ------------------------------------------------------------------------------------------------
 
 
 def check_job(
-    overrides: list[str], args: Namespace, takes: tuple[str, ...], scores: Callable[[DictConfig], bool] = always
+    overrides: list[str],
+    args: Namespace,
+    takes: tuple[str, ...],
+    uses_reward: Callable[[DictConfig], bool] = lambda cfg: True,
 ) -> Job:
-    """Compose and check the configuration of one job. ConfigError for anything wrong with it."""
+    """Compose and check the configuration of one job. Raise ConfigError for anything wrong with it."""
     extra_dir = args.config_dir
     folder = next(
-        (word for word in overrides if word and "=" not in word and os.path.isdir(os.path.expanduser(word))), None
+        (text for text in overrides if text and "=" not in text and os.path.isdir(os.path.expanduser(text))), None
     )
     if folder is not None:
         key = next(iter(takes), RESUME if not args.multirun else "name")
         raise ConfigError(f"{folder}: overrides have the form key=value; give {key}={folder}")
     source, run = None, None
     if RUN in takes and (run := find_recorded_run(overrides)) is not None:
-        cfg = compose_from_run(overrides, extra_dir, scores, run)
+        cfg = compose_from_run(overrides, extra_dir, uses_reward, run)
     elif takes or args.multirun or (source := find_continued_run(overrides)) is None:
         check_choices(overrides, extra_dir)
         cfg = compose(overrides, extra_dir)
     else:
         cfg = compose_continuation(overrides, source, extra_dir)
-    config = build(cfg, extra_dir)
+    config = build_config(cfg, extra_dir)
     check_subject(config, takes)
     if args.multirun and config.run.fork is not None:
-        raise ConfigError(f"{FORK}: one run is forked at a time, without -m")
+        raise ConfigError(f"{FORK}: a sweep cannot fork a run; leave out -m")
     if source is not None and source == Job(cfg, config).directory.expanduser():
         RunDirectory(source).check_resume(config.raw)
     return Job(cfg, config, run)
 
 
 def check_subject(config: Config, takes: tuple[str, ...]) -> None:
-    """Raise ConfigError unless a command that looks at a model, and no other, is told which."""
+    """Raise ConfigError if a command that looks at a model is given none, or another command is given run=."""
     if not takes and config.run.run is not None:
-        raise ConfigError("run: this command takes none; apa-train continues a run with resume=")
+        raise ConfigError("run: this command does not take it; apa-train continues a run with resume=")
     given = {"run": config.run.run, "model.path": config.model.path}
     if takes and all(given[key] is None for key in takes):
-        raise ConfigError(f"run: a model is needed, give {' or '.join(f'{key}=…' for key in takes)}")
+        raise ConfigError(f"run: a model is needed; give {' or '.join(f'{key}=…' for key in takes)}")
 
 
 def quote_folder(override: str) -> str:
-    """Return run=, resume= or fork= with its folder quoted: the name of a sweep's job has signs that Hydra reads."""
+    """Return run=, resume= or fork= with the folder quoted, since names of sweep jobs have characters of Hydra's."""
     key, _, folder = override.partition("=")
     is_unquoted_name = "=" in folder and folder[0] not in "'\""
     if key not in (RUN, RESUME, FORK) or not (is_unquoted_name or os.path.isdir(os.path.expanduser(folder))):
@@ -185,20 +189,20 @@ def quote_folder(override: str) -> str:
     return f"{key}='{escaped}'"
 
 
-# Sweeps and Hydra's own flags
+# --- sweeps and Hydra's own flags ---------------------------------------------------------------------------
 
 
 def run_hydra(task: Task, args: Namespace, jobs: list[list[str]]) -> None:
-    """Run Hydra's own program on the command line; `jobs` are the overrides of each job, checked before."""
+    """Run Hydra's own program on the command line; `jobs` are the overrides of each job, already checked."""
     labels = label_jobs(jobs) if args.multirun else []
     if jobs and choose_local_model(jobs[0], args.config_dir) != jobs[0]:
-        sys.argv.append(LOCAL_MODEL)  # what `compose` adds, Hydra's program must be given
+        sys.argv.append(LOCAL_MODEL)  # `compose` adds this override, which Hydra's program does not know of
     failures: list[UserError] = []
     state = {"inside_task": False}
     main_process = os.getpid()
 
     def run_job(cfg: DictConfig) -> None:
-        if failures:  # the jobs after one that failed do not start, and leave no folder of Hydra's behind
+        if failures:  # jobs after a failed one do not start, and leave no folder of Hydra's behind
             with contextlib.suppress(OSError):
                 Path(HydraConfig.get().runtime.output_dir).rmdir()
             return
@@ -207,28 +211,28 @@ def run_hydra(task: Task, args: Namespace, jobs: list[list[str]]) -> None:
             number = int(HydraConfig.get().job.num)
             print(f"job {number + 1} of {len(labels)}: {labels[number]}".rstrip(": "), flush=True)
         try:
-            task(Job(cfg, build(cfg, args.config_dir)))
-        except UserError as error:  # Hydra would print all overrides of the job over the error's one line
+            task(Job(cfg, build_config(cfg, args.config_dir)))
+        except UserError as error:  # Hydra would print the job's overrides above the error's line
             if os.getpid() != main_process:  # some launchers run the jobs of a sweep in processes of their own
                 raise UserError(f"{Path(HydraConfig.get().runtime.output_dir).name}: {error}") from None
             failures.append(error)
         state["inside_task"] = False
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes other exceptions on instead of printing its own account
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra re-raise other exceptions instead of printing its own report
     try:
-        hydra.main(config_path=str(config_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(run_job)()
+        hydra.main(config_path=str(find_config_dir()), config_name=CONFIG_NAME, version_base=VERSION_BASE)(run_job)()
     except (OSError, ValueError, HydraException) as error:
         if state["inside_task"]:
             raise
         if isinstance(error, HydraException | ValueError):
             raise ConfigError(first_line(error)) from error
-        raise UserError(f"name: the directory {error.filename} cannot be made ({error.strerror})") from error
+        raise UserError(f"name: cannot create the directory {error.filename} ({error.strerror})") from error
     if failures:
         raise failures[0]
 
 
 def expand_jobs(overrides: list[str]) -> list[list[str]]:
-    """Return the overrides of each job of a sweep. ConfigError naming the override that cannot be expanded."""
+    """Return the overrides of each job of a sweep. Raise ConfigError naming an override that cannot be expanded."""
     try:
         return expand_sweep(overrides)
     except HydraException as error:
@@ -237,7 +241,7 @@ def expand_jobs(overrides: list[str]) -> list[list[str]]:
                 expand_sweep([override])
             except HydraException as reason:
                 raise ConfigError(
-                    f"cannot read {override!r}: {first_line(reason)}; overrides have the form key=value"
+                    f"{override!r}: not an override ({first_line(reason)}); overrides have the form key=value"
                 ) from error
         raise ConfigError(first_line(error)) from error
 

@@ -1,4 +1,4 @@
-"""apa-bench: the time and memory of an iteration's phases, against what the machine could do."""
+"""apa-bench: the time and memory of an iteration's phases, against the roofline."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from apa_cli.config.from_run import is_true
 
 
 def chat(job: Job) -> None:
-    """Answer the lines of the input until it ends; write no file."""
+    """Respond to the lines of the input until it ends; write no file."""
     from apa_cli.inference.chat import run_chat
 
     run_chat(job.config, job.run)
@@ -15,4 +15,4 @@ def chat(job: Job) -> None:
 
 def main() -> None:
     """Run apa-chat."""
-    run_command("apa-chat", chat, takes=("run", "model.path"), scores=lambda cfg: is_true(cfg.chat.score))
+    run_command("apa-chat", chat, takes=("run", "model.path"), uses_reward=lambda cfg: is_true(cfg.chat.score))

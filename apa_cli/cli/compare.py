@@ -12,9 +12,9 @@ from apa_cli.errors import UserError
 from apa_cli.runs.records import RecordedRun, find_runs, is_run
 
 DESCRIPTION = """\
-Compare training runs: how much reward each gained, and how much KL it paid for it.
+Compare training runs by held-out reward and by KL from the SFT model.
 
-Runs that differ in nothing but their seed are joined into one row, with the spread over the seeds.
+Runs that differ only in their seed are joined into one row, with the spread over the seeds.
 The table is printed, and three files are written:
 
   comparison.csv    the table, in full precision
@@ -22,7 +22,7 @@ The table is printed, and three files are written:
   comparison.html   both on one page that needs no other file and no network
 """
 
-EXAMPLES = """\
+EPILOG = """\
 examples:
   apa-compare outputs/sweeps/lambda               every run of a sweep
   apa-compare outputs/first outputs/second        two runs; files go to the current folder
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="apa-compare",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _compare(directories: Sequence[Path], out: Path | None) -> None:
     runs = read_runs(directories)
-    out = out or default_output_folder(directories[0])
+    out = out or choose_output_folder(directories[0])
 
     from apa_cli.report.compare import compare_runs
 
@@ -87,8 +87,8 @@ def _compare(directories: Sequence[Path], out: Path | None) -> None:
 def read_runs(directories: Sequence[Path]) -> list[RecordedRun]:
     """Return the runs in `directories`, each once.
 
-    Raises UserError if a run that is named itself cannot be read, or if no run can. One in a folder that cannot be
-    read (a sweep's job that failed at once) is left out, with a line on stderr.
+    Raise UserError if a run that is itself an entry of `directories` cannot be read, or if no run can. A run inside
+    an entry that cannot be read (a sweep's job that failed at once) is left out, with a line on stderr.
     """
     runs: dict[Path, RecordedRun] = {}
     for directory in directories:
@@ -100,11 +100,11 @@ def read_runs(directories: Sequence[Path]) -> list[RecordedRun]:
                     raise
                 print(f"apa-compare: left out: {error}", file=sys.stderr)
     if not runs:
-        raise UserError("no run could be read")
+        raise UserError(f"{', '.join(map(str, directories))}: no run could be read")
     return list(runs.values())
 
 
-def default_output_folder(first: Path) -> Path:
+def choose_output_folder(first: Path) -> Path:
     """Return `first` if it is a folder of several runs, else the current folder."""
     return Path(".") if is_run(first) or len(find_runs(first)) < 2 else first
 

@@ -1,4 +1,4 @@
-"""apa-eval: evaluation of a policy on held-out prompts, beside its SFT model and that model's best of n."""
+"""apa-eval: evaluation of a policy on held-out prompts, next to its SFT model and that model's best of n."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from apa_cli.cli.app import Job, run_command
 
 
 def evaluate(job: Job) -> None:
-    """Write eval.json to the directory of the run, or for `model.path` to a new one."""
+    """Write eval.json to the directory of the run, or for `model.path` to a new directory."""
     from apa_cli.inference.eval_report import evaluate_model, evaluate_run
 
     if job.run is None:

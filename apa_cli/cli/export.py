@@ -6,7 +6,7 @@ from apa_cli.cli.app import Job, run_command
 
 
 def export(job: Job) -> None:
-    """Write the folder, or nothing if the model loaded from it does not give the policy's log-probs."""
+    """Write the folder, or nothing if the log-probs of the reloaded model are not the policy's."""
     from apa_cli.inference.export import export_policy
 
     assert job.run is not None, "run_command refuses a command line without run="
@@ -15,4 +15,4 @@ def export(job: Job) -> None:
 
 def main() -> None:
     """Run apa-export."""
-    run_command("apa-export", export, takes=("run",), scores=lambda cfg: False)
+    run_command("apa-export", export, takes=("run",), uses_reward=lambda cfg: False)

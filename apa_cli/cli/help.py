@@ -1,4 +1,4 @@
-"""--help: conf/ and the pages are the manual, and this prints them."""
+"""--help: the manual, printed from conf/ and the pages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import re
 from pathlib import Path
 
 from apa_cli.config.aliases import CHOSEN_BY_GROUP
+from apa_cli.config.explain import describe_missing_option
+from apa_cli.config.hydra_api import find_config_dir, list_config_dirs, list_groups
 from apa_cli.errors import ConfigError
 
 COMMANDS = {
     "apa-train": "trains a language model by online RLHF: sample responses, score them, estimate advantages, update",
-    "apa-sft": "supervised fine-tuning on the chosen replies of a data set; writes a plain model folder",
-    "apa-reward": "trains a reward model on pairs of chosen and rejected replies; writes a plain model folder",
+    "apa-sft": "fine-tunes a model on the chosen responses of a data set; writes a plain model folder",
+    "apa-reward": "trains a reward model on pairs of chosen and rejected responses; writes a plain model folder",
     "apa-eval": "evaluates a policy on held-out prompts against the SFT model it comes from; writes eval.json",
     "apa-export": "writes a run's policy as a plain model folder with a model card, and checks it",
-    "apa-chat": "talks with a run's policy, or another model, in the terminal",
+    "apa-chat": "chats with a run's policy, or another model, in the terminal",
     "apa-bench": "measures where an iteration's time and memory go, on random weights and prompts; writes bench.json",
 }
 
@@ -26,10 +28,10 @@ EXAMPLES = {
         "apa-train algo=ppo lambda=0.05 seed=1          another algorithm, another seed",
         "apa-train -m algo=apa lambda=0.03,0.1,0.3,1    a sweep: one run for each value",
         "apa-train model.path=FOLDER_OR_HUB_ID reward=function reward.target=my_file.py:my_function",
-        "apa-train dry_run=true                         print what would run, and stop",
+        "apa-train dry_run=true                         print batches, models and memory, and stop",
         "apa-train resume=outputs/NAME                  continue a run with its own settings",
-        "apa-train name=NAME resume=auto KEY=VALUE …    start it, or continue it if it was started",
-        "apa-train fork=outputs/NAME name=NEW lambda=1  another run from the state of this one",
+        "apa-train name=NAME resume=auto KEY=VALUE …    start the run, or continue it if it was started",
+        "apa-train fork=outputs/NAME name=NEW lambda=1  start a new run from the state of another",
     ],
     "apa-sft": ["apa-sft sft.epochs=3", "apa-sft model.path=FOLDER_OR_HUB_ID name=my_sft"],
     "apa-reward": [
@@ -72,34 +74,37 @@ DEFAULT = re.compile(r"^  - (?:override )?/?(\w+)(?:@\w+)?$", re.MULTILINE)
 """An entry of a yaml's defaults list that names another yaml of its group."""
 
 
-def print_help(command: str, conf: Path, arguments: list[str]) -> None:
+def print_help(command: str, extra_dir: str | None, arguments: list[str]) -> None:
     """Print a page if `arguments` name one, else usage, examples, groups with their options, and every key.
 
-    Arguments such as dataset=jsonl choose the option whose keys are printed. ConfigError for an unknown page.
+    Arguments such as dataset=jsonl choose the option whose keys are printed, also one of the user's own folder
+    `extra_dir`. Raise ConfigError for an unknown page or option.
     """
-    names = [argument for argument in arguments if "=" not in argument]
-    if names:
-        print(read_page(names[0]), end="")
+    pages = [argument for argument in arguments if "=" not in argument]
+    if pages:
+        print(read_page(pages[0]), end="")
         return
     print(f"{command} {COMMANDS[command]}.\n\nUsage: {command} [group=option | key=value] … [flags]\n\nExamples:")
     print("\n".join(f"  {line}" for line in EXAMPLES[command]))
     print(f"\nFlags:\n{FLAGS}")
     print(f"\nPages ({command} --help PAGE):\n  {', '.join(list_pages())}")
-    print("\nGroups (conf/GROUP/OPTION.yaml; the one whose keys follow has a star):")
-    main = (conf / "config.yaml").read_text(encoding="utf-8")
-    options = dict(re.findall(r"^  - (\w+): (\w+)$", main, flags=re.MULTILINE))
-    options |= {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in options}
-    for group, option in options.items():
-        files = [file for file in (conf / group).rglob("*.yaml") if not file.name.startswith("_")]
-        names = sorted(str(file.relative_to(conf / group).with_suffix("")) for file in files)
-        print(f"  {group + '=':15s}{', '.join(f'{name}*' if name == option else name for name in names)}")
-    print(f"\nKeys (key=value; for those of another option: {command} --help dataset=jsonl):")
+    main = (find_config_dir() / "config.yaml").read_text(encoding="utf-8")
+    chosen = dict(re.findall(r"^  - (\w+): (\w+)$", main, flags=re.MULTILINE))
+    chosen |= {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in chosen}
+    groups = list_groups(extra_dir)
+    print("\nGroups (conf/GROUP/OPTION.yaml; * marks the option whose keys are listed below):")
+    for group, option in chosen.items():
+        if option not in {"null", *groups[group]}:
+            raise ConfigError(f"{group}: {describe_missing_option(option, groups[group], group)}")
+        names = (f"{name}*" if name == option else name for name in sorted(groups[group]))
+        print(f"  {group + '=':15s}{', '.join(names)}")
+    print(f"\nKeys (key=value; keys of another option: {command} --help dataset=jsonl):")
     _print_keys("", main.partition("\nhydra:")[0], set())
-    for group, option in options.items():
-        if (conf / group / f"{option}.yaml").is_file():
+    for group, option in chosen.items():
+        if option != "null":
             print(f"\n {group}={option}")
             printed: set[str] = set()
-            for text in _read_with_defaults(conf / group, option):
+            for text in _read_with_defaults(group, option, list_config_dirs(extra_dir)):
                 _print_keys("" if "# @package _global_" in text else f"{group}.", text, printed)
 
 
@@ -109,7 +114,7 @@ def list_pages() -> list[str]:
 
 
 def read_page(name: str) -> str:
-    """Return a page of the manual. ConfigError naming the nearest one if there is none of that name."""
+    """Return a page of the manual. Raise ConfigError with the nearest name if there is no such page."""
     pages = list_pages()
     if name not in pages:
         nearest = difflib.get_close_matches(name, pages, n=1, cutoff=0.5)
@@ -118,14 +123,15 @@ def read_page(name: str) -> str:
     return (PAGES / f"{name}.md").read_text(encoding="utf-8")
 
 
-def _read_with_defaults(folder: Path, option: str) -> list[str]:
+def _read_with_defaults(group: str, option: str, folders: list[Path]) -> list[str]:
     """Return the texts of an option's yaml and of those of its group that it starts from."""
-    text = (folder / f"{option}.yaml").read_text(encoding="utf-8")
-    texts = [text]
-    for name in DEFAULT.findall(text):
-        if name != "_self_" and (folder / f"{name}.yaml").is_file():
-            texts += _read_with_defaults(folder, name)
-    return texts
+    files = [folder / group / f"{option}.yaml" for folder in folders]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return []
+    text = file.read_text(encoding="utf-8")
+    bases = [name for name in DEFAULT.findall(text) if name != "_self_"]
+    return [text, *(base for name in bases for base in _read_with_defaults(group, name, folders))]
 
 
 def describe_keys(yaml: str) -> list[tuple[str, str, str]]:

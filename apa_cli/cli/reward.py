@@ -1,11 +1,11 @@
-"""apa-reward: a reward model from pairs of chosen and rejected replies."""
+"""apa-reward: a reward model trained on pairs of chosen and rejected replies."""
 
 from __future__ import annotations
 
 from apa_cli.cli.app import Job, run_command
 
 
-def reward(job: Job) -> None:
+def fit_reward_model(job: Job) -> None:
     """Write the reward model to model/ in the job's directory."""
     from apa_cli.training.launch import start_reward
 
@@ -14,4 +14,4 @@ def reward(job: Job) -> None:
 
 def main() -> None:
     """Run apa-reward."""
-    run_command("apa-reward", reward)
+    run_command("apa-reward", fit_reward_model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from apa_cli.cli.app import Job, run_command
 
 
-def sft(job: Job) -> None:
+def fine_tune(job: Job) -> None:
     """Write the fine-tuned model to model/ in the job's directory."""
     from apa_cli.training.launch import start_sft
 
@@ -14,4 +14,4 @@ def sft(job: Job) -> None:
 
 def main() -> None:
     """Run apa-sft."""
-    run_command("apa-sft", sft)
+    run_command("apa-sft", fine_tune)

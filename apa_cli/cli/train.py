@@ -1,4 +1,4 @@
-"""apa-train: RL of a language model, online."""
+"""apa-train: online RL of a language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that users of other tools type, and what they are called here. Answers only: no alias is accepted."""
+"""Names of other tools' keys, and the names here. They are only suggested: no alias is accepted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ BATCHES = (
     "rollout_batch_size (responses sampled per iteration), minibatch_size (per optimizer step) or microbatch_size "
     "(per forward pass and process)"
 )
-LENGTH = "iterations (each samples, scores and updates once), or update_epochs (passes over each rollout batch)"
+RUN_LENGTH = "iterations (each samples, scores and updates once), or update_epochs (passes over each rollout batch)"
 KL = "lambda, whose meaning depends on the algorithm (for PPO it sets algo.kl_coef)"
 WARMUP = "optimizer.warmup_ratio (share of the optimizer steps)"
 MODEL = "model=local model.path=FOLDER_OR_HUB_ID"
@@ -31,14 +31,14 @@ ALIASES = {
     "controller": "algo.kl_controller",
     "critic_learning_rate": "optimizer.critic_lr",
     "dataset_name": "dataset=NAME",
-    "epochs": LENGTH,
+    "epochs": RUN_LENGTH,
     "eval_every": "evaluation.every",
     "eval_seed": "evaluation.seed",
     "eval_steps": "evaluation.every",
     "fp16": "model.dtype=bfloat16 (float16 is not offered)",
     "frozen": "launch.frozen_placement",
     "fsdp": "launch.strategy=fsdp",
-    "gradient_accumulation_steps": "microbatch_size (what it leaves of minibatch_size is accumulated)",
+    "gradient_accumulation_steps": "microbatch_size (gradients accumulate over the microbatches of a minibatch)",
     "init_kl_coef": KL,
     "kl_beta": KL,
     "kl_coef": KL,
@@ -55,23 +55,23 @@ ALIASES = {
     "lora_target_modules": "lora=default lora.target_modules",
     "lr": "optimizer.lr",
     "lr_scheduler_type": "optimizer.lr_scheduler",
-    "max_epochs": LENGTH,
+    "max_epochs": RUN_LENGTH,
     "max_length": "sampling.max_new_tokens (responses) or sampling.max_prompt_tokens",
     "max_prompt_length": "sampling.max_prompt_tokens",
-    "max_steps": LENGTH,
+    "max_steps": RUN_LENGTH,
     "microbatch": "microbatch_size",
     "mini_batch_size": "minibatch_size",
     "minibatch": "minibatch_size",
     "model_name": MODEL,
     "model_name_or_path": MODEL,
     "nproc_per_node": "launch.processes",
-    "num_epochs": LENGTH,
+    "num_epochs": RUN_LENGTH,
     "num_generations": "samples_per_prompt",
-    "num_iterations": LENGTH,
+    "num_iterations": RUN_LENGTH,
     "num_mini_batches": "minibatch_size (responses per optimizer step)",
     "num_ppo_epochs": "update_epochs",
     "num_processes": "launch.processes",
-    "num_train_epochs": LENGTH,
+    "num_train_epochs": RUN_LENGTH,
     "output_dir": "name (the run is written to outputs/NAME)",
     "per_device_train_batch_size": BATCHES,
     "plan": "dry_run=true",
@@ -92,10 +92,10 @@ ALIASES = {
     "targets": "lora.target_modules",
     "tensorboard": "tracking=tensorboard",
     "tokenizer_name": "model.tokenizer",
-    "total_episodes": LENGTH,
-    "total_epochs": LENGTH,
-    "total_steps": LENGTH,
-    "total_timesteps": LENGTH,
+    "total_episodes": RUN_LENGTH,
+    "total_epochs": RUN_LENGTH,
+    "total_steps": RUN_LENGTH,
+    "total_timesteps": RUN_LENGTH,
     "train_batch_size": BATCHES,
     "use_lora": "lora=default",
     "use_peft": "lora=default",
@@ -108,19 +108,19 @@ ALIASES = {
     "warmup_steps": WARMUP,
     "world_size": "launch.processes",
 }
-"""Last part of a key that does not exist here → what to write instead, in key=value form or as a key."""
+"""Last part of a key that does not exist here → its replacement, in key=value form or as a key."""
 
 CHOSEN_BY_GROUP = {"critic.kind": "critic", "tracking.kind": "tracking"}
-"""Keys that a group's option sets → that group. They have one way to be set, GROUP=OPTION."""
+"""Keys that only a group's option sets, by GROUP=OPTION → that group."""
 
 
 def suggest_for_key(key: str) -> str | None:
-    """Return what a key of another tool is called here, or None."""
+    """Return the name here of another tool's key, or None."""
     return ALIASES.get(key.rpartition(".")[2].replace("-", "_").lower())
 
 
 def suggest_for_option(group: str, option: str) -> str | None:
-    """Return how a path, hub id or file that was given as a group's option is given, or None."""
+    """Return the overrides for a path, hub id or file that was given as a group's option, or None."""
     is_path = "/" in option or Path(option).expanduser().exists()
     suffix = Path(option).suffix
     if group == "model" and is_path:

@@ -1,4 +1,4 @@
-"""From a composed configuration to a checked `Config`.
+"""Construction of the checked `Config` from a composed configuration.
 
 Anything wrong with a configuration is found here, before torch is imported, and reported in one line.
 """
@@ -31,13 +31,13 @@ from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, RewardSpecs, Rew
 from apa_cli.types import Range
 
 LONGEST_FILE_NAME = 255
-"""Bytes, the limit of common file systems."""
+"""Bytes; the limit of common file systems."""
 
 
-def build(cfg: DictConfig, extra_dir: str | None = None) -> Config:
+def build_config(cfg: DictConfig, extra_dir: str | None = None) -> Config:
     """Return the checked configuration; `extra_dir` is the user's own folder of yamls, or None.
 
-    ConfigError in one line for anything wrong with it.
+    Raise ConfigError, in one line, for anything wrong with the configuration.
     """
     check_references(to_dict(cfg))
     check_lambda(cfg)
@@ -49,7 +49,7 @@ def build(cfg: DictConfig, extra_dir: str | None = None) -> Config:
     sections: dict[str, Any] = {"run": _build_section(RunSettings, run, "", cfg)}
     for name in (*TARGET_SECTIONS, *SECTIONS):
         if not isinstance(cfg.get(name), DictConfig):
-            raise ConfigError(f"{name}: a section is needed here, with keys of its own")
+            raise ConfigError(f"{name}: a section with keys is needed, got {cfg.get(name)!r}")
         values = {str(key): _resolve_value(cfg[name], key, f"{name}.{key}") for key in cfg[name]}
         kind = SECTIONS.get(name) or _import_target(values.pop("_target_", None), name)
         sections[name] = _build_section(kind, values, name, cfg, extra_dir)
@@ -67,18 +67,18 @@ def check_lambda(cfg: DictConfig) -> None:
     linked = f"${{{LAMBDA}}}" in raw.values()
     if LAMBDA in cfg and not linked:
         raise ConfigError(
-            f"{LAMBDA}: the algorithm has none, or the key that {LAMBDA} sets was set directly; give {LAMBDA}=…"
+            f"{LAMBDA}: the algorithm has no λ, or the key that {LAMBDA} sets was set directly; give {LAMBDA}=…"
         )
 
 
 def check_arithmetic(config: Config) -> None:
-    """Raise ConfigError if batch sizes do not divide one another, or for other numbers that do not fit together."""
+    """Raise ConfigError if batch sizes do not divide one another or other settings contradict each other."""
     run = config.run
     parts = Path(run.name).parts
     if not run.name.strip() or not parts or ".." in parts or Path(run.name).is_absolute():
-        raise ConfigError(f"name: {run.name!r} is no folder under outputs/")
+        raise ConfigError(f"name: {run.name!r} is not a folder under outputs/")
     if any(len(part.encode()) > LONGEST_FILE_NAME for part in parts):
-        raise ConfigError(f"name: {run.name[:40]!r}… is longer than the {LONGEST_FILE_NAME} bytes of a folder's name")
+        raise ConfigError(f"name: {run.name[:40]!r}… exceeds {LONGEST_FILE_NAME} bytes, the longest folder name")
     for large, small in (
         ("rollout_batch_size", "minibatch_size"),
         ("minibatch_size", "microbatch_size"),
@@ -89,7 +89,8 @@ def check_arithmetic(config: Config) -> None:
     least = config.algo.needs().samples_per_prompt
     if run.samples_per_prompt < least:
         raise ConfigError(
-            f"samples_per_prompt: the algorithm with these keys needs at least {least}, got {run.samples_per_prompt}"
+            f"samples_per_prompt: the algorithm with these settings needs at least {least}, got "
+            f"{run.samples_per_prompt}"
         )
     if not all(n >= 1 for n in config.evaluation.best_of):
         raise ConfigError(
@@ -100,7 +101,7 @@ def check_arithmetic(config: Config) -> None:
 
 
 def check_continuation(config: Config, cfg: DictConfig) -> None:
-    """Raise ConfigError for resume=auto without a name, or a time limit that is no time."""
+    """Raise ConfigError for resume=auto without a name, or an invalid time limit."""
     run = config.run
     if run.resume == AUTO and "${run_name:" in str(to_dict(cfg).get("name")):
         raise ConfigError(f"{RESUME}: {AUTO} needs name=…, which identifies the run")
@@ -112,7 +113,7 @@ def check_continuation(config: Config, cfg: DictConfig) -> None:
 
 
 def _resolve_value(node: DictConfig, key: Any, name: str) -> Any:
-    """Return one value, resolved. ConfigError if it is missing or refers to nothing."""
+    """Return one value, resolved. Raise ConfigError if the value is missing or refers to nothing."""
     if OmegaConf.is_missing(node, key):
         raise ConfigError(f"{name}: a value is needed, give {name}=…")
     try:
@@ -126,7 +127,7 @@ def _resolve_value(node: DictConfig, key: Any, name: str) -> Any:
 
 
 def _import_target(path: Any, section: str) -> type:
-    """Return the dataclass that a section's `_target_` names. ConfigError if there is none."""
+    """Return the dataclass that a section's `_target_` names. Raise ConfigError if there is none."""
     module, _, name = str(path or "").rpartition(".")
     try:
         found = getattr(import_module(module), name)
@@ -148,7 +149,7 @@ def _schema(kind: type) -> DictConfig:
 def _build_section(
     kind: type, values: dict[str, Any], section: str, cfg: DictConfig, extra_dir: str | None = None
 ) -> Any:
-    """Return an instance of the dataclass `kind`. ConfigError naming the key for an unknown, missing or wrong value."""
+    """Return an instance of the dataclass `kind`. Raise ConfigError naming a key that is unknown, missing or wrong."""
     hints = typing.get_type_hints(kind, include_extras=True)
     named = {f.name for f in fields(kind)}
     prefix = f"{section}." if section else ""
@@ -159,7 +160,7 @@ def _build_section(
     try:
         schema, apart = OmegaConf.merge(schema, values), False
     except OmegaConfBaseException:
-        apart = True  # merged one by one, the wrong value is known by its key
+        apart = True  # merging one key at a time then shows which value is wrong
     for key in sorted(named, key=lambda key: (_is_reference(cfg, section, key), key)):
         name = _user_key(cfg, section, key)
         if key not in values:
@@ -197,10 +198,10 @@ def _build_parts(specs: list[Any], where: str, cfg: DictConfig, extra_dir: str |
 
 
 def _name_parts(parts: list[RewardSpecSettings], where: str) -> list[str]:
-    """Return each part's own name, or its reward's, numbered if another part has it."""
+    """Return each part's own name, or its reward's name, numbered if another part has that name."""
     names = [part.name for part in parts if part.name]
     if len(set(names)) < len(names):
-        raise ConfigError(f"{where}: two of these rewards have one name: {', '.join(names)}")
+        raise ConfigError(f"{where}: two rewards have the same name, {', '.join(names)}; give each its own")
     found = []
     for part in parts:
         free = (f"{part.use}_{number}" if number > 1 else part.use for number in itertools.count(1))
@@ -232,7 +233,7 @@ def _build_reward(name: str, given: dict[str, Any], place: str, cfg: DictConfig,
 
 
 def _user_key(cfg: DictConfig, section: str, key: str) -> str:
-    """Return the key that the user sets: `lambda` for the field that refers to it."""
+    """Return the key that the user sets: `lambda` for a field that refers to `lambda`."""
     node = cfg.get(section) if section else None
     if isinstance(node, DictConfig) and to_dict(node).get(key) == f"${{{LAMBDA}}}":
         return LAMBDA
@@ -246,7 +247,7 @@ def _is_reference(cfg: DictConfig, section: str, key: str) -> bool:
 
 
 def _check_range(name: str, value: Any, hint: Any) -> None:
-    """Raise ConfigError for a number that is not finite, or outside the `Range` of its type."""
+    """Raise ConfigError for a number that is not finite or is outside the `Range` of its type."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{name}: {value} is not a finite number")
     if value is None or typing.get_origin(hint) is not Annotated:

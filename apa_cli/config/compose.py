@@ -1,4 +1,4 @@
-"""From overrides to a configuration, unchecked: `build` checks it."""
+"""Composition of overrides to an unchecked configuration; `build_config` checks it."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ LOCAL_MODEL = "model=local"
 
 
 def compose(overrides: list[str], extra_dir: str | None = None, config_name: str | None = CONFIG_NAME) -> DictConfig:
-    """Compose conf/ with these overrides. ConfigError in one line for overrides that cannot be composed.
+    """Compose conf/ with these overrides. Raise ConfigError, in one line, for overrides that cannot be composed.
 
-    Without a `config_name` the overrides add all there is.
+    Without a `config_name` the configuration holds only what the overrides add.
     """
     try:
         if config_name is not None:
             overrides = choose_local_model(overrides, extra_dir)
         return compose_unchecked(overrides, extra_dir, config_name)
-    except Exception as error:  # Hydra's, OmegaConf's, and what a list in place of a name leads to
+    except Exception as error:  # of Hydra, of OmegaConf, or of Python for a list in place of a name
         raise ConfigError(explain_error(error, overrides, extra_dir, config_name)) from error
 
 
 def choose_local_model(overrides: list[str], extra_dir: str | None) -> list[str]:
     """Return the overrides with model=local added if model.path is given and only the default names a model.
 
-    The default model, embedded, brings learning rates for a tiny network, which are wrong for any other.
+    The default model, embedded, sets learning rates for a tiny network, which are wrong for any other model.
     """
     keys = {override.partition("=")[0].lstrip("+") for override in overrides}
     given = [override for override in overrides if override.startswith("model.path=")]
@@ -45,7 +45,7 @@ def check_choices(overrides: list[str], extra_dir: str | None) -> None:
     keys = [parse_override(override).key_or_group for override in overrides]
     for key in keys:
         if group := CHOSEN_BY_GROUP.get(key):
-            raise ConfigError(f"{key}: the option of the group sets it; give {group}=NAME")
+            raise ConfigError(f"{key}: only an option of the group sets it; give {group}=NAME")
     adapter_keys = [key for key in keys if key.startswith("lora.")]
     if adapter_keys and "lora" not in keys:
         others = [override for override, key in zip(overrides, keys, strict=True) if key not in adapter_keys]

@@ -1,4 +1,4 @@
-"""The settings of a recorded run with overrides on top, to continue it: resume=… and fork=…"""
+"""The settings of a recorded run with overrides on top, for continuing the run: resume=… and fork=…"""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from apa_cli.runs.records import suggest_nearest
 from apa_cli.runs.resume import AUTO, FORK, RESUME
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS
 
-OF_ONE_COMMAND = ("resume", "resume_changed", "stop_after", "dry_run")
-"""Keys that tell what one command does with a run; they are not inherited."""
+NOT_INHERITED = ("resume", "resume_changed", "stop_after", "dry_run")
+"""Keys that concern one command, not the run; a continuation does not inherit them."""
 
 
 def find_continued_run(overrides: list[str]) -> Path | None:
-    """Return the directory of the run that these overrides resume or fork, or None if they start a new one.
+    """Return the directory of the run that these overrides resume or fork, or None if they start a new run.
 
-    ConfigError if that directory holds no run.
+    Raise ConfigError if that directory holds no run.
     """
     values = {override.key_or_group: override.value() for override in map(parse_override, overrides)}
     resume, fork, name = (values.get(key) for key in (RESUME, FORK, "name"))
     if fork is not None and resume not in (None, AUTO):
-        raise ConfigError(f"{FORK}: give it without {RESUME}={resume}; a fork is a run of its own")
+        raise ConfigError(f"{FORK}: a fork is a new run, which resumes nothing; leave out {RESUME}={resume}")
     if resume == AUTO and name is not None:
         path = Path(locate_run_directory(str(name), AUTO))
         if any(path.glob("checkpoints/iteration_*")):
@@ -59,8 +59,8 @@ def find_continued_run(overrides: list[str]) -> Path | None:
 def compose_continuation(overrides: list[str], source: Path, extra_dir: str | None = None) -> DictConfig:
     """Compose the settings of the run in the directory `source`, which is resumed or forked, with overrides on top.
 
-    A group=option sets all that it sets in a new run. ConfigError if the run was recorded under old key names, or if
-    its config.yaml names code that neither conf/, `extra_dir` nor an override names.
+    A group=option sets all that it sets in a new run. Raise ConfigError if the run was recorded under old key names,
+    or if its config.yaml names code that neither conf/, `extra_dir` nor an override names.
     """
     parsed = parse_single_values(overrides)
     groups = list_groups(extra_dir)
@@ -70,11 +70,11 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
     if is_old(recorded):
         raise ConfigError(
             f"{FORK if is_fork else RESUME}: {source} was recorded by an earlier version, whose keys had other names; "
-            "it can be evaluated, exported and compared, but not continued"
+            "the run can be evaluated, exported and compared, but not continued"
         )
     check_plain(recorded, source / "config.yaml", (*SECTIONS, *TARGET_SECTIONS))
     recorded = fill_missing(recorded, defaults)
-    recorded |= {key: defaults[key] for key in OF_ONE_COMMAND}
+    recorded |= {key: defaults[key] for key in NOT_INHERITED}
     if is_fork:
         recorded["name"] = defaults["name"]
     for section in TARGET_SECTIONS:
@@ -96,7 +96,7 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
 
 
 def _restore_lambda_link(section: dict[str, Any], name: str, extra_dir: str | None) -> dict[str, Any]:
-    """Return the section with the keys that `lambda` sets in the yaml of its `_target_` linked to it again."""
+    """Return the section with the keys that `lambda` sets, by the yaml of its `_target_`, linked to `lambda` again."""
     target = section.get("_target_")
     for root in list_config_dirs(extra_dir):
         for file in sorted((root / name).rglob("*.yaml")):
@@ -108,7 +108,7 @@ def _restore_lambda_link(section: dict[str, Any], name: str, extra_dir: str | No
 
 
 def _restore_links(settings: dict[str, Any], defaults: dict[str, Any], resolved: DictConfig) -> dict[str, Any]:
-    """Return the settings with the defaults' references ${another.key} wherever they equal that key's value."""
+    """Return the settings with each default's reference ${another.key} restored if the value equals that key's."""
     linked = dict(settings)
     for key, value in settings.items():
         default = defaults.get(key)
@@ -122,7 +122,7 @@ def _restore_links(settings: dict[str, Any], defaults: dict[str, Any], resolved:
 def _list_set_keys(override: Any, new: dict[str, Any], defaults: dict[str, Any], extra_dir: str | None) -> dict:
     """Return the keys, nested, that group=option sets in a new run; None for the section that it sets as a whole.
 
-    A yaml without a section of its own name, an experiment, is known by what differs from the defaults.
+    An experiment's yaml has no section of its own name; its keys are those that differ from the defaults.
     """
     group = override.key_or_group
     if group not in new:
@@ -131,7 +131,7 @@ def _list_set_keys(override: Any, new: dict[str, Any], defaults: dict[str, Any],
 
 
 def _list_different_keys(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys, nested, whose values differ; None for sections that are of two types."""
+    """Return the keys, nested, whose values differ; None for a section of another type."""
     keys: dict[str, Any] = {}
     for key, value in new.items():
         other = old.get(key)

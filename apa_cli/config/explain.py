@@ -1,4 +1,4 @@
-"""What is wrong with overrides that cannot be composed, in one line with the nearest right key."""
+"""Explanations, in one line with the nearest right key, of overrides that cannot be composed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from apa_cli.config.hydra_api import compose_unchecked, list_groups, list_keys, 
 from apa_cli.errors import ConfigError, first_line
 
 LAMBDA = "lambda"
-"""The one key of the command line whose meaning the algorithm decides."""
+"""The only key of the command line whose meaning depends on the algorithm."""
 
 
 def explain_error(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
-    """Return why these overrides cannot be composed: a group's option, an unknown key, or Hydra's own first line."""
+    """Return the reason why overrides cannot be composed: a missing option, an unknown key, or Hydra's first line."""
     if isinstance(error, ConfigError):
         return str(error)
     groups = list_groups(extra_dir)
@@ -50,7 +50,7 @@ def explain_error(error: Exception, overrides: list[str], extra_dir: str | None,
 
 
 def _add_override(message: str, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
-    """Return the message behind the override that cannot be composed even alone, if there is one."""
+    """Return the message after the override that cannot be composed even alone, if there is such an override."""
     if len(overrides) == 1:
         return f"{overrides[0]!r}: {message}"
     for override in overrides:
@@ -62,7 +62,7 @@ def _add_override(message: str, overrides: list[str], extra_dir: str | None, con
 
 
 def describe_missing_option(option: str, options: set[str], group: str | None = None) -> str:
-    """Return one line for an option that a group does not have: how to give what it looks like, or the nearest one."""
+    """Return one line for an option that a group does not have, with the right override or the nearest option."""
     if group is not None and (suggestion := suggest_for_option(group, option)):
         return f"no '{option}'; give {suggestion}"
     nearest = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
@@ -73,26 +73,26 @@ def describe_missing_option(option: str, options: set[str], group: str | None = 
 def describe_unknown_key(key: str, cfg: DictConfig, candidates: list[str] | None = None) -> str:
     """Return one line for a key that does not exist: its name here, or the nearest key.
 
-    `candidates` are preferred over the keys of `cfg` where both are equally near.
+    `candidates` are preferred over the keys of `cfg` if both are equally near.
     """
     if key == LAMBDA:
-        return f"{LAMBDA}: the algorithm of this run has none"
+        return f"{LAMBDA}: the algorithm of this run has no λ; leave it out"
     keys = [name for name in [*(candidates or []), *list_keys(cfg)] if name != key]
     section, _, last = key.rpartition(".")
     same_section = [name for name in keys if section and name.rpartition(".")[0] == section]
     nearest = difflib.get_close_matches(key, same_section, n=1, cutoff=0.85)
     if not nearest and (suggestion := suggest_for_key(key)):
-        return f"unknown key '{key}'; here it is {suggestion}"
+        return f"{key}: unknown key; here it is {suggestion}"
     nearest = nearest or [name for name in keys if name.rpartition(".")[2] == last]
     nearest = nearest or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     if not nearest:
         by_last = {name.rpartition(".")[2]: name for name in reversed(keys)}
         nearest = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
-    return f"unknown key '{key}'" + (f"; did you mean '{nearest[0]}'?" if nearest else "; --help lists the keys")
+    return f"{key}: unknown key; " + (f"did you mean '{nearest[0]}'?" if nearest else "--help lists the keys")
 
 
 def suggest_for_flag(flag: str, value: str | None) -> str:
-    """Return one line for a flag of another tool, such as --learning_rate 1e-5: how it is given here."""
+    """Return one line for a flag of another tool, such as --learning_rate 1e-5, with the override for it."""
     key, _, attached = flag.lstrip("-").partition("=")
     value = attached or (value if value and not value.startswith("-") else None) or "VALUE"
     suggestion = suggest_for_key(key)

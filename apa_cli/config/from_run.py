@@ -1,4 +1,4 @@
-"""The settings of a recorded run with overrides on top, to look at it: run=…"""
+"""The settings of a recorded run with overrides on top, for looking at the run: run=…"""
 
 from __future__ import annotations
 
@@ -24,12 +24,8 @@ RUN = "run"
 """The key that names a recorded run to look at."""
 
 
-def always(cfg: DictConfig) -> bool:
-    return True
-
-
 def is_true(value: Any) -> bool:
-    """Return True if a switch of a configuration is on, as its check will read it; also for what the check refuses."""
+    """Return True for a boolean setting that is true, and for a value that the check of the configuration refuses."""
     try:
         return bool(BooleanNode().validate_and_convert(value))
     except ValidationError:
@@ -37,7 +33,7 @@ def is_true(value: Any) -> bool:
 
 
 def find_recorded_run(overrides: list[str]) -> RecordedRun | None:
-    """Return the run that an override run=… names, or None without one. ConfigError if there is no such run."""
+    """Return the run that an override run=… names, or None without one. Raise ConfigError if there is no such run."""
     names = [override.value() for override in parse_single_values(overrides) if override.key_or_group == RUN]
     return RecordedRun.find(str(names[-1])) if names and names[-1] is not None else None
 
@@ -45,16 +41,14 @@ def find_recorded_run(overrides: list[str]) -> RecordedRun | None:
 def compose_from_run(
     overrides: list[str],
     extra_dir: str | None = None,
-    scores: Callable[[DictConfig], bool] = always,
+    uses_reward: Callable[[DictConfig], bool] = lambda cfg: True,
     run: RecordedRun | None = None,
 ) -> DictConfig:
     """Compose the settings of the run that an override run=… names, with the other overrides on top.
 
-    `run` is that run if it has been found already.
-
-    Keys that the run does not have yet are those of conf/. `lambda` is not among them: the key of the algorithm that
-    it set is. `scores` tells whether the command asks the run's reward. ConfigError if the run's config.yaml names code
-    that neither conf/, `extra_dir` nor an override names.
+    `run` is that run if it has been found already. Keys that the run lacks come from conf/. `lambda` is left out, since
+    the run has the algorithm's key that it set. `uses_reward` returns True if the command scores with the run's reward.
+    Raise ConfigError if the run's config.yaml names code that neither conf/, `extra_dir` nor an override names.
     """
     parsed = parse_single_values(overrides)
     run = run or find_recorded_run(overrides)
@@ -72,7 +66,7 @@ def compose_from_run(
         cfg.sampling.stop_strings = defaults["sampling"]["stop_strings"]  # follows dataset= if that is overridden
     apply_overrides(cfg, parsed, extra_dir)
     check_offered(cfg, parsed, run.directory, extra_dir)
-    if scores(cfg):
+    if uses_reward(cfg):
         refuse_code(cfg, code, run.directory)
     for key, value in list_still_missing(cfg, code):
         OmegaConf.update(cfg, key, value, merge=False)
@@ -80,7 +74,7 @@ def compose_from_run(
 
 
 def parse_single_values(overrides: list[str]) -> list[Any]:
-    """Return the parsed overrides. ConfigError for an override with several values, or with none."""
+    """Return the parsed overrides. Raise ConfigError for an override with several values, or with none."""
     parsed = [parse_override(override) for override in overrides]
     for override in parsed:
         if override.is_delete() or override.is_sweep_override():
@@ -112,7 +106,7 @@ def apply_overrides(cfg: DictConfig, overrides: list[Any], extra_dir: str | None
 
 
 def check_offered(cfg: DictConfig, overrides: list[Any], directory: Path, extra_dir: str | None) -> None:
-    """Raise ConfigError for a class that neither a yaml nor an override names: a run alone has nothing imported."""
+    """Raise ConfigError for a class that neither a yaml nor an override names; a run's files alone import nothing."""
     offered = list_offered_targets(list_config_dirs(extra_dir))
     for override in overrides:
         offered |= set(list_targets({override.key_or_group: override.value()}).values())
@@ -120,19 +114,19 @@ def check_offered(cfg: DictConfig, overrides: list[Any], directory: Path, extra_
 
 
 def list_unoffered_code(recorded: dict[str, Any], extra_dir: str | None) -> list[tuple[str, Any]]:
-    """Return (dotted key, value) of what a recorded configuration would run as code and no yaml names too."""
+    """Return (dotted key, value) of the code that a recorded configuration names and no yaml does."""
     offered = list_offered_targets(list_config_dirs(extra_dir), "target")
     return [(key, value) for key, value in find_code(recorded) if not (isinstance(value, str) and value in offered)]
 
 
 def mark_missing(cfg: DictConfig, code: list[tuple[str, Any]]) -> None:
-    """Make these keys ask for a value again."""
+    """Mark these keys as missing, so that an override must set them."""
     for key, _ in code:
         OmegaConf.update(cfg, key, "???", merge=False)
 
 
 def list_still_missing(cfg: DictConfig, code: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Return those of the keys that no override has set."""
+    """Return the keys, with their values, that no override has set."""
     missing = []
     for key, value in code:
         section, _, last = key.rpartition(".")
@@ -146,6 +140,6 @@ def refuse_code(cfg: DictConfig, code: list[tuple[str, Any]], directory: Path) -
     """Raise ConfigError for the first of these keys that no override has set."""
     for key, value in list_still_missing(cfg, code):
         raise ConfigError(
-            f"{key}: config.yaml of {directory} has {value!r} there, which runs code; "
+            f"{key}: config.yaml of {directory} has {value!r}, which runs code; "
             f"give {shlex.quote(f'{key}={format_override_value(value)}')} to allow that"
         )

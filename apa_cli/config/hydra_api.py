@@ -1,4 +1,4 @@
-"""Hydra's composition of conf/: groups, keys, sweeps; nothing here knows what a key means."""
+"""Hydra's composition of conf/: groups, keys, sweeps; this module does not know what a key means."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
 """The primary configuration, conf/config.yaml."""
 SHARED = "_"
-"""Prefix of yamls that other yamls of their group start from; they are no options."""
+"""Prefix of yamls that other yamls of their group start from; such a yaml is not an option."""
 
 
-def config_dir() -> Path:
+def find_config_dir() -> Path:
     """Return the absolute path of conf/: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
@@ -31,38 +31,38 @@ def config_dir() -> Path:
 
 def list_config_dirs(extra_dir: str | None) -> list[Path]:
     """Return the folders that hold yamls: conf/ and, if there is one, the user's own."""
-    return [config_dir(), *([Path(extra_dir)] if extra_dir else [])]
+    return [find_config_dir(), *([Path(extra_dir)] if extra_dir else [])]
 
 
 def compose_unchecked(
     overrides: list[str], extra_dir: str | None = None, config_name: str | None = CONFIG_NAME, choices: bool = False
 ) -> DictConfig:
-    """Compose conf/ with these overrides; without a `config_name` the overrides add all there is.
+    """Compose conf/ with these overrides; without a `config_name` only what the overrides add.
 
-    With `choices` the section `hydra` is included, whose `runtime.choices` has each group's option. Raises Hydra's and
+    With `choices` the section `hydra` is included, whose `runtime.choices` has each group's option. Raise Hydra's and
     OmegaConf's own errors, and ConfigError if `extra_dir` does not exist.
     """
     search_path = []
     if extra_dir is not None:
         if not Path(extra_dir).is_dir():
-            raise ConfigError(f"--config-dir: no folder {extra_dir}")
+            raise ConfigError(f"--config-dir: there is no folder {extra_dir}")
         search_path = [f"hydra.searchpath=[file://{Path(extra_dir).resolve()}]"]
     running_job = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(config_dir()), version_base=VERSION_BASE):
+        with hydra.initialize_config_dir(str(find_config_dir()), version_base=VERSION_BASE):
             return hydra.compose(config_name, overrides=[*overrides, *search_path], return_hydra_config=choices)
     finally:
         GlobalHydra.instance().hydra = running_job
 
 
 def parse_override(override: str) -> Override:
-    """Return one parsed override. ConfigError in one line if it has no form that Hydra knows."""
+    """Return one parsed override. Raise ConfigError, in one line, if Hydra cannot parse it."""
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
         raise ConfigError(
-            f"cannot read {override!r}: {first_line(error)}; overrides have the form key=value"
+            f"{override!r}: not an override ({first_line(error)}); overrides have the form key=value"
         ) from error
 
 
@@ -99,5 +99,5 @@ def to_dict(cfg: Any, resolve: bool = False) -> dict[str, Any]:
     """Return a section of a configuration as nested dicts and lists; interpolations stay unless `resolve`."""
     container = OmegaConf.to_container(cfg, resolve=resolve)
     if not isinstance(container, dict):
-        raise TypeError(f"a section is needed, got {type(container).__name__}")
+        raise TypeError(f"expected a section, got {type(container).__name__}")
     return {str(key): value for key, value in container.items()}

@@ -14,11 +14,11 @@ from apa_cli.runs.resume import AUTO
 
 OUTPUTS = Path("outputs")
 LONGEST_NAME = 200
-"""Bytes in the name of a job's directory; a longer one keeps its end and gets a digest."""
+"""Bytes in the name of a job's directory; a longer name keeps its end and gets a digest."""
 
 
 def make_run_name() -> str:
-    """Return a time stamp that no directory under outputs/ has yet."""
+    """Return a timestamp that no directory under outputs/ has yet."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     exists = any((OUTPUTS / parent / stamp).exists() for parent in ("", "sweeps"))
     return f"{stamp}_{os.getpid()}" if exists else stamp
@@ -26,6 +26,8 @@ def make_run_name() -> str:
 
 def make_job_name(overrides: str) -> str:
     """Return the overrides of one job of a sweep as one directory name, without path separators."""
+    if "model.path=" in overrides:  # which implies model=local, see `compose.choose_local_model`
+        overrides = re.sub(r"(?:^|(?<=,))model=local(?:,|$)", "", overrides).rstrip(",")
     name = re.sub(r"[/\\]", "_", overrides) or "default"
     if len(name.encode()) <= LONGEST_NAME:
         return name

@@ -1,4 +1,4 @@
-"""Trust in recorded configurations: which classes may be imported, which references are refused."""
+"""Trust in recorded configurations: classes that may be imported, references that are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def list_targets(value: Any) -> dict[str, str]:
 
 
 def list_offered_targets(folders: Iterable[Path], key: str = TARGET) -> set[str]:
-    """Return every `_target_`, or every value of another key for code, in the yaml files of these folders."""
+    """Return every `_target_`, or every value of another key that names code, in the yaml files of these folders."""
     targets: set[str] = set()
     for folder in folders:
         for file in folder.rglob("*.yaml"):
@@ -34,10 +34,10 @@ def check_plain(recorded: dict[str, Any], file: Path, sections: Iterable[str]) -
     """Raise ConfigError unless all sections are mappings and all values resolved, as every run writes them."""
     for section in sections:
         if not isinstance(recorded.get(section, {}), dict):
-            raise ConfigError(f"{section} in {file} is {recorded[section]!r}; no run writes that")
+            raise ConfigError(f"{section}: {file} has {recorded[section]!r}, which no run writes")
     for place, leaf in iterate_leaves(recorded):
         if isinstance(leaf, str) and "${" in leaf:
-            raise ConfigError(f"{place} in {file} refers to {leaf!r}; no run writes that")
+            raise ConfigError(f"{place}: {file} has the reference {leaf!r}, which no run writes")
 
 
 def check_targets(config: dict[str, Any], offered: set[str], file: Path) -> None:
@@ -45,17 +45,17 @@ def check_targets(config: dict[str, Any], offered: set[str], file: Path) -> None
     for place, target in list_targets(config).items():
         if target not in offered:
             raise ConfigError(
-                f"{place} in {file} is {target!r}, which no yaml of conf/ or --config-dir has; it is not imported "
-                f"unless an override says {place}={target}"
+                f"{place}: {file} has {target!r}, which no yaml of conf/ or --config-dir names; give the --config-dir of "
+                f"the run, or {place}={target}, to import it"
             )
 
 
 def check_references(config: dict[str, Any]) -> None:
-    """Raise ConfigError for a value taken from the environment that may be a secret: config.yaml would hold it."""
+    """Raise ConfigError for a reference to an environment variable that may be secret; config.yaml would hold it."""
     for place, leaf in iterate_leaves(config):
         if isinstance(leaf, str) and (names := set(REFERENCE.findall(leaf)) - ALLOWED_VARIABLES):
             raise ConfigError(
-                f"{place}: only the variables {', '.join(sorted(ALLOWED_VARIABLES))} can be referred to, not "
-                f"{', '.join(sorted(names))}, because config.yaml and trackers get the value; keys that need a token "
-                "take its variable's name"
+                f"{place}: {', '.join(sorted(names))} cannot be referred to, because config.yaml and trackers get the "
+                f"value; allowed are {', '.join(sorted(ALLOWED_VARIABLES))}, and keys that need a token take its "
+                "variable's name"
             )

@@ -12,8 +12,8 @@ from apa_cli.types import Example
 class PromptStyle(Enum):
     """Rendering of a prompt as the text that the model reads.
 
-    auto: rows with `messages` by the tokenizer's chat template if it has one, all others as plain text; hh: always
-    plain text, dialogues in HH's format; chat: always the template, a plain prompt as a single user message.
+    auto: rows with `messages` through the tokenizer's chat template if there is one, all others as plain text; hh:
+    always plain text, dialogues in HH's format; chat: always the template, a plain prompt as a single user message.
     """
 
     auto = "auto"
@@ -25,11 +25,11 @@ class Dataset(ABC):
     """A data set: a frozen dataclass whose fields are its settings."""
 
     stop_strings: list[str]
-    """Strings that end a reply in this data set's dialogues."""
+    """Strings that end a response to a prompt of this data set."""
 
     @abstractmethod
     def load(self, split: str) -> list[Example]:
-        """Return the rows of "train" or "test", the same at every call. UserError if they cannot be read.
+        """Return the rows of "train" or "test", the same at every call. Raise UserError if they cannot be read.
 
         Unusable rows are left out, and counted if the returned list is a `types.Examples`. The caller removes prompts
         that are in both splits from "train".
@@ -37,7 +37,7 @@ class Dataset(ABC):
 
     @property
     def prompt_style(self) -> PromptStyle:
-        """The user's choice, in data sets with the key `format`; else auto."""
+        """Prompt style that the user chose, in data sets with the key `format`; else auto."""
         return PromptStyle.auto
 
     def describe(self, prompts: list[str], responses: list[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Dialogues as text in the format of Anthropic's HH data, and as messages, {"role", "content"} each."""
+"""Dialogues as text in the format of Anthropic's HH data, and as messages {"role", "content"}."""
 
 from __future__ import annotations
 

@@ -83,9 +83,9 @@ SENTENCE_BY_TEXT |= {text: Sentence(text, "closing", "") for text in CLOSINGS}
 
 
 def parse_reply(text: str) -> list[Sentence] | None:
-    """Return the sentences of a reply: [opening] content+ [closing], separated by one space, with at most one in front.
+    """Return the sentences of a reply, [opening] content+ [closing], separated by single spaces.
 
-    None if the text is not exactly such a reply. The topic of the question does not matter here.
+    One leading space is allowed. Return None for any other text. The topic of the question does not matter here.
     """
     sentences = []
     for part in re.split(r"(?<=[.!]) ", text.removeprefix(" ")):
@@ -100,7 +100,7 @@ def parse_reply(text: str) -> list[Sentence] | None:
 def parse_prompt(prompt: str) -> tuple[str, list[str]]:
     """Return the topic of a prompt and the parts that its last human turn asks for, in the order of that turn.
 
-    The topic is the one that a human turn named last. ValueError if no topic is named or no part is asked for.
+    The topic is the one that a human turn named last. Raise ValueError if no topic is named or no part is asked for.
     """
     turns = [turn.split("\n\nAssistant:")[0].lower() for turn in prompt.split("\n\nHuman:")[1:]]
     topics = [activity for turn in reversed(turns) for activity in TOPICS if activity in turn]
@@ -108,17 +108,17 @@ def parse_prompt(prompt: str) -> tuple[str, list[str]]:
     positions = sorted((last_turn.find(question.lower()), part) for part in PARTS for question in QUESTIONS[part])
     asked_parts = [part for position, part in positions if position >= 0]
     if not topics or not asked_parts:
-        raise ValueError(f"not a question of the embedded data set: {prompt!r}")
+        raise ValueError(f"prompt: {prompt!r} is not a question of the embedded data set")
     return topics[0], asked_parts
 
 
-def reply_features(topic: str, asked_parts: list[str], sentences: list[Sentence]) -> dict[str, float]:
+def compute_reply_features(topic: str, asked_parts: list[str], sentences: list[Sentence]) -> dict[str, float]:
     """Return the features of a parsed reply to a question about these parts of this topic, each in [0, 1].
 
     courtesy: 0, 0.5 or 1 for none, one or both of opening and closing. completeness: the share of the asked
-    parts that a sentence on the right topic answers. The others are shares of the content sentences:
+    parts that a sentence on the right topic answers. The other features are shares of the content sentences:
     relevance: on the right topic; repetition: with the topic and part of an earlier sentence, in the same words
-    or others; extra: on the right topic about a part that was not asked for.
+    or different ones; extra: on the right topic about a part that was not asked for.
     """
     content = [(sentence.topic, sentence.part) for sentence in sentences if sentence.topic]
     relevant_parts = [part for sentence_topic, part in content if sentence_topic == topic]
@@ -131,10 +131,10 @@ def reply_features(topic: str, asked_parts: list[str], sentences: list[Sentence]
     }
 
 
-def quality(prompt: str, reply: str) -> float:
+def compute_quality(prompt: str, reply: str) -> float:
     """Return the quality of a reply, from UNPARSED_QUALITY for a text that does not parse to 2.5 without faults.
 
-    ValueError if the prompt is not a question of the grammar.
+    Raise ValueError if the prompt is not a question of the grammar.
     """
     return _rate_reply(*parse_prompt(prompt), reply)
 
@@ -143,13 +143,14 @@ def _rate_reply(topic: str, asked_parts: list[str], reply: str) -> float:
     sentences = parse_reply(reply)
     if sentences is None:
         return UNPARSED_QUALITY
-    return sum(WEIGHTS[name] * value for name, value in reply_features(topic, asked_parts, sentences).items())
+    return sum(WEIGHTS[name] * value for name, value in compute_reply_features(topic, asked_parts, sentences).items())
 
 
 def make_row_generator(seed: int, stream: int, index: int) -> np.random.Generator:
     """Return the generator of one row or order.
 
-    Streams: 0 rows of the test split, 1 rows of the train split, 2 order within each shape, 3 order within each split.
+    Values of `stream`: 0 rows of the test split, 1 rows of the train split, 2 order within each shape, 3 order within
+    each split.
     """
     key = np.array([seed, (stream << 32) + index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key))
@@ -200,7 +201,7 @@ def _enumerate(phrases: list[str]) -> str:
 
 
 def build_prompt(shape: tuple[int, int], index: int, rng: np.random.Generator) -> tuple[str, str, list[str]]:
-    """Return prompt `index` of a shape, its topic and the parts it asks for. `rng` chooses an earlier reply's words."""
+    """Return prompt `index` of a shape, its topic and the parts it asks for. `rng` samples the first turn's reply."""
     topic, intro, context, follow_up, choice = (int(i) for i in np.unravel_index(index, GRIDS[shape]))
     activity, request = list(TOPICS)[topic], _REQUESTS[shape][choice]
     turns = [request[:1], request[1:]] if shape[0] == 2 else [request]
@@ -243,7 +244,7 @@ def _sample_reply(topic: str, asked_parts: list[str], rng: np.random.Generator) 
 
 
 def _garble(reply: str, rng: np.random.Generator) -> str:
-    """Return the reply with one random error, such that it does not parse.
+    """Return the reply with one random error, so that it does not parse.
 
     The errors: words missing, repeated or replaced by another sentence's; a phrase replaced by one of the reply or of
     any topic; a courtesy or half a sentence in the wrong place; nothing but two courtesies.
@@ -300,12 +301,12 @@ class EmbeddedDataset(Dataset):
     def load(self, split: str) -> list[Example]:
         """Return the examples of "train" or "test", the same at every call; columns are `topic` and `asked`.
 
-        UserError if the grammar has too few prompts; ValueError for another split or a negative number.
+        Raise UserError if the grammar has too few prompts, ValueError for another split or a negative number.
         """
         if split not in ("train", "test"):
-            raise ValueError(f"the embedded data set has the splits train and test, not {split!r}")
+            raise ValueError(f"split: the embedded data set has train and test, not {split!r}")
         if min(self.train_prompts, self.test_prompts, self.data_seed) < 0:
-            raise ValueError("the embedded data set takes no negative train_prompts, test_prompts or data_seed")
+            raise ValueError("train_prompts, test_prompts and data_seed must not be negative")
         if self.train_prompts + self.test_prompts > CAPACITY:
             raise UserError(
                 f"dataset.train_prompts: {self.train_prompts} and dataset.test_prompts={self.test_prompts} exceed the "
@@ -333,8 +334,8 @@ class EmbeddedDataset(Dataset):
         """Return means over responses to prompts of this data set, each in [0, 1], for evaluation.
 
         parse_rate is over all responses, each up to its first stop string; courtesy, relevance, completeness
-        and repetition (see `reply_features`) are over those that parse, 0.0 if none does. ValueError if the lists
-        differ in length or a prompt is not a question of the grammar.
+        and repetition (see `compute_reply_features`) are over the responses that parse, 0.0 if none does. Raise
+        ValueError if the lists differ in length or a prompt is not a question of the grammar.
         """
         rows = []
         for prompt, response in zip(prompts, responses, strict=True):
@@ -343,7 +344,7 @@ class EmbeddedDataset(Dataset):
                 response = response.split(stop)[0]
             sentences = parse_reply(response)
             if sentences is not None:
-                rows.append(reply_features(topic, asked_parts, sentences))
+                rows.append(compute_reply_features(topic, asked_parts, sentences))
         means = {
             name: sum(row[name] for row in rows) / max(len(rows), 1)
             for name in ("courtesy", "relevance", "completeness", "repetition")

@@ -15,15 +15,15 @@ from apa_cli.errors import UserError
 from apa_cli.types import AtLeastOne, Example, Examples
 
 SUBSETS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
-LAYOUTS = {"prompt": ("prompt", "chosen", "rejected"), "dialogue": ("chosen", "rejected")}
+_LAYOUTS = {"prompt": ("prompt", "chosen", "rejected"), "dialogue": ("chosen", "rejected")}
 
 
 @dataclass(frozen=True)
 class HH(Dataset):
     """Pairs of dialogues that differ in the last reply.
 
-    Either whole dialogues in one folder per subset, as in Anthropic/hh-rlhf, or with the prompt in a column of its
-    own, as in Dahoas/rm-static. Rows keep their order; rows of several subsets alternate.
+    The rows are whole dialogues in one folder per subset, as in Anthropic/hh-rlhf, or have the prompt in a column of
+    its own, as in Dahoas/rm-static. Rows keep their order; rows of several subsets alternate.
     """
 
     path: str
@@ -48,11 +48,14 @@ class HH(Dataset):
         local = Path(self.path).expanduser()
         available = [subset for subset in SUBSETS if not local.is_dir() or (local / subset).is_dir()]
         if not self.subsets and not available:
-            raise UserError(f"dataset.path: none of the folders {', '.join(SUBSETS)} is in {self.path}")
+            raise UserError(
+                f"dataset.path: none of the folders {', '.join(SUBSETS)} is in {self.path}; give dataset.subsets=null "
+                "for a data set without them"
+            )
         return list(dict.fromkeys(self.subsets)) or available
 
     def _iterate_candidates(self, split: str, subset: str | None) -> Iterator[Candidate]:
-        layout, rows = Source(self.path, subset).rows(split, LAYOUTS)
+        layout, rows = Source(self.path, subset).rows(split, _LAYOUTS)
         columns = {} if subset is None else {"subset": subset}
         for row in rows:
             prompt = get_text(row, "prompt") if layout == "prompt" else ""

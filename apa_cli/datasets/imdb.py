@@ -1,4 +1,4 @@
-"""dataset=imdb: the first words of film reviews, to be continued."""
+"""dataset=imdb: the first words of film reviews, as prompts to continue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apa_cli.datasets.source import Candidate, Row, Source, get_text, select_spl
 from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.types import AtLeastOne, Example, Examples, NonNegative, Range
 
-LAYOUTS = {"review": ("text", "label")}
+_LAYOUTS = {"review": ("text", "label")}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class IMDB(Dataset):
     def load(self, split: str) -> Examples:
         source = Source(self.path)
         reviews: Iterable[Row]
-        _, reviews = source.rows(split if "test" in source else "train", LAYOUTS)
+        _, reviews = source.rows(split if "test" in source else "train", _LAYOUTS)
         if "test" not in source:
             reviews = select_split(reviews, lambda row: row["text"], self.held_out_every, held_out=split == "test")
         rows = list(reviews)

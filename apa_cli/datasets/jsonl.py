@@ -17,7 +17,7 @@ from apa_cli.types import Example, Range
 
 FILE_NAMES = {split: (f"{split}.jsonl", f"{split}.jsonl.gz") for split in ("train", "test")}
 FIELDS = ("prompt", "messages", "chosen", "rejected")
-"""The fields of a row with a meaning; all others are columns."""
+"""The fields of a row that are read here; all others are columns."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class JSONLines(Dataset):
     """Rows {"prompt": text} or {"messages": [{"role", "content"}, …]}, optionally with "chosen" and "rejected".
 
     A last message by the assistant is the chosen reply. Further fields are columns for reward functions. Plain texts
-    stay unchanged; a dialogue's prompt is its text in HH's format, and its replies get a leading space. Without a file
+    stay unchanged; a dialogue's prompt is its text in HH's format, and the replies get a leading space. Without a file
     of held-out rows, one distinct prompt in each `held_out_every` is held out with all its rows.
     """
 
@@ -50,12 +50,12 @@ class JSONLines(Dataset):
             count = len({row.prompt for row in rows})
             raise UserError(
                 f"dataset.path: {train} has {count} distinct prompts, too few for "
-                f"dataset.held_out_every={self.held_out_every}"
+                f"dataset.held_out_every={self.held_out_every}; lower that or add prompts"
             )
         return examples
 
     def _find_files(self) -> tuple[Path, Path | None]:
-        """Return the file of training rows and that of held-out rows, None if held-out rows have no file."""
+        """Return the file of training rows and the file of held-out rows, None if there is no such file."""
         path = Path(self.path).expanduser()
         train: Path | None = path
         test = None if self.held_out_path is None else Path(self.held_out_path).expanduser()
@@ -68,7 +68,7 @@ class JSONLines(Dataset):
 
 
 def find_split_file(folder: Path, split: str) -> Path | None:
-    """Return the file of a split in a folder, None if there is none. UserError if there are two."""
+    """Return the file of a split in a folder, None if there is none. Raise UserError if there are two."""
     files = [folder / name for name in FILE_NAMES[split] if (folder / name).is_file()]
     if len(files) > 1:
         raise UserError(f"dataset.path: both {' and '.join(FILE_NAMES[split])} are in {folder}; remove one")
@@ -76,7 +76,7 @@ def find_split_file(folder: Path, split: str) -> Path | None:
 
 
 def read_examples(file: Path, key: str) -> list[Example]:
-    """Return the rows of a file without blank lines. UserError with `key`, the file and the line of a bad row."""
+    """Return the rows of a file, blank lines skipped. Raise UserError naming `key`, file and line of a bad row."""
     examples = []
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as lines:
@@ -96,7 +96,7 @@ def read_examples(file: Path, key: str) -> list[Example]:
 
 
 def parse_row(row: object) -> Example:
-    """Return a row as an example. ValueError, with a message for the user, if it is invalid."""
+    """Return a row as an example. Raise ValueError, with a message for the user, if the row is invalid."""
     if not isinstance(row, dict):
         raise ValueError("not an object with fields")
     if ("prompt" in row) == ("messages" in row):
@@ -115,7 +115,7 @@ def parse_row(row: object) -> Example:
                 raise ValueError("both chosen and a last message by the assistant; only one can be the chosen reply")
             replies["chosen"] = messages.pop()["content"]
         if all(message["role"] == "system" for message in messages):
-            raise ValueError("messages contain nothing to reply to")
+            raise ValueError("messages contain no turn to respond to")
         prompt = format_dialogue(messages)
         replies = {name: None if reply is None else f" {reply}" for name, reply in replies.items()}
     if replies["chosen"] is None and replies["rejected"] is not None:
@@ -124,7 +124,7 @@ def parse_row(row: object) -> Example:
 
 
 def get_reply(row: dict[str, Any], name: str) -> str | None:
-    """Return the text of a reply, None if there is none. ValueError if it is not a non-empty text."""
+    """Return the text of a reply, None if there is none. Raise ValueError if it is not a non-empty text."""
     reply = row.get(name)
     if reply is None or (isinstance(reply, str) and reply.strip()):
         return reply
@@ -132,7 +132,7 @@ def get_reply(row: dict[str, Any], name: str) -> str | None:
 
 
 def parse_messages(messages: object) -> list[dict[str, str]]:
-    """Return the messages reduced to role and content. ValueError if the list, a role or a content is invalid."""
+    """Return the messages reduced to role and content. Raise ValueError if the list, a role or a content is invalid."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages must be a non-empty list, got {abbreviate(messages)}")
     turns = []

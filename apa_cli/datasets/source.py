@@ -25,7 +25,7 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class Source:
-    """The splits of a data set, or of one folder of it. UserError, one line, for everything that cannot be read.
+    """The splits of a data set, or of one folder of it; every error in reading them is a UserError of one line.
 
     Local files are read in place. A data set on the hub is downloaded once and cached by `datasets`; with `streamed`
     only the requested rows are read, and nothing is cached.
@@ -35,7 +35,7 @@ class Source:
         local = Path(path).expanduser()
         self.name = path if folder is None else f"{path}/{folder}"
         if local.is_file():
-            raise UserError(f"dataset.path: {path} is a file; a folder with files such as train.jsonl.gz is needed")
+            raise UserError(f"dataset.path: {path} is a file; give a folder with files such as train.jsonl.gz")
         if local.is_dir():
             if folder is not None and not (local / folder).is_dir():
                 raise UserError(f"dataset.path: no folder {folder} in {path}; {list_folder(local)}")
@@ -43,7 +43,7 @@ class Source:
         elif not HUB_NAME.fullmatch(path):
             raise UserError(f"dataset.path: there is no folder {path}")
         if not local.is_dir():
-            is_hub_reachable()  # switches `datasets` to offline mode if it is not
+            is_hub_reachable()  # if not, it switches `datasets` to offline mode
         with silence_logger("huggingface_hub"), self._translate_errors():
             import datasets
 
@@ -63,7 +63,7 @@ class Source:
         rows = self._read(split)
         first = next(rows, None)
         if first is None:
-            raise UserError(f"dataset.path: the split {split} of {self.name} is empty")
+            raise UserError(f"dataset.path: split {split} of {self.name} is empty")
         for name, columns in layouts.items():
             if set(columns) <= set(first):
                 return name, chain([first], rows)
@@ -81,18 +81,18 @@ class Source:
             yield
         except ConnectionError as error:
             raise UserError(
-                f"dataset.path: there is no local folder {self.name}, and the hub, which may have a data set of this "
-                "name, cannot be reached; a local folder with the same layout works too"
+                f"dataset.path: there is no local folder {self.name}, and the hub cannot be reached; give a local "
+                "folder with the hub's layout, or try again online"
             ) from error
         except StopIteration as error:
             raise UserError(f"dataset.path: a file of {self.name} is empty") from error
-        except Exception as error:  # of `datasets`, the hub's client, pyarrow, gzip, …
+        except Exception as error:  # `datasets`, the hub's client, pyarrow, gzip, … raise many types
             raise UserError(f"dataset.path: cannot read {self.name} ({first_line(error)})") from error
 
 
 @contextmanager
 def silence_logger(name: str) -> Iterator[None]:
-    """Suppress the warnings of a package's logger in the block, such as those of a client that retries."""
+    """Suppress the warnings of a package's logger in the block, such as a client's warnings before each retry."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -110,12 +110,12 @@ def list_folder(folder: Path, limit: int = 10) -> str:
 
 
 def get_text(row: Row, column: str) -> str:
-    """Return the text in a column, "" if it is missing or null. UserError for a value that is not text."""
+    """Return the text in a column, "" if it is missing or null. Raise UserError for a value that is not text."""
     value = row.get(column)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"dataset.path: the column {column} holds {value!r}, not text")
+        raise UserError(f"dataset.path: column {column} contains {value!r}, not text")
     return value
 
 

@@ -15,7 +15,7 @@ from apa_cli.errors import UserError
 from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.types import AtLeastOne, Example, Examples, NonNegative, Range
 
-LAYOUTS = {"paired": ("qid", "question", "response_j", "response_k"), "answers": ("qid", "question", "answers")}
+_LAYOUTS = {"paired": ("qid", "question", "response_j", "response_k"), "answers": ("qid", "question", "answers")}
 
 
 def score_votes(upvotes: int, accepted: bool) -> int:
@@ -24,21 +24,21 @@ def score_votes(upvotes: int, accepted: bool) -> int:
 
 
 def score_answer(answer: dict[str, Any]) -> int:
-    """Return the answer's `pm_score`, or else the score of its `upvotes` and `selected` or `accepted`.
+    """Return the answer's `pm_score`, or else the score computed from `upvotes` and `selected` or `accepted`.
 
-    UserError if it has neither `pm_score` nor `upvotes`.
+    Raise UserError if the answer has neither `pm_score` nor `upvotes`.
     """
     if answer.get("pm_score") is not None:
         return answer["pm_score"]
     if answer.get("upvotes") is None:
-        raise UserError(f"dataset.path: answers need pm_score or upvotes, one has only {', '.join(answer)}")
+        raise UserError(f"dataset.path: an answer needs pm_score or upvotes, got only {', '.join(answer)}")
     return score_votes(answer["upvotes"], bool(answer.get("selected") or answer.get("accepted")))
 
 
 def pair_answers(answers: list[dict[str, Any]], limit: int) -> list[tuple[str, str]]:
     """Return at most `limit` (better, worse) pairs of answers with different scores.
 
-    Pairs are sorted by descending difference of their scores, and in the order of the answers for equal differences.
+    Pairs are sorted by descending difference of scores; pairs with equal differences keep the order of the answers.
     """
     scored = [(score_answer(answer), get_text(answer, "text")) for answer in answers]
     pairs = [sorted(pair, key=lambda item: -item[0]) for pair in combinations(scored, 2) if pair[0][0] != pair[1][0]]
@@ -48,12 +48,12 @@ def pair_answers(answers: list[dict[str, Any]], limit: int) -> list[tuple[str, s
 
 @dataclass(frozen=True)
 class StackExchange(Dataset):
-    """Pairs of answers, stored as pairs or made of each question's answers. The prompt's format is StackLLaMA's.
+    """Pairs of answers, stored as pairs or built from each question's answers, with StackLLaMA's prompt format.
 
-    Pairs: lvwerra/stack-exchange-paired; answers: HuggingFaceH4/stack-exchange-preferences. Only the train split is
-    read; of it, one distinct question in each `held_out_every` is held out with all its pairs. The first rows of each
-    split are selected in stored order, then shuffled by `data_seed` such that one pair of every question comes before
-    a second pair of any.
+    lvwerra/stack-exchange-paired stores pairs, HuggingFaceH4/stack-exchange-preferences answers. Only the train split
+    is read; one distinct question in each `held_out_every` is held out with all its pairs. The first rows of each split
+    are selected in stored order, then shuffled by `data_seed` so that one pair of every question comes before a second
+    pair of any question.
     """
 
     path: str
@@ -68,7 +68,7 @@ class StackExchange(Dataset):
     def load(self, split: str) -> Examples:
         held_out = split == "test"
         limit = self.test_rows if held_out else self.train_rows
-        layout, all_rows = Source(self.path, self.folder, streamed=limit is not None).rows("train", LAYOUTS)
+        layout, all_rows = Source(self.path, self.folder, streamed=limit is not None).rows("train", _LAYOUTS)
         rows = select_split(all_rows, lambda row: row["qid"], self.held_out_every, held_out)
         candidates = (candidate for row in rows for candidate in self._iterate_candidates(row, layout))
         examples = take_examples(candidates, limit)

@@ -12,7 +12,7 @@ from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.types import AtLeastOne, Example, NonNegative
 
 NAMES = ["Lily", "Tom", "Anna", "Ben", "Mia", "Sam", "Sara", "Tim", "Lucy", "Max", "Jack", "Emma"]
-OPENINGS = [
+STORY_TEMPLATES = [
     "{name} went to the {place}",
     "One day, {name} was at the {place}",
     "{name} and the dog walked to the {place}",
@@ -42,7 +42,7 @@ PLACES = [
 
 @dataclass(frozen=True)
 class StoryOpenings(Dataset):
-    """Story openings to be continued, each from a name, a place and one of ten templates; prompts only."""
+    """Story openings to continue, each from a name, a place and one of ten templates; prompts only."""
 
     train_prompts: Annotated[int, AtLeastOne]
     test_prompts: Annotated[int, AtLeastOne]
@@ -50,7 +50,9 @@ class StoryOpenings(Dataset):
     stop_strings: list[str]
 
     def load(self, split: str) -> list[Example]:
-        texts = [opening.format(name=name, place=place) for opening, name, place in product(OPENINGS, NAMES, PLACES)]
+        texts = [
+            opening.format(name=name, place=place) for opening, name, place in product(STORY_TEMPLATES, NAMES, PLACES)
+        ]
         if self.train_prompts + self.test_prompts > len(texts):
             raise UserError(
                 f"dataset.train_prompts: {self.train_prompts} and dataset.test_prompts={self.test_prompts} exceed the "

@@ -10,7 +10,7 @@ from apa_cli.datasets.dialogue import add_leading_space
 from apa_cli.datasets.source import Candidate, Row, Source, get_text, take_examples
 from apa_cli.types import AtLeastOne, Example, Examples
 
-LAYOUTS = {
+_LAYOUTS = {
     "completion": ("prompt", "completion"),
     "label": ("prompt", "label"),
     "summary": ("subreddit", "title", "post", "summary"),
@@ -20,7 +20,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class TLDR(Dataset):
-    """Posts that end in "TL;DR:", and their summaries; no rejected responses. Rows keep their order.
+    """Posts that end in "TL;DR:", and their summaries; no rejected replies. Rows keep their order.
 
     Stored prompts (trl-lib/tldr, CarperAI/openai_summarize_tldr) are unchanged, apart from a last paragraph "TL;DR:"
     if they have none. Posts with title and subreddit get the format of trl-lib/tldr.
@@ -32,7 +32,7 @@ class TLDR(Dataset):
     stop_strings: list[str]
 
     def load(self, split: str) -> Examples:
-        layout, rows = Source(self.path).rows(split, LAYOUTS)
+        layout, rows = Source(self.path).rows(split, _LAYOUTS)
         limit = self.test_rows if split == "test" else self.train_rows
         return take_examples((parse_post(row, layout) for row in rows), limit)
 

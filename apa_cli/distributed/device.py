@@ -1,4 +1,4 @@
-"""GPU selection: whether a process computes on a GPU, and on which."""
+"""Selection of the GPU that a process computes on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apa_cli.errors import UserError
 from apa_cli.settings import Device, LaunchSettings
 
 GPU_LOCKS: dict[int, FileLock] = {}
-"""Lock of each GPU that this process has claimed, held until it ends: the jobs of a sweep in one process share them."""
+"""Lock of each GPU that this process has claimed, held until the process ends; the jobs of a sweep share the GPU."""
 
 
 def should_use_gpu(settings: LaunchSettings) -> bool:
@@ -26,8 +26,8 @@ def should_use_gpu(settings: LaunchSettings) -> bool:
 def claim_gpu(settings: LaunchSettings, world: World) -> int:
     """Return the index of this process's GPU.
 
-    With several processes it is the local rank. A run in one process claims the first GPU that no other such run on
-    this machine has locked, or GPU 0 if all are locked.
+    With several processes the index is the local rank. A run in one process claims the first GPU that no other such
+    run on this machine has locked, or GPU 0 if all are locked.
     """
     if world.size > 1 or settings.processes != 1:
         return world.local_rank

@@ -1,4 +1,4 @@
-"""Start, process group and end of the processes of a run.
+"""Start, process group and termination of a run's processes.
 
 A run's processes are started here (`spawn_processes`) or by torchrun, accelerate or SLURM (`run_under_launcher`). With
 one process, neither is called.
@@ -30,7 +30,7 @@ from apa_cli.runs.stopping import RunStopped
 from apa_cli.settings import LaunchSettings
 
 REPORT_DELAY = 3.0
-"""Seconds that a rank waits before it prints an error that rank 0, or the rank with the cause, is to print first."""
+"""Seconds that a rank waits before printing an error, so that rank 0, or the rank with the cause, prints first."""
 TERMINATION_GRACE = 1.0
 """Seconds between SIGTERM and SIGKILL for the other processes after one has failed."""
 START_TIMEOUT = 600.0
@@ -81,7 +81,8 @@ def count_processes(settings: LaunchSettings) -> int:
     if settings.processes is not None:
         if should_use_gpu(settings) and settings.processes > torch.cuda.device_count():
             raise ConfigError(
-                f"launch.processes: {settings.processes} is more than the {torch.cuda.device_count()} GPUs here"
+                f"launch.processes: {settings.processes} is more than the {torch.cuda.device_count()} GPUs of this "
+                "machine; lower it, or set launch.device=cpu"
             )
         return settings.processes
     return torch.cuda.device_count() if should_use_gpu(settings) else 1
@@ -97,7 +98,7 @@ def run_under_launcher(settings: LaunchSettings, work: Callable[..., None], *arg
     with report_errors(info.rank) as exit_status:
         if settings.processes not in (None, info.size):
             raise ConfigError(
-                f"launch.processes: {settings.processes}, but {info.size} processes were started; leave it null"
+                f"launch.processes: {settings.processes} is set, but {info.size} processes were started; leave it null"
             )
         world = join_world(settings, info.rank, info.size, info.local_rank, None)
         run_then_barrier(world, work, *arguments)
@@ -131,6 +132,7 @@ def join_world(settings: LaunchSettings, rank: int, size: int, local_rank: int, 
 
 
 def leave_world() -> None:
+    """Destroy the process group, if there is one."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -153,8 +155,9 @@ def run_then_barrier(world: World, work: Callable[..., None], *arguments: Any) -
 def spawn_processes(settings: LaunchSettings, count: int, work: Callable[..., None], *arguments: Any) -> None:
     """Run `work(world, *arguments)` in `count` new processes on this machine and wait for them.
 
-    SIGTERM and SIGINT are forwarded, so that the processes save and end by themselves; a second signal kills them. The
-    first process that fails ends all, and SystemExit with its status is raised. `work` and its arguments are pickled.
+    SIGTERM and SIGINT are forwarded, so that the processes save and end by themselves; a second signal kills them. If
+    a process fails, the others are terminated and SystemExit with its status is raised. `work` and its arguments are
+    pickled.
     """
     import torch.distributed as dist
     import torch.multiprocessing as multiprocessing
@@ -201,7 +204,7 @@ def run_child(
 ) -> None:
     """Run `work` in one spawned process and exit.
 
-    The process leaves the terminal's process group, so that Ctrl-C reaches it once, forwarded by its parent.
+    The process leaves the terminal's process group, so that its parent alone forwards Ctrl-C.
     """
     os.setpgid(0, 0)
     if settings.threads is None and not should_use_gpu(settings):
@@ -226,7 +229,7 @@ class ExitStatus:
 def report_errors(rank: int) -> Iterator[ExitStatus]:
     """Print the error that ends the block and set the exit status; an error that all ranks share is printed by rank 0.
 
-    The terminal is the stderr of before `redirect_output`.
+    Errors go to the terminal, the stderr from before `redirect_output`.
     """
     exit_status, terminal = ExitStatus(), os.fdopen(os.dup(2), "w")
     try:
@@ -251,7 +254,7 @@ def report_errors(rank: int) -> Iterator[ExitStatus]:
 
 
 def print_to_terminal(terminal: TextIO, text: str) -> None:
-    """Print to the terminal and, if stderr is redirected to this rank's log, to the log too."""
+    """Print `text` to the terminal and, if stderr is redirected to this rank's log, to the log too."""
     print(text, file=terminal, flush=True)
     if os.fstat(terminal.fileno()).st_ino != os.fstat(2).st_ino:
         print(text, file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ WEEK = 7 * 86400.0
 
 
 class RankLost(UserError):
-    """Another rank is gone. The rank with the cause prints it, so this error adds nothing."""
+    """Another rank is gone; the rank with the cause prints the cause."""
 
 
 class RankTimeout(RankLost):
@@ -37,7 +37,7 @@ class World:
     """This process among all processes of a run; every rank calls the same methods in the same order."""
 
     rank: int
-    """0 to size − 1. Rank 0, the main process, alone writes files, logs and plots."""
+    """0 to size − 1. Only rank 0, the main process, writes files, logs and plots."""
     size: int
     """Number of processes."""
     local_rank: int
@@ -49,6 +49,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """True on rank 0."""
         return self.rank == 0
 
     def shard_indices(self, count: int) -> list[int]:
@@ -93,8 +94,8 @@ class World:
     def check_all_ranks(self) -> None:
         """Raise OtherRankFailed if another rank has failed.
 
-        To be called inside `run_on_all_ranks`, before a step in which all ranks must take part. Its all-gather pairs
-        with the one in which a failed rank reports its error.
+        Call this inside `run_on_all_ranks`, before a step in which all ranks must take part. Its all-gather pairs with
+        the all-gather in which a failed rank reports its error.
         """
         for rank, message in enumerate(self.all_gather(None)):
             if message is not None:
@@ -133,9 +134,9 @@ class World:
         return any(self.all_gather(flag))
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
-        """Return on every rank what `make` returns on rank 0, where alone it runs.
+        """Run `make` on rank 0 alone and return its result on every rank.
 
-        If it fails, rank 0 raises its error and the others raise RankLost.
+        If `make` fails, rank 0 raises the error and the other ranks raise RankLost.
         """
         if self.size == 1:
             return make()

@@ -1,4 +1,4 @@
-"""Settings of glibc's memory allocator for large blocks; without glibc nothing is changed."""
+"""Settings of glibc's memory allocator for large blocks; no effect without glibc."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 """Parameters of mallopt, from /usr/include/malloc.h."""
 MAX_INT = 2**31 - 1
-"""Largest value that mallopt takes; for M_TRIM_THRESHOLD bytes."""
+"""Largest value that mallopt takes; in bytes for M_TRIM_THRESHOLD."""
 
 
 def keep_freed_blocks() -> bool:
@@ -32,5 +32,6 @@ def release_freed_blocks() -> None:
 
 
 def load_glibc() -> ctypes.CDLL | None:
+    """Return glibc as loaded into this process; None with another C library."""
     library = ctypes.CDLL(None) if os.name == "posix" else None
     return library if hasattr(library, "gnu_get_libc_version") else None

@@ -1,7 +1,7 @@
 """Library for float32 matrix products on a CPU: PyTorch's choice (MKL if PyTorch was built with it) or oneDNN.
 
-MKL uses AVX-512 on Intel processors only. oneDNN uses it on AMD processors too, where it is up to twice as fast at the
-same accuracy.
+MKL uses AVX-512 on Intel processors only. oneDNN uses AVX-512 on AMD processors too and is up to twice as fast there,
+at the same accuracy.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from apa_cli.errors import UserError
 from apa_cli.settings import MatmulLibrary
 
 MIN_MULTIPLICATIONS = 2**21
-"""Multiplications in a product from which oneDNN is faster, measured."""
+"""Scalar multiplications in a matrix product from which on oneDNN is faster (measured)."""
 MAX_UNROUNDED_POSITIONS = 64
-"""Positions up to which a product keeps its shape. oneDNN compiles a kernel for each shape, which takes up to a
-millisecond, and caches it; above this size few shapes are used, see `round_up_size`."""
+"""Positions up to which a product keeps its shape. oneDNN compiles and caches a kernel for each shape, in up to a
+millisecond; above this size few shapes are used, see `round_up_size`."""
 SIZE_STEP = 32
-"""Positions; sizes above `MAX_UNROUNDED_POSITIONS` are multiples of it."""
+"""Positions; sizes above `MAX_UNROUNDED_POSITIONS` are multiples of this number."""
 CPU_INFO = Path("/proc/cpuinfo")
 
 _library: torch.library.Library | None = None
@@ -33,7 +33,7 @@ _library: torch.library.Library | None = None
 def select_matmul(matmul: MatmulLibrary) -> None:
     """Select the library for all further float32 products of this process on a CPU, backward passes included.
 
-    Raise UserError if PyTorch lacks oneDNN and it is selected.
+    Raise UserError if oneDNN is selected and PyTorch lacks it.
     """
     global _library
     if matmul is MatmulLibrary.onednn and not has_onednn():
@@ -49,7 +49,7 @@ def select_matmul(matmul: MatmulLibrary) -> None:
 
 
 def get_active_matmul() -> MatmulLibrary:
-    """Return the library in use, torch or onednn, also if auto was selected."""
+    """Return the library in use, torch or onednn, whichever auto has selected."""
     return MatmulLibrary.torch if _library is None else MatmulLibrary.onednn
 
 
@@ -110,7 +110,7 @@ def is_onednn_used(dtype: torch.dtype) -> bool:
 
 
 def is_worth_onednn(first: Tensor, second: Tensor) -> bool:
-    """Return True if oneDNN is to multiply the two: large float32 matrices whose number of positions is a rounded one.
+    """Return True if oneDNN should multiply the matrices: large, in float32, with a rounded number of positions.
 
     Only the number of positions varies between products. Positions are the rows of `first`, or the summed dimension in
     the gradient of a weight, for which `first` is a transposed view.
@@ -127,7 +127,7 @@ def is_worth_onednn(first: Tensor, second: Tensor) -> bool:
 
 
 def round_positions(positions: int) -> int:
-    """Return the number of positions to which a pass should be padded so that oneDNN computes its products."""
+    """Return the number of positions to which a pass should be padded, so that oneDNN computes its products."""
     return positions if _library is None or positions <= MAX_UNROUNDED_POSITIONS else round_up_size(positions)
 
 

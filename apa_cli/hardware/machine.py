@@ -73,7 +73,7 @@ def read_free_memory(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Restart the peak that `read_peak_memory` returns. On a CPU this needs Linux; elsewhere it does nothing."""
+    """Restart the peak that `read_peak_memory` returns; without effect on a CPU unless the system is Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class OtherRankOutOfMemory(torch.OutOfMemoryError):
-    """Another rank ran out of memory, so this rank repeats the work together with it."""
+    """Another rank ran out of memory, so this rank repeats the work too."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -34,7 +34,7 @@ class BatchSizeHalver:
     size: int
     """Sequences per batch."""
     min_size: int
-    """Size that is not halved further."""
+    """Smallest size, in sequences."""
     log: Callable[[str], None]
 
     def run(self, work: Callable[[int], T]) -> T:
@@ -52,7 +52,8 @@ class BatchSizeHalver:
                 torch.cuda.empty_cache()
             if self.size > self.min_size:
                 self.size = max(self.min_size, self.size // 2)
-                self.log(f"{self.key}: out of memory; {self.size} from here on, which changes no result")
+                self.log(f"{self.key}: out of memory; reduced to {self.size}, which changes no result")
 
     def make_error(self) -> UserError:
+        """Return the error for memory that runs out at the smallest size."""
         return UserError(f"{self.key}: out of memory with {self.size}; set a smaller value and continue with resume=")

@@ -1,4 +1,4 @@
-"""Roofline of an iteration: the FLOPs and bytes that its passes need at least, by arithmetic alone.
+"""Roofline of an iteration: the minimum FLOPs and bytes of its passes, by arithmetic alone.
 
 Only work for real tokens is counted: no padding, no rows that ended early, no unused logits. FLOPs are those of matrix
 products, a multiply-add being two. A linear layer of p weights takes 2p FLOPs per position. Attention takes 4 times its
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FLOAT32 = 4
-"""Bytes of a trained weight, its gradient, and each of AdamW's two moments."""
+"""Bytes of one number: a trained weight, its gradient, or one of AdamW's two moments."""
 OPTIMIZER_TRANSFERS = 7
 """Transfers per weight and step: AdamW reads the weight, its gradient and two moments, writes the weight and both
 moments."""
@@ -53,7 +53,7 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class Work:
-    """Work that one phase of an iteration needs at least."""
+    """Minimum work of one phase of an iteration."""
 
     tokens: int
     """Unit of the phase's throughput: response tokens in sampling, else positions."""
@@ -76,7 +76,7 @@ def count_attention_pairs(lengths: Sequence[int]) -> int:
 
 
 def count_input_positions(prompts: Sequence[int], responses: Sequence[int]) -> list[int]:
-    """Return the positions computed of each sequence: all but the last response token, which predicts nothing."""
+    """Return the computed positions of each sequence: all but the last response token, which predicts nothing."""
     return [prompt + response - 1 for prompt, response in zip(prompts, responses, strict=True)]
 
 
@@ -132,7 +132,7 @@ def estimate_update_work(
 
     `steps` optimizer steps on `trained` parameters take `passes` forward and backward passes over microbatches. A pass
     reads the weights twice and adds to the gradients (a read and a write each); the first pass of a step only writes
-    them.
+    the gradients.
     """
     lengths, outputs = count_input_positions(prompts, responses), sum(responses)
     epoch_flops = count_forward_flops(cost, lengths, outputs) + count_backward_flops(cost, lengths, outputs, recomputed)

@@ -16,19 +16,21 @@ from apa_cli.rollout.collect import collect_rollout
 from apa_cli.rollout.engine import EOS, LENGTH, STOP
 from apa_cli.rollout.statistics import confidence_half_width, distinct_n
 from apa_cli.tensor_ops import masked_mean
-from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, Replies, compare_scores
+from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses, compare_scores
 from apa_cli.types import Prompt
 
 SFT_SUFFIX = "_sft"
 """Ending of the name of a metric of the SFT model."""
 
-REPLY_METRICS = (
+RESPONSE_METRICS = (
     "entropy", "distinct_1", "distinct_2", "distinct_3", "length", "eos_rate", "stop_rate", "truncated_rate",
 )  # fmt: skip
-"""Metrics of any model's replies (`describe_replies`); a data set may add some of its own."""
+"""Metrics of any model's replies (`compute_unpaired_metrics`); a data set may add some of its own."""
 
 
-def compute_metrics(evaluator: Evaluator, policy_replies: Replies, sft_replies: Replies | None) -> dict[str, float]:
+def compute_eval_metrics(
+    evaluator: Evaluator, policy_replies: ScoredResponses, sft_replies: ScoredResponses | None
+) -> dict[str, float]:
     """Return what training logs, with intervals, the SFT model's metrics, and the paired differences.
 
     Without `sft_replies` there is nothing to compare with, and the metrics of the policy alone are returned.
@@ -36,7 +38,7 @@ def compute_metrics(evaluator: Evaluator, policy_replies: Replies, sft_replies: 
     reference = policy_replies if sft_replies is None else sft_replies
     metrics = evaluator.compute_metrics(policy_replies, reference.scores)
     metrics["eval/kl_exact_ci"] = confidence_half_width(policy_replies.kl.sum(-1))
-    metrics |= {f"eval/{name}": value for name, value in describe_replies(evaluator, policy_replies).items()}
+    metrics |= {f"eval/{name}": value for name, value in compute_unpaired_metrics(evaluator, policy_replies).items()}
     for name in evaluator.scores:
         suffix = f"/{name}" if name != MAIN_REWARD else ""
         summary = summarize_scores(policy_replies.scores[name])
@@ -45,12 +47,12 @@ def compute_metrics(evaluator: Evaluator, policy_replies: Replies, sft_replies: 
         metrics |= {f"eval/{key}{suffix}": value for key, value in summary.items()}
     if sft_replies is None:
         return {key: value for key, value in metrics.items() if not key.split("/")[1].endswith(SFT_SUFFIX)}
-    described = describe_replies(evaluator, sft_replies)
+    described = compute_unpaired_metrics(evaluator, sft_replies)
     return metrics | {f"eval/{name}{SFT_SUFFIX}": value for name, value in described.items()}
 
 
-def describe_replies(evaluator: Evaluator, replies: Replies) -> dict[str, float]:
-    """Return the metrics of one model's replies that need no other model: `REPLY_METRICS` and the data set's own."""
+def compute_unpaired_metrics(evaluator: Evaluator, replies: ScoredResponses) -> dict[str, float]:
+    """Return the metrics of one model's replies that need no other model: `RESPONSE_METRICS` and the data set's own."""
     rollout, n = replies.rollout, len(replies.rollout.endings)
     return {
         "entropy": float(masked_mean(replies.entropy, rollout.mask)),
@@ -81,7 +83,7 @@ def compare_with_sft(scores: list[float], sft_scores: list[float]) -> dict[str, 
     }
 
 
-def score_many_replies(evaluator: Evaluator, model: PreTrainedModel, prompts: list[Prompt], count: int) -> Tensor:
+def score_many_responses(evaluator: Evaluator, model: PreTrainedModel, prompts: list[Prompt], count: int) -> Tensor:
     """Return the scores [P, count] of `count` replies to each prompt, sampled from a random stream of their own."""
     many = [Prompt(p.text, p.token_ids, p.place, number, p.columns) for p in prompts for number in range(count)]
     with autocast_to(model.device, evaluator.dtype):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from apa_cli.inference.eval_metrics import compute_best_of_n, compute_metrics, score_many_replies
+from apa_cli.inference.eval_metrics import compute_best_of_n, compute_eval_metrics, score_many_responses
 from apa_cli.inference.eval_tables import print_eval_report
 from apa_cli.inference.trained_policy import get_output_path, load_trained_policy
 from apa_cli.models.loading import TORCH_DTYPES, load_policy, load_tokenizer
@@ -29,7 +29,7 @@ from apa_cli.training.build import (
     run_missing_stages,
     set_up_device,
 )
-from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, Replies
+from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses
 from apa_cli.training.models import check_model_limits
 
 
@@ -77,9 +77,9 @@ def build_report(config: Config, run: RecordedRun | None, console: Console) -> d
     inputs = load_inputs(config, train, held_out, policy, tokenizer, device)
     evaluator = build_evaluator(config, inputs, reference, *build_batch_sizes(config, console))
     console.say(f"{len(evaluator.prompts)} held-out prompts, evaluation.seed={config.evaluation.seed}")
-    policy_replies = evaluator.generate_replies(policy)
-    sft_replies = None if is_alone else evaluator.generate_replies(reference)
-    metrics = compute_metrics(evaluator, policy_replies, sft_replies)
+    policy_replies = evaluator.sample_and_score(policy)
+    sft_replies = None if is_alone else evaluator.sample_and_score(reference)
+    metrics = compute_eval_metrics(evaluator, policy_replies, sft_replies)
     metrics |= evaluate_best_of_n(config, evaluator, reference, policy_replies.scores[MAIN_REWARD], console)
     return {
         "policy": config.run.run or config.model.path,
@@ -89,7 +89,7 @@ def build_report(config: Config, run: RecordedRun | None, console: Console) -> d
         "eval_seed": config.evaluation.seed,
         "environment": collect_environment(),
         "metrics": metrics,
-        "replies": build_replies(policy_replies, sft_replies),
+        "replies": build_response_rows(policy_replies, sft_replies),
     }
 
 
@@ -111,19 +111,19 @@ def evaluate_best_of_n(
         return {}
     prompts = evaluator.prompts[: config.evaluation.best_of_prompts]
     console.say(f"best of {sizes}: {max(sizes)} replies to {len(prompts)} prompts")
-    return compute_best_of_n(score_many_replies(evaluator, model, prompts, max(sizes)), sizes, policy_scores)
+    return compute_best_of_n(score_many_responses(evaluator, model, prompts, max(sizes)), sizes, policy_scores)
 
 
-def build_replies(policy_replies: Replies, sft_replies: Replies | None) -> list[dict[str, Any]]:
+def build_response_rows(policy_replies: ScoredResponses, sft_replies: ScoredResponses | None) -> list[dict[str, Any]]:
     """Return one row per prompt with the policy's reply and, if there is one, the SFT model's."""
     rows = []
     for i, prompt in enumerate(policy_replies.rollout.prompts):
-        row = {"prompt": prompt, "policy": build_reply(policy_replies, i)}
-        rows.append(row if sft_replies is None else {**row, "sft": build_reply(sft_replies, i)})
+        row = {"prompt": prompt, "policy": build_response_row(policy_replies, i)}
+        rows.append(row if sft_replies is None else {**row, "sft": build_response_row(sft_replies, i)})
     return rows
 
 
-def build_reply(replies: Replies, i: int) -> dict[str, Any]:
+def build_response_row(replies: ScoredResponses, i: int) -> dict[str, Any]:
     """Return reply number `i`: its text, its score by each reward, its KL in nats and how it ended."""
     further = {f"score/{name}": scores[i] for name, scores in replies.scores.items() if name != MAIN_REWARD}
     return {

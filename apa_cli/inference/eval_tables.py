@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apa_cli.inference.eval_metrics import REPLY_METRICS, SFT_SUFFIX
+from apa_cli.inference.eval_metrics import RESPONSE_METRICS, SFT_SUFFIX
 from apa_cli.runs.console import Console
 from apa_cli.settings import Config
 from apa_cli.training.evaluator import MAIN_REWARD
 
-UNITS = {"entropy": "entropy, nats per token", "length": "length, tokens"}
+METRIC_LABELS = {"entropy": "entropy, nats per token", "length": "length, tokens"}
 """Labels of metrics that have a unit; others go by their names."""
 
-NOT_REPLY_METRICS = ("reward_", "win_rate_", "gain", "kl_exact", "best_of_")
+OTHER_METRIC_PREFIXES = ("reward_", "win_rate_", "gain", "kl_exact", "best_of_")
 """Prefixes of the names of metrics that have rows or tables of their own."""
 
 
@@ -23,7 +23,7 @@ def print_eval_report(console: Console, report: Mapping[str, Any], config: Confi
     is_alone = f"eval/reward_mean{SFT_SUFFIX}" not in metrics
     header = ["", "policy"] if is_alone else ["", "policy", "SFT model", "difference"]
     rewards = [MAIN_REWARD, *(part.name for part in config.evaluation.rewards)]
-    rows = [*build_score_rows(metrics, rewards), *build_reply_rows(metrics)]
+    rows = [*build_score_rows(metrics, rewards), *build_response_metric_rows(metrics)]
     console.show_table(
         "± is half the width of the 95 % interval.", header, [row[: len(header)] for row in rows if row[1]]
     )
@@ -31,7 +31,7 @@ def print_eval_report(console: Console, report: Mapping[str, Any], config: Confi
         title = f"Best of n replies of {'the model' if is_alone else 'the SFT model'}"
         rows = build_best_of_n_rows(metrics, config.evaluation.best_of)
         console.show_table(title, ["n", "score", "gain of the policy", "KL bound, nats"], rows)
-    if replies := label_replies(report["replies"][: config.evaluation.print_samples]):
+    if replies := label_responses(report["replies"][: config.evaluation.print_samples]):
         console.show_samples("Replies to the same prompts", replies)
 
 
@@ -53,13 +53,13 @@ def build_score_rows(metrics: Mapping[str, float], rewards: Sequence[str]) -> li
     return rows
 
 
-def build_reply_rows(metrics: Mapping[str, float]) -> list[list[str]]:
-    """Return the rows of `REPLY_METRICS`, then of those that the data set adds."""
+def build_response_metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
+    """Return the rows of `RESPONSE_METRICS`, then of those that the data set adds."""
     names = [key.removeprefix("eval/") for key in metrics]
-    added = [name for name in names if not name.startswith((*NOT_REPLY_METRICS, *REPLY_METRICS))]
+    added = [name for name in names if not name.startswith((*OTHER_METRIC_PREFIXES, *RESPONSE_METRICS))]
     return [
-        [UNITS.get(name, name), format_metric(metrics, name), format_metric(metrics, f"{name}{SFT_SUFFIX}"), ""]
-        for name in [*REPLY_METRICS, *added]
+        [METRIC_LABELS.get(name, name), format_metric(metrics, name), format_metric(metrics, f"{name}{SFT_SUFFIX}"), ""]
+        for name in [*RESPONSE_METRICS, *added]
         if not name.endswith(SFT_SUFFIX)
     ]
 
@@ -85,7 +85,7 @@ def format_metric(metrics: Mapping[str, float], name: str, interval: str = "") -
     return f"{metrics[f'eval/{name}']:.4g}{half}"
 
 
-def label_replies(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def label_responses(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows of a report as `Console.show_samples` takes them, the SFT model's reply first."""
     labels = {"sft": "SFT model", "policy": "policy"}
     return [

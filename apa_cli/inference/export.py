@@ -24,7 +24,7 @@ from apa_cli.settings import Config
 from apa_cli.tensor_ops import token_logprobs
 from apa_cli.training.build import set_up_device
 
-CHECKED_REPLIES = 8
+CHECKED_RESPONSES = 8
 """Number of replies, the last of samples.jsonl, whose log-probs are compared."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest accepted difference of a token's log-prob, in nats, by the coarser of the two models' precisions. A bfloat16
@@ -44,7 +44,7 @@ def export_policy(config: Config, run: RecordedRun) -> None:
     with Console(None, 0, live=False) as console:
         tokenizer = load_tokenizer(config.model, config.model.resolved_path)
         policy = load_stored_policy(config, run, device)
-        rows = run.samples[-CHECKED_REPLIES:]
+        rows = run.samples[-CHECKED_RESPONSES:]
         expected = compute_text_logprobs(policy, tokenizer, rows)
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")
         try:

@@ -13,7 +13,7 @@ import torch
 from apa_cli.datasets.dialogue import parse_dialogue
 from apa_cli.inference.trained_policy import PromptKind, get_output_path, read_first_prompt
 from apa_cli.report.formatting import format_lambda, format_value
-from apa_cli.report.groups import flatten
+from apa_cli.report.groups import flatten_settings
 from apa_cli.runs.records import RecordedRun
 
 TRAINING_EVALUATION = {
@@ -165,8 +165,8 @@ def format_example(sampling: Mapping[str, Any], prompt: str, kind: PromptKind) -
 
 def format_settings(config: Mapping[str, Any]) -> str:
     """Return a table of the algorithm's settings and of `SHOWN_SETTINGS`."""
-    settings = {key: value for key, value in flatten(config["algo"]).items() if key != "_target_"}
-    flat = flatten(config)
+    settings = {key: value for key, value in flatten_settings(config["algo"]).items() if key != "_target_"}
+    flat = flatten_settings(config)
     settings |= {key: flat[key] for key in SHOWN_SETTINGS if key in flat}
     return format_markdown_table(
         ("key", "value"), [(f"`{key}`", format_setting(value)) for key, value in settings.items()]

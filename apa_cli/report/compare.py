@@ -1,6 +1,6 @@
 """Comparison of many runs, grouped over their seeds: one table, one figure, one HTML page.
 
-Reward is compared with the KL it cost, never by λ, because λ means something else in each algorithm.
+Reward is compared at equal KL, never at equal λ, because λ has a different meaning in each algorithm.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from apa_cli.runs.records import RecordedRun
 def compare_runs(runs: Sequence[RecordedRun], out: Path) -> list[str]:
     """Write comparison.csv, .png and .html to the folder `out`; return the table as lines of text.
 
-    Raises UserError if no run has been evaluated.
+    Raise UserError if no run has been evaluated.
     """
     if not any(run.evaluations for run in runs):
-        raise UserError("none of these runs has an evaluation (eval/reward_mean) to compare")
+        names = ", ".join(str(run.directory) for run in runs)
+        raise UserError(f"{names}: no evaluation (eval/reward_mean) to compare")
     groups = group_runs(runs)
     header, rows = build_table(groups)
     notes = build_notes(groups)

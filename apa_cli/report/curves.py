@@ -1,4 +1,4 @@
-"""curves.png: one run's reward and KL at a glance."""
+"""curves.png: plots of one run's reward and KL."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TRAINING, EVALUATION = "#7fa8d1", "#c2410c"
-"""Colours of what is measured on rollouts and of what is measured on held-out prompts."""
+"""Colors of measurements on rollouts and on held-out prompts."""
 
 
 def plot_curves(directory: Path) -> Path:
     """Write curves.png to a run's directory from its metrics so far, and return the file's path.
 
-    Reward against samples, KL against samples, reward against KL. Raises UserError if `directory` holds no run, or
-    one without any metrics.
+    The plots are reward against samples, KL against samples, and reward against KL. Raise UserError if `directory`
+    holds no run, or a run without metrics.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _plot_training(axes: Axes, series: dict[int, float], label: str) -> None:
 
 
 def _finish_plot(axes: Axes, title: str, x_label: str, y_label: str) -> None:
-    """Label a plot; put its legend below it, or a remark into it if nothing was plotted."""
+    """Label a plot; put the legend below it, or a remark inside if nothing was plotted."""
     label_axes(axes, title, x_label, y_label)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))

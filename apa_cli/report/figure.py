@@ -1,4 +1,4 @@
-"""Figure of a comparison: the reward-against-KL frontier, and curves with bands over the seeds."""
+"""Figure of a comparison: the reward-against-KL frontier, and curves with bands over seeds."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 FALLBACK_COLORS = ("#7e22ce", "#a16207", "#0e7490", "#be185d", "#3f3f46")
-"""Colours, in order, of algorithms whose runs record none, or one that another algorithm has."""
+"""Colors, in order, of algorithms whose runs record no color, or the color of another algorithm."""
 LIGHTEST, DARKEST = 0.45, -0.4
 """Shades of the first and the last group of an algorithm, as `shade_color` takes them."""
-MARKERS = "osD^vPXph<>"
+PLOT_MARKERS = "osD^vPXph<>"
 LineStyle = Literal["-", "--", "-.", ":"]
 LINE_STYLES: tuple[LineStyle, ...] = ("-", "--", "-.", ":")
 FRONTIER_TITLE = """Held-out reward against the KL it cost
@@ -39,7 +39,7 @@ FRONTIER_TITLE = """Held-out reward against the KL it cost
 
 @dataclass(frozen=True)
 class GroupStyle:
-    """Colour "#rrggbb", marker and line style of one group's plots, in matplotlib's terms."""
+    """Color "#rrggbb", marker and line style of one group's plots, in matplotlib's terms."""
 
     color: str
     marker: str
@@ -47,7 +47,7 @@ class GroupStyle:
 
 
 def plot_comparison(groups: Sequence[Group], path: Path) -> None:
-    """Write a PNG with the frontier, and beside it reward and KL against samples."""
+    """Write a PNG with the frontier, and next to it reward and KL against samples."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -75,7 +75,7 @@ def plot_comparison(groups: Sequence[Group], path: Path) -> None:
 
 
 def choose_styles(groups: Sequence[Group]) -> list[GroupStyle]:
-    """Return each group's style: colour and line style by algorithm, shade and marker by group within it."""
+    """Return each group's style: color and line style by algorithm, shade and marker by group within the algorithm."""
     colors = choose_colors([run for group in groups for run in group.runs])
     line_styles = dict(zip(colors, cycle(LINE_STYLES), strict=False))
     styles = []
@@ -86,7 +86,7 @@ def choose_styles(groups: Sequence[Group]) -> list[GroupStyle]:
         styles.append(
             GroupStyle(
                 shade_color(colors[group.algorithm], amount),
-                MARKERS[position % len(MARKERS)],
+                PLOT_MARKERS[position % len(PLOT_MARKERS)],
                 line_styles[group.algorithm],
             )
         )
@@ -94,9 +94,9 @@ def choose_styles(groups: Sequence[Group]) -> list[GroupStyle]:
 
 
 def choose_colors(runs: Iterable[RecordedRun]) -> dict[str, str]:
-    """Return one colour per algorithm, by label: as its runs record it, else the next of `FALLBACK_COLORS`.
+    """Return one color per algorithm, by label: as the runs record it, else the next of `FALLBACK_COLORS`.
 
-    An algorithm whose recorded colour is unreadable, or belongs to an algorithm before it, counts as one without.
+    A recorded color that is unreadable, or is already an earlier algorithm's, is ignored.
     """
     from matplotlib.colors import is_color_like, to_hex
 
@@ -110,7 +110,7 @@ def choose_colors(runs: Iterable[RecordedRun]) -> dict[str, str]:
 
 
 def shade_color(color: str, amount: float) -> str:
-    """Return a colour mixed with `amount` of white (0 to 1), or with −`amount` of black (−1 to 0)."""
+    """Return a color mixed with `amount` of white (0 to 1), or with −`amount` of black (−1 to 0)."""
     from matplotlib.colors import to_hex, to_rgb
 
     target = 1.0 if amount > 0 else 0.0
@@ -122,14 +122,14 @@ def shade_color(color: str, amount: float) -> str:
 
 
 def align_series(runs: Sequence[RecordedRun], key: str) -> dict[int, list[float]]:
-    """Return a metric's values over the seeds by samples, at those numbers of samples where every run has one."""
+    """Return number of samples → a metric's values over the seeds, for the numbers that all runs recorded."""
     series = [run.get_series(key) for run in runs]
     shared = set.intersection(*[set(values) for values in series])
     return {samples: [values[samples] for values in series] for samples in sorted(shared)}
 
 
 def _plot_path(axes: Axes, group: Group, style: GroupStyle) -> None:
-    """Plot the seed means of one group's evaluations in order; the last one large, with the range over seeds."""
+    """Plot the seed means of one group's evaluations in order; the last evaluation large, with the range over seeds."""
     kl, reward = align_series(group.runs, "eval/kl_exact"), align_series(group.runs, "eval/reward_mean")
     shared = [samples for samples in kl if samples in reward]
     if not shared:

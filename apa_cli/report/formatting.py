@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def format_value(value: object) -> str:
-    """Return a setting as a user would write it; "–" for one that a configuration does not have."""
+    """Return a setting as a user would write it; "–" for a missing setting."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -20,7 +20,7 @@ def format_lambda(value: float, meaning: str | None) -> str:
 
 
 def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Return for each dotted key the shortest end of it that no other key has ("optimizer.lr" → "lr")."""
+    """Return for each dotted key its shortest ending that no other key has ("optimizer.lr" → "lr")."""
 
     def end(key: str, length: int) -> str:
         return ".".join(key.split(".")[-length:])

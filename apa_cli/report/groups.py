@@ -1,13 +1,14 @@
-"""Groups of runs that differ in nothing but their seed, and the settings in which the groups differ."""
+"""Groups of runs that differ only in their seed, and the settings in which the groups differ."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from apa_cli.report.formatting import format_lambda, format_value, shorten_keys
 from apa_cli.runs.records import RecordedRun
+from apa_cli.runs.resume import is_within
 
 IGNORED_KEYS = (
     "name", "seed", "resume", "dry_run", "hydra", "launch", "tracking", "checkpoint", "evaluation.every",
@@ -19,7 +20,7 @@ IGNORED_KEYS = (
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed, ordered by it.
+    """Runs that differ only in their seed, ordered by seed.
 
     `varying` holds the settings in which the groups of one comparison differ, apart from algorithm and λ.
     """
@@ -47,7 +48,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        """The group in a few words, for a legend: "APA  λ = 0.1 (temperature and pull)  lr = 0.001"."""
+        """Short description for a legend: "APA  λ = 0.1 (temperature and pull)  lr = 0.001"."""
         parts = [self.algorithm]
         if self.lambda_ is not None:
             parts.append(f"λ = {format_lambda(self.lambda_, self.lambda_meaning)}")
@@ -70,16 +71,17 @@ def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:
 
 
 def select_settings(run: RecordedRun) -> dict[str, object]:
-    """Return the settings that shape a run's numbers, with dotted keys: neither seed nor name, see `IGNORED_KEYS`."""
-    return {key: value for key, value in flatten(run.config_yaml).items() if not _is_within(key, IGNORED_KEYS)}
+    """Return the settings that determine a run's numbers except the seed, with dotted keys; see `IGNORED_KEYS`."""
+    settings = flatten_settings(run.config_yaml)
+    return {key: value for key, value in settings.items() if not any(is_within(key, part) for part in IGNORED_KEYS)}
 
 
-def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Return nested sections as one dict with dotted keys; lists stay values, as tuples."""
+def flatten_settings(section: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    """Return nested sections as one dict with dotted keys; a list becomes a tuple."""
     flat: dict[str, object] = {}
     for key, value in section.items():
         if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flatten_settings(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = _make_hashable(value)
     return flat
@@ -92,7 +94,7 @@ def _make_hashable(value: object) -> object:
 
 
 def _canonical_text(value: object) -> str:
-    """Return a text that two settings share exactly when they are equal; 1 and 1.0 are."""
+    """Return a text that is the same for equal settings only, such as 1 and 1.0."""
     return repr(float(value)) if _is_number(value) else repr(value)
 
 
@@ -100,16 +102,12 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_within(key: str, sections: Iterable[str]) -> bool:
-    return any(key == section or key.startswith(section + ".") for section in sections)
-
-
 def _seed_sort_key(run: RecordedRun) -> tuple:
     return (run.seed is None, run.seed or 0, str(run.directory))
 
 
 def _group_sort_key(group: Group) -> tuple:
-    """Return a key that sorts numbers by value, before words, before missing settings."""
+    """Return a key that sorts numbers by value, then texts, then missing settings."""
     varying = [
         (value is None, not _is_number(value), value if _is_number(value) else 0, str(value))
         for value in group.varying.values()
@@ -118,10 +116,10 @@ def _group_sort_key(group: Group) -> tuple:
 
 
 def _find_varying_keys(runs: Sequence[RecordedRun], settings: Sequence[dict[str, object]]) -> list[str]:
-    """Return the keys in which runs, one per group, differ beyond algorithm and λ.
+    """Return the keys in which runs, one per group, differ apart from algorithm and λ.
 
     A key of the section `algo` counts only if runs of the same algorithm differ in it, and not if it repeats λ. Of
-    keys of one section that always change together (a model's dimensions) the first counts.
+    several keys of one section that always change together, such as a model's dimensions, only the first counts.
     """
     algorithms = [run.label for run in runs]
     varying: dict[tuple, str] = {}

@@ -1,4 +1,4 @@
-"""HTML page of a comparison: table, notes, figure and list of runs in one file that loads nothing."""
+"""HTML page of a comparison: table, notes, figure and list of runs in one self-contained file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_page(
     image: Path,
     path: Path,
 ) -> None:
-    """Write the page to `path`, the PNG file `image` embedded in it."""
+    """Write the page to `path`, with the PNG file `image` embedded."""
     runs = [run for group in groups for run in group.runs]
     listed = [[run.name, run.label, str(run.seed), str(run.sample_count), str(run.directory)] for run in runs]
     page = PAGE.format(

@@ -14,7 +14,7 @@ SAMPLES_LABEL = "samples (responses seen)"
 REWARD_LABEL = "reward (score per response)"
 KL_LABEL = "KL(policy ‖ SFT) (nats per response)"
 SFT_COLOR = "#52525b"
-"""Colour of everything measured on the SFT model."""
+"""Color of everything measured on the SFT model."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -44,7 +44,7 @@ def escape_mathtext(text: str) -> str:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a matplotlib figure as PNG to a temporary file, then move it to `path`: readers never see half a file."""
+    """Write a matplotlib figure as PNG to `path` atomically, so that no reader sees half a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")

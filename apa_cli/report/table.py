@@ -1,4 +1,4 @@
-"""Table of a comparison: one row per group of runs, as text and as CSV, and the notes needed to read it."""
+"""Table of a comparison: one row per group of runs, as text and as CSV, with explanatory notes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apa_cli.report.groups import Group
 from apa_cli.runs.records import RecordedRun
 
 FURTHER_REWARDS = "eval/reward_mean/"
-"""Prefix, before the reward's name, of the evaluation by a reward that was not trained against."""
+"""Prefix, before the reward's name, of the metrics of `evaluation.rewards`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the comparison: heading, name in the CSV, decimals shown, and its value for one run."""
+    """A column of the comparison: heading, name in the CSV, number of decimals, and function of a run."""
 
     heading: str
     name: str
@@ -73,7 +73,7 @@ def compute_statistic(runs: Sequence[RecordedRun], value: Callable[[RecordedRun]
 
 
 def select_columns(groups: Sequence[Group]) -> list[Column]:
-    """Return the columns that at least one run fills, with one for each further reward that was evaluated."""
+    """Return the columns for which at least one run has a value, with one for each further reward evaluated."""
     runs = [run for group in groups for run in group.runs]
     further = sorted({key for run in runs if run.final for key in run.final if key.startswith(FURTHER_REWARDS)})
     columns = list(COLUMNS)
@@ -114,7 +114,7 @@ def align_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def build_notes(groups: Sequence[Group]) -> list[str]:
-    """Return the notes that a reader of the table and the figure needs, one or two sentences each."""
+    """Return explanatory notes on the table and the figure, one or two sentences each."""
     meanings = {group.algorithm: group.lambda_meaning for group in groups if group.lambda_ is not None}
     recorded = "; ".join(f"{algorithm}: {meaning}" for algorithm, meaning in meanings.items() if meaning)
     lines = []

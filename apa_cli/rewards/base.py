@@ -15,7 +15,7 @@ from apa_cli.errors import UserError
 
 @dataclass(frozen=True)
 class Scores:
-    """One score per response, and for a reward made of parts also each part's score per response."""
+    """One score per response, and for a reward with parts also each part's score per response."""
 
     values: list[float]
     parts: Mapping[str, list[float]] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class NamedReward:
         return NamedReward(self.name, self.weight, self.reward.use_trained_model(path))
 
     def load(self, placement: Placement) -> CheckedScoreFunction:
-        """Load the reward and return its unweighted score function; a UserError of either begins with the name."""
+        """Load the reward and return its unweighted score function; a UserError begins with the name."""
         with self._prefix_errors():
             score = add_score_check(self.reward.load(placement))
 
@@ -111,7 +111,7 @@ def add_score_check(score: ScoreFunction) -> CheckedScoreFunction:
 
 
 def to_finite_floats(result: Any, responses: list[str]) -> list[float]:
-    """Return `result` as one finite float per response; raise UserError saying how it differs."""
+    """Return `result` as one finite float per response. Raise UserError naming the first number that is not."""
     try:
         scores = [float(value) for value in result]
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor of two dimensions

@@ -15,6 +15,8 @@ from apa_cli.types import AtLeastOne, NonNegative
 
 
 class Reduction(Enum):
+    """Reduction of the models' scores to one: mean, minimum, or a lower bound (see `EnsembleReward`)."""
+
     mean = "mean"
     min = "min"
     lower = "lower"

@@ -40,7 +40,7 @@ class FunctionReward(Reward):
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             names = {name for row in columns for name in row}
             if missing := [name for name in required if name not in names]:
-                available = f"its further columns are {', '.join(sorted(names))}" if names else "it has no further ones"
+                available = f"its columns are {', '.join(sorted(names))}" if names else "it has no further columns"
                 raise UserError(
                     f"reward.target: {self.target} takes the columns {', '.join(missing)}, which the data set lacks; "
                     f"{available}"
@@ -52,7 +52,7 @@ class FunctionReward(Reward):
             except CallTimeout as error:
                 raise UserError(
                     f"reward.timeout: {self.target} has not returned within {self.timeout:g} s; raise the limit, or "
-                    "null for none"
+                    "set null for no limit"
                 ) from error
             except UserError:
                 raise
@@ -64,7 +64,7 @@ class FunctionReward(Reward):
 
 
 def await_result(result: Any) -> Any:
-    """Return a function's result after running what is lazy in it: a coroutine, a list of coroutines, a generator."""
+    """Return a function's result after running a coroutine, a list of coroutines or a generator in its place."""
 
     async def run() -> Any:
         value = await result if inspect.isawaitable(result) else result
@@ -80,7 +80,7 @@ def is_list_of_awaitables(value: Any) -> bool:
 
 
 def import_function(target: str) -> Callable[..., Any]:
-    """Import the function that FILE.py:NAME or package.module:NAME names; raise UserError saying what is missing."""
+    """Import the function that FILE.py:NAME or package.module:NAME names. Raise UserError naming the missing part."""
     source, separator, name = target.rpartition(":")
     if not separator or not source or not name:
         raise UserError(f"reward.target: {target!r} is not of the form FILE.py:NAME or package.module:NAME")
@@ -104,7 +104,7 @@ def _import_file(file: Path) -> Any:
         raise FileNotFoundError(f"no file {file}")
     spec = importlib.util.spec_from_file_location(f"apa_reward_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no Python file")
+        raise ImportError(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""reward=http: an endpoint that takes prompts and responses as JSON and answers with their scores."""
+"""reward=http: an endpoint that takes prompts and responses as JSON and returns their scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from apa_cli.rewards.base import CallTimeout, Placement, Reward, ScoreFunction, 
 from apa_cli.types import AtLeastOne, NonNegative, Positive
 
 URL_CHARACTERS = set(map(chr, range(33, 127)))
-"""The printable ASCII characters without the space."""
+"""Printable ASCII characters except the space."""
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -68,16 +68,17 @@ class HTTPReward(Reward):
             parts = urlsplit(self.url)
             host, _ = parts.hostname, parts.port
         except ValueError as error:
-            raise ConfigError(f"reward.url: {self.url!r} is no address ({error})") from error
+            raise ConfigError(f"reward.url: {self.url!r} is not a URL ({error})") from error
         if parts.scheme not in ("http", "https") or not host or not set(self.url) <= URL_CHARACTERS:
-            raise ConfigError(f"reward.url: {self.url!r} is no address of the form https://HOST/PATH")
+            raise ConfigError(f"reward.url: {self.url!r} is not a URL of the form https://HOST/PATH")
         if parts.username or parts.password:
             raise ConfigError(
-                "reward.url: the address holds a name or password; give a token by reward.token_env instead"
+                "reward.url: the URL contains a user name or password; give a token through reward.token_env instead"
             )
         if self.token_env is not None and parts.scheme == "http" and host not in LOCAL_HOSTS:
             raise ConfigError(
-                f"reward.url: a token is sent over https only, or within this machine; got {self.url}, give https://…"
+                f"reward.url: {self.url} is not https, and a token is sent over https or to this machine only; give "
+                "https://…"
             )
 
     def load(self, placement: Placement) -> ScoreFunction:
@@ -111,7 +112,7 @@ class HTTPReward(Reward):
         return score
 
     def encode_request(self, prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> bytes:
-        """Return the JSON body of one batch. UserError if the data set lacks one of `self.columns`."""
+        """Return the JSON body of one batch. Raise UserError if the data set lacks one of `self.columns`."""
         content: dict[str, Any] = {"prompts": prompts, "responses": responses}
         for name in self.columns:
             if not any(name in row for row in columns):
@@ -159,7 +160,7 @@ class HTTPReward(Reward):
             raise RetryableError(f"the connection broke ({type(error).__name__})") from error
 
     def read_response(self, request: Request) -> bytes:
-        """Send `request` and return the body of its answer. UserError if it is longer than `max_bytes`."""
+        """Send `request` and return the body of its answer. Raise UserError if that is longer than `max_bytes`."""
         with build_opener(NoRedirectHandler).open(request, timeout=self.timeout) as response:
             content = response.read(self.max_bytes + 1)
         if len(content) > self.max_bytes:
@@ -168,7 +169,7 @@ class HTTPReward(Reward):
 
 
 def read_token(variable: str) -> str:
-    """Return the token in an environment variable; raise UserError, without the value, if it cannot be sent."""
+    """Return the token in an environment variable. Raise UserError, without the value, if it cannot be sent."""
     token = os.environ.get(variable, "").strip()
     if not token or not (token.isascii() and token.isprintable()):
         raise UserError(f"reward.token_env: the environment variable {variable} holds no token; export it first")
@@ -185,7 +186,7 @@ def make_status_error(error: HTTPError, url: str) -> Exception:
             f"reward.url: {url} redirects to {target!r}, and redirects are not followed; give that address if you "
             "trust it"
         )
-    return UserError(f"reward.url: {url} answers with status {error.code}, which a retry does not change")
+    return UserError(f"reward.url: {url} answers with status {error.code}, which is not retried")
 
 
 def parse_retry_after(headers: Message) -> float | None:
@@ -199,7 +200,7 @@ def parse_retry_after(headers: Message) -> float | None:
 
 
 def parse_scores(answer: bytes, count: int, url: str) -> list[float]:
-    """Return the `count` scores in the body of an answer; raise UserError saying how it differs."""
+    """Return the `count` scores in the body of an answer. Raise UserError if the body has another form."""
     start = answer[:60].decode("utf-8", "replace")
     try:
         content = json.loads(answer)

@@ -14,8 +14,8 @@ from apa_cli.settings import RewardSpecs
 class SumReward(Reward):
     """The sum over `parts` of weight · score.
 
-    The configuration holds a spec for each part, of which `config.build` makes a `NamedReward`. Each part's unweighted
-    scores are returned beside the sum under its name; the name of a part's part is NAME/NAME.
+    The configuration holds a spec for each part, from which `config.build` builds a `NamedReward`. Each part's
+    unweighted scores are returned with the sum, under the part's name; a part of a part is named NAME/NAME.
     """
 
     parts: Annotated[list[Any], RewardSpecs]

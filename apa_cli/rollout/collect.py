@@ -46,7 +46,7 @@ def collect_rollout(
     iteration: int,
     plan: RolloutPlan | None = None,
 ) -> Rollout:
-    """Sample one response to each prompt; `models` holds the policies that the plan names.
+    """Sample one response to each prompt; `models` holds the models that the plan names.
 
     A response's random numbers depend only on (seed, stream, iteration, place, sample number).
     """
@@ -123,7 +123,7 @@ def concatenate_rollouts(parts: list[Rollout], pad: int, count: int) -> Rollout:
 
     columns = {f.name: concatenate(f.name, [getattr(part, f.name) for part in parts]) for f in fields(Rollout)}
     if parts[0].ref_logprobs is parts[0].init_logprobs:
-        columns["ref_logprobs"] = columns["init_logprobs"]  # code compares them by identity
+        columns["ref_logprobs"] = columns["init_logprobs"]  # `compute_rollout_metrics` compares them by identity
     return Rollout(**columns)
 
 

@@ -17,13 +17,13 @@ from apa_cli.settings import SamplingSettings
 CAPTURE_DEVICES = {"cuda"}
 """Device types on which steps are captured as CUDA graphs."""
 MIN_FREE_BYTES = 2**31
-"""Bytes of free GPU memory below which PyTorch's cached blocks are released before a capture: during it, they cannot
-be."""
+"""Bytes of free GPU memory below which PyTorch's cached blocks are released before a capture, which cannot release
+them."""
 
 first_graphs: dict[torch.device, torch.cuda.CUDAGraph] = {}
-"""First graph of each device. All others are captured in its memory pool, which is not reused otherwise."""
+"""First graph of each device; all later graphs share its memory pool, so that the pool is reused."""
 failed_devices: set[torch.device] = set()
-"""Devices on which a capture has failed; no further one is attempted there."""
+"""Devices on which a capture has failed; no further capture is attempted there."""
 
 
 class Decoder:
@@ -85,7 +85,7 @@ class EagerDecoder(Decoder):
         return tokens, logprobs
 
     def select_rows(self, rows: LongTensor) -> None:
-        """Continue with these rows of the batch only."""
+        """Keep only these rows of the batch."""
         self.cache.reorder_cache(rows)
         self.input_ids, self.attention_mask = self.input_ids[rows], self.attention_mask[rows]
         self.position_ids, self.uniforms = self.position_ids[rows], self.uniforms[rows]
@@ -145,7 +145,7 @@ class GraphDecoder(Decoder):
             counter.add_(1)
 
     def select_rows(self, rows: LongTensor) -> None:
-        """Continue with these rows of the batch only; the new shapes need a new graph."""
+        """Keep only these rows of the batch; the new shapes need a new graph."""
         self.graph = None
         self.cache.reorder_cache(rows)
         self.input_ids, self.position_ids = self.input_ids[rows], self.position_ids[rows]
@@ -165,7 +165,7 @@ def capture_step(decoder: GraphDecoder) -> torch.cuda.CUDAGraph | None:
     """Compute one step and capture it as a graph for the following ones; return None if the capture fails.
 
     The step is computed on the capture stream first, so that libraries allocate their per-stream workspaces before the
-    capture. An earlier graph must be freed before, since workspaces allocated during its capture are freed with it.
+    capture. An earlier graph must be freed first, since workspaces allocated during its capture are freed with it.
     """
     device = decoder.input_ids.device
     stream, current = get_capture_stream(device), torch.cuda.current_stream(device)
@@ -213,4 +213,5 @@ def capture_graph(
 
 @cache
 def get_capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which steps are captured, one per device."""
     return torch.cuda.Stream(device)

@@ -21,7 +21,7 @@ from apa_cli.settings import SamplingSettings
 EOS, STOP, LENGTH = "eos", "stop", "length"
 """Endings of a response: an end token, a stop string, the length limit."""
 LOOKAHEAD_STEPS = {"cuda": 1}
-"""Decode steps queued on a device, by its type, before the tokens of an earlier step are read; else none."""
+"""Device type → decode steps queued before the tokens of an earlier step are read; other types: 0."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ def sample_responses(
     """Sample one response to each prompt (token ids) with uniforms [N, T]: token t of response i from number [i, t].
 
     `prefixes` are the tokens at the end of each prompt that already belong to the response; a stop string may begin in
-    them. Prompts are sorted by length and sampled `settings.microbatch_size` at a time; the result does not depend on
-    either.
+    a prefix. Prompts are sorted by length and sampled `settings.microbatch_size` at a time; the result depends on
+    neither the order nor the size.
     """
     can_pack(model)  # its probe changes the attention function, hence rounding, so it must precede the first token
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -147,7 +147,7 @@ def sample_microbatch(
 def start_host_copy(tokens: Tensor) -> Callable[[], list[int]]:
     """Start copying tokens [B] to the host and return a function that waits for the copy and returns them.
 
-    The values are those at the time of the call, also if the device overwrites `tokens` later.
+    The function returns the values at the time of the call, even if the device overwrites `tokens` later.
     """
     if tokens.device.type != "cuda":
         values = tokens.tolist()

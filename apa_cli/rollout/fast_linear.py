@@ -19,10 +19,10 @@ MAX_COPY_BYTES = 2**31
 
 @contextmanager
 def use_fast_linears(model: PreTrainedModel | AdapterDisabledModel) -> Iterator[None]:
-    """In the block, let linear layers on a CPU multiply by packed copies of their weights, without gradients.
+    """Within the block, let linear layers on a CPU multiply by packed copies of their weights, without gradients.
 
-    The copies have autocast's dtype and oneDNN's memory layout. The model's weights are left as they are and must not
-    change in the block. Models whose copies exceed `MAX_COPY_BYTES` keep their layers.
+    The copies have autocast's dtype and oneDNN's memory layout. The model's weights are unchanged and must not be
+    changed in the block. Models whose copies exceed `MAX_COPY_BYTES` keep their layers.
     """
     autocast_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     layers = [

@@ -31,7 +31,7 @@ def probe_graph_decoding(model: PreTrainedModel | AdapterDisabledModel) -> bool:
     """Return True if `GraphDecoder` computes the logits of `EagerDecoder`: a few tokens after two short prompts.
 
     The first steps are computed eagerly, then one under the synchronization check; only a model that passes these is
-    captured, since a failed capture may leak memory. Both decoders are fed the same tokens, whichever they sample.
+    captured, since a failed capture may leak memory. Both decoders read the same tokens, whatever they sample.
     """
     settings = SamplingSettings(
         max_prompt_tokens=3, max_new_tokens=9, temperature=0.7, top_k=2, top_p=0.9, stop_strings=[], microbatch_size=2,
@@ -63,7 +63,7 @@ def probe_graph_decoding(model: PreTrainedModel | AdapterDisabledModel) -> bool:
 
 
 def is_close(logits: Tensor, others: Tensor) -> bool:
-    """Return True if the two differ by rounding only, relative to the largest logit."""
+    """Return True if two tensors of logits differ by rounding only, relative to the largest logit."""
     tolerance = 1e-3 if logits.dtype is torch.float32 else 0.05
     return float((logits - others).abs().max()) <= tolerance * float(logits.abs().max())
 

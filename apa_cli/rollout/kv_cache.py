@@ -1,4 +1,4 @@
-"""KV-cache layers for decoding: preallocated buffers that are rarely moved, and static buffers for CUDA graphs."""
+"""KV-cache layers for decoding: preallocated buffers that are rarely copied, and static buffers for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PreallocatedCacheLayer(DynamicLayer):
     """Tokens of spare room in new buffers."""
 
     def __init__(self, min_dtype: torch.dtype | None = None):
-        """`min_dtype` is the lowest precision in which keys and values are stored; None: the model's own."""
+        """Create an empty layer; `min_dtype` is the lowest precision of its keys and values (None: the model's own)."""
         super().__init__()
         self.min_dtype = min_dtype
         self.buffers: tuple[Tensor, Tensor] | None = None
@@ -66,7 +66,7 @@ class StaticCacheLayer(DynamicLayer):
     def __init__(self, layer: PreallocatedCacheLayer, extra_tokens: int, cache_position: Tensor):
         """Take over the content of `layer`, which is released, with zeros for `extra_tokens` behind it.
 
-        `cache_position` [1] is the position of the next token; its owner advances it.
+        `cache_position` [1] is the position of the next token, advanced by the decoder.
         """
         super().__init__()
         self.cache_position = cache_position

@@ -20,7 +20,7 @@ def distinct_n(token_ids: Tensor, mask: Tensor, n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def response_statistics(rollout: Rollout) -> dict[str, float]:
+def compute_response_metrics(rollout: Rollout) -> dict[str, float]:
     """Return mean length in tokens (end token included), shares of endings, and diversity."""
     n = len(rollout.endings)
     return {
@@ -31,7 +31,7 @@ def response_statistics(rollout: Rollout) -> dict[str, float]:
     }
 
 
-def rollout_statistics(rollout: Rollout) -> dict[str, float]:
+def compute_rollout_metrics(rollout: Rollout) -> dict[str, float]:
     """Return reward/* of raw scores, response/*, kl/* before the update, and the sampler's entropy in nats per token.
 
     kl/sequence and kl/token_k3 are against π_init; kl/refreshed is against a moving reference.
@@ -42,7 +42,7 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std(correction=0)),
         "policy/entropy": -float(masked_mean(rollout.sampler_logprobs, rollout.mask)),
-        **response_statistics(rollout),
+        **compute_response_metrics(rollout),
     }
     metrics["kl/sequence"] = float(sequence_kl(rollout.sampler_logprobs, init, rollout.mask))
     metrics["kl/token_k3"] = float(token_k3(rollout.sampler_logprobs, init, rollout.mask))
@@ -52,5 +52,5 @@ def rollout_statistics(rollout: Rollout) -> dict[str, float]:
 
 
 def confidence_half_width(values: Tensor) -> float:
-    """Return half the width of the 95 % normal confidence interval of the mean of `values` [N]; 0 if N = 1."""
+    """Return the half width of the 95 % normal confidence interval of the mean of `values` [N]; 0 if N = 1."""
     return float(1.96 * values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0

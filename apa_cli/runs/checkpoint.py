@@ -1,4 +1,4 @@
-"""Checkpoints: safetensors and JSON with a manifest of checksums, written in one step."""
+"""Checkpoints: safetensors and JSON with a manifest of checksums, written atomically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from apa_cli.models.sharding import distribute_like, gather_full_tensor, get_sto
 from apa_cli.runs.files import CHECKPOINT_NAME, CHECKPOINT_PATTERN, STATE, list_checkpoints, read_state
 
 MANIFEST = "manifest.json"
-"""File of a checkpoint: name of each other file → its SHA-256."""
+"""File of a checkpoint that maps the name of each other file to its SHA-256."""
 
 WRITE_ERRORS = (OSError, SafetensorError)
 """Errors of a full disk, a missing permission and the like."""
@@ -31,8 +31,8 @@ WRITE_ERRORS = (OSError, SafetensorError)
 def collect_tensors(module: nn.Module, trained_only: bool) -> dict[str, Tensor]:
     """Return a module's parameters and persistent buffers by name; sharded tensors are not gathered.
 
-    Of tensors that share their memory only the first name is there. `trained_only` leaves out frozen parameters,
-    which stay as they were loaded.
+    Tensors that share memory are returned under the first of their names only. `trained_only` leaves out frozen
+    parameters, which stay as they were loaded.
     """
     frozen = {get_storage_key(p) for p in module.parameters() if not p.requires_grad} if trained_only else set()
     seen: set[int] = set()
@@ -53,7 +53,7 @@ def gather_module_tensors(module: nn.Module, trained_only: bool = False) -> dict
 
 
 def load_module(module: nn.Module, tensors: dict[str, Tensor], trained_only: bool = False) -> None:
-    """Copy saved tensors into a module of the same shape. UserError if their names differ."""
+    """Copy saved tensors into a module of the same shape. Raise UserError if the names differ."""
     targets = collect_tensors(module, trained_only)
     if targets.keys() != tensors.keys():
         differing = sorted(targets.keys() ^ tensors.keys())[:3]
@@ -89,8 +89,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
     """Write `folder`/iteration_NNNNNN with one safetensors file per entry of `tensors`, and state.json.
 
-    Every file is on disk, with a manifest of checksums, before the checkpoint gets its name. UserError if it cannot be
-    written; earlier checkpoints stay as they are.
+    Every file is on disk, with a manifest of checksums, before the checkpoint gets its name. Raise UserError if the
+    checkpoint cannot be written; earlier checkpoints are left intact.
     """
     target = folder / CHECKPOINT_NAME.format(iteration)
     temporary = folder / f".{target.name}.{os.getpid()}"
@@ -104,13 +104,13 @@ def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, dict[str, T
     except WRITE_ERRORS as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
-            f"checkpoint: {target} cannot be written ({describe_write_error(error)}); earlier checkpoints are intact"
+            f"{target}: cannot be written ({describe_write_error(error)}); earlier checkpoints are intact"
         ) from error
     return target
 
 
 def write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write all files of a checkpoint; they are on disk when this returns."""
+    """Write all files of a checkpoint and flush them to disk."""
     for name, group in tensors.items():
         save_file(group, folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps(state))
@@ -122,14 +122,14 @@ def write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict
 
 
 def load_checkpoint(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensors and the state that `save_checkpoint` wrote. UserError, naming the file, if one is damaged."""
+    """Return the tensors and the state that `save_checkpoint` wrote. Raise UserError naming a damaged file."""
     names = [name for name in verify_checkpoint(checkpoint) if name.endswith(".safetensors")]
     tensors = {name.removesuffix(".safetensors"): load_file(checkpoint / name) for name in names}
     return tensors, read_state(checkpoint)
 
 
 def verify_checkpoint(checkpoint: Path) -> list[str]:
-    """Return the names of a checkpoint's files. UserError if one is missing or differs from its checksum."""
+    """Return the names of a checkpoint's files. Raise UserError if a file is missing or differs from its checksum."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         files = {checkpoint / name: checksum for name, checksum in manifest.items()}
@@ -153,7 +153,7 @@ def hash_file(file: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Return when the content of a file, or the list of names in a folder, is on disk."""
+    """Flush the content of a file, or the list of names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -172,19 +172,19 @@ def describe_write_error(error: Exception) -> str:
 def locate_checkpoints(resume: str) -> tuple[Path, list[Path]]:
     """Return the run directory that `resume=PATH` names and its checkpoints, oldest first.
 
-    If PATH is one checkpoint, only that one is returned. UserError if there is none.
+    If PATH is a checkpoint, it is the only one returned. Raise UserError if there is none.
     """
     path = Path(resume).expanduser()
     if CHECKPOINT_PATTERN.match(path.name) and path.is_dir():
         return path.parent.parent, [path]
     checkpoints = list_checkpoints(path / "checkpoints")
     if not checkpoints:
-        raise UserError(f"resume: no checkpoint in {path}")
+        raise UserError(f"resume: there is no checkpoint in {path}")
     return path, checkpoints
 
 
 def select_latest_intact(checkpoints: list[Path], say: Callable[[str], None]) -> Path:
-    """Return the last of these checkpoints that is intact, and report each later one. UserError if none is."""
+    """Return the latest intact checkpoint, and report each damaged later one. Raise UserError if all are damaged."""
     for number, path in enumerate(reversed(checkpoints), 1):
         try:
             verify_checkpoint(path)
@@ -194,18 +194,18 @@ def select_latest_intact(checkpoints: list[Path], say: Callable[[str], None]) ->
             say(f"{error}; the checkpoint before it is used")
         else:
             return path
-    raise UserError("resume: no checkpoint")
+    raise UserError("resume: there is no checkpoint")
 
 
 def prune_checkpoints(folder: Path, keep_last: int, best: int | None) -> None:
-    """Delete all checkpoints except the last `keep_last` and that of iteration `best`."""
+    """Delete all checkpoints except the last `keep_last` and the checkpoint of iteration `best`."""
     for path in list_checkpoints(folder)[:-keep_last]:
         if best is None or path.name != CHECKPOINT_NAME.format(best):
             shutil.rmtree(path)
 
 
 def remove_later_checkpoints(folder: Path, iteration: int) -> None:
-    """Delete the checkpoints after `iteration`, from which the run continues on another path."""
+    """Delete the checkpoints after `iteration`, from which the run continues differently."""
     for path in list_checkpoints(folder):
         if path.name > CHECKPOINT_NAME.format(iteration):
             shutil.rmtree(path)
@@ -213,6 +213,6 @@ def remove_later_checkpoints(folder: Path, iteration: int) -> None:
 
 
 def remove_incomplete(folder: Path) -> None:
-    """Delete the temporary folders that killed saves have left; no other process may be saving there."""
+    """Delete the temporary folders that interrupted saves have left; no other process may be saving in `folder`."""
     for path in folder.glob(".iteration_*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -33,9 +33,9 @@ MAX_WIDTH = 120
 class Console:
     """Screen and run.log of one run.
 
-    `run_log` is the file to append to (None: no file), `iterations` the number of the last iteration. `live` None
-    means a live display if stdout is a terminal; True and False force it on and off. `quiet` shows nothing (ranks
-    other than the first; run.log is still written if one is given). As a context manager it closes itself.
+    `run_log` is the file to append to (None: no file), `iterations` the number of the last iteration. `live` turns the
+    live display on or off (None: on if stdout is a terminal). `quiet` shows nothing on the screen (ranks other than 0)
+    and still writes run.log if one is given. As a context manager the console closes itself.
     """
 
     def __init__(self, run_log: Path | None, iterations: int, live: bool | None = None, quiet: bool = False):
@@ -65,7 +65,7 @@ class Console:
         self._log(f"warning: {text}")
 
     def show_iteration(self, metrics: dict[str, float]) -> None:
-        """Show the figures of one iteration, named as in metrics.jsonl; missing ones are left out."""
+        """Show the figures of one iteration, named as in metrics.jsonl; missing figures are left out."""
         iteration = int(metrics["iteration"])
         seconds_left = self._estimate_seconds_left(iteration)
         line = format_iteration(metrics, self._iterations, seconds_left)
@@ -76,14 +76,14 @@ class Console:
         evaluation = format_evaluation(metrics)
         if evaluation:
             self._last_evaluation = evaluation
-            self._show(line, sys.stdout)  # evaluations are few: they stay above the bar
+            self._show(line, sys.stdout)  # evaluations are few, so their lines stay above the bar
         self._live.update(iteration, seconds_left, "  ".join(format_training_figures(metrics)), self._last_evaluation)
 
     def show_samples(self, title: str, rows: list[dict[str, Any]]) -> None:
         """Show responses to the same prompts at different times, prompt by prompt; long texts are cut.
 
-        `rows` are those of samples.jsonl (iteration, prompt, response, score, kl, ending), of any iterations: for
-        example the first evaluation's and the last's. A row may have a `label` instead of an iteration.
+        `rows` are rows of samples.jsonl (iteration, prompt, response, score, kl, ending) from any iterations, such as
+        the first and the last evaluation. A row may have a `label` instead of an iteration.
         """
         width = shutil.get_terminal_size((LOG_WIDTH, 24)).columns if self._live else LOG_WIDTH
         self.say("\n" + "\n".join([title, *format_responses(rows, min(width, MAX_WIDTH))]))
@@ -93,7 +93,7 @@ class Console:
         self.say("\n" + "\n".join(([title] if title else []) + format_table(header, rows)))
 
     def close(self) -> None:
-        """End the live display and run.log. Nothing may be shown afterwards; a second call does nothing."""
+        """End the live display and close run.log. Nothing may be shown afterwards; a second call has no effect."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -101,10 +101,10 @@ class Console:
             self._close_file()
 
     def _estimate_seconds_left(self, iteration: int) -> float | None:
-        """Return the seconds to the last iteration at the pace so far; None until there is a pace.
+        """Return the seconds to the last iteration at the rate so far; None until one iteration has been timed.
 
-        The clock starts with the first iteration shown: at its end if it is iteration 0 (the evaluation before
-        training), else at its start, taken as the time when this console was made.
+        Timing starts at the end of iteration 0 (the evaluation before training) if that is shown, else at the time when
+        this console was created.
         """
         if self._start_iteration is None:
             self._start_iteration = max(iteration - 1, 0)
@@ -133,7 +133,7 @@ class Console:
             try:
                 self._file.write(strip_control_characters(text) + "\n")
                 self._file.flush()
-            except OSError as error:  # a run goes on without it
+            except OSError as error:  # the run continues without run.log
                 self._close_file()
                 self._show(f"warning: run.log: cannot be written ({error.strerror})", sys.stderr, style="yellow")
 

@@ -1,4 +1,4 @@
-"""A run's directory: locked and claimed by one run, and its files written."""
+"""A run's directory: its lock, its claim by one run, and the writing of its files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from apa_cli.runs.files import CONFIG, ENVIRONMENT, METRICS, RESULT, SAMPLES, re
 from apa_cli.runs.resume import AUTO, RESUME, find_differences, is_within
 
 LOCK_FILE = ".lock"
-"""The file that a live run keeps locked; the lock ends with the process."""
+"""File that a live run keeps locked; the lock ends with the process."""
 
 SHOWN_DIFFERENCES = 5
-"""Differences named in the message that refuses a resume."""
+"""Number of differences named in the message that refuses a resume."""
 
 
 class RunDirectory:
@@ -44,30 +44,30 @@ class RunDirectory:
     def lock(self) -> Iterator[None]:
         """Create the directory if it is missing, and lock it until the block, or the process, ends.
 
-        UserError if another live run has locked it, or if nothing can be written there.
+        Raise UserError if another live run has locked it, or if it is not writable.
         """
         lock = FileLock(self.path / LOCK_FILE, timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout as error:
-            raise UserError(f"{self.path}: in use by another live run") from error
+            raise UserError(f"{self.path}: in use by another run; give another name=") from error
         except OSError as error:
-            raise UserError(f"{self.path}: cannot write there ({error.strerror})") from error
+            raise UserError(f"{self.path}: cannot be written to ({error.strerror})") from error
         try:
             yield
         finally:
             lock.release()
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Claim a fresh directory by writing its config.yaml. UserError if it contains a run."""
+        """Claim a fresh directory by writing its config.yaml. Raise UserError if it contains a run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if (self.path / CONFIG).exists():
-                raise UserError(f"name: {self.path} holds a run already; give another name=, or {RESUME}={AUTO}")
+                raise UserError(f"name: {self.path} already contains a run; give another name=, or {RESUME}={AUTO}")
             self._write_config(config)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot write there ({error.strerror})") from error
+            raise UserError(f"{self.path}: cannot be written to ({error.strerror})") from error
 
     def release(self) -> None:
         """Undo the claim of a run that failed before it recorded anything, so that its name is free again."""
@@ -106,7 +106,7 @@ class RunDirectory:
             )
 
     def truncate_records(self, config: dict[str, Any], iteration: int) -> None:
-        """Remove the records after `iteration`, and write the configuration with which the run is resumed."""
+        """Remove the records after `iteration`, and write the configuration of the resumed run."""
         self.result.unlink(missing_ok=True)
         for file in (self.metrics, self.samples):
             if file.is_file():
@@ -122,7 +122,7 @@ class RunDirectory:
     # --- writing --------------------------------------------------------------------------------------------
 
     def append_rows(self, file: Path, rows: list[dict[str, Any]]) -> None:
-        """Append rows to a .jsonl file. UserError if they cannot be written."""
+        """Append rows to a .jsonl file. Raise UserError if they cannot be written."""
         try:
             with file.open("a", encoding="utf-8") as handle:
                 handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -142,7 +142,7 @@ class RunDirectory:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file in one step: beside its place, flushed to disk, then renamed. UserError if that fails."""
+    """Write a file atomically: flush a temporary file to disk, then rename it. Raise UserError if that fails."""
     temporary = file.with_name(f".{file.name}.new")
     try:
         with temporary.open("w", encoding="utf-8") as handle:

@@ -1,4 +1,4 @@
-"""Versions, machine and command, as environment.json records them."""
+"""Versions, machine and command of a run, as environment.json records them."""
 
 from __future__ import annotations
 

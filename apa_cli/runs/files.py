@@ -1,6 +1,6 @@
 """Names of a run's files, and their parsers: each file is parsed here and nowhere else.
 
-No torch here: apa-compare and the checks of a configuration start without it.
+This module does not import torch, so that apa-compare and the checks of a configuration start quickly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONFIG, ENVIRONMENT, METRICS, SAMPLES, RESULT = (
 )  # fmt: skip
 """Files of a run's directory."""
 STATE = "state.json"
-"""File of a checkpoint: its iteration, the algorithm's state and what else is no tensor."""
+"""File of a checkpoint with its iteration, the algorithm's state and every other value that is not a tensor."""
 
 CHECKPOINT_NAME = "iteration_{:06d}"
 CHECKPOINT_PATTERN = re.compile(r"iteration_(\d{6})$")
@@ -33,7 +33,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return config.yaml as it is written. UserError if it cannot be read."""
+    """Return config.yaml as it is written. Raise UserError if it cannot be read."""
     file = directory / CONFIG
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -45,12 +45,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return state.json of a checkpoint. UserError if it cannot be read."""
+    """Return state.json of a checkpoint. Raise UserError if it cannot be read."""
     return read_object(checkpoint / STATE)
 
 
 def read_result(directory: Path) -> dict[str, Any] | None:
-    """Return result.json; None if there is none that is complete, which means that the run has not finished."""
+    """Return result.json; None if it is missing or incomplete, which means that the run has not finished."""
     try:
         return read_object(directory / RESULT)
     except UserError:
@@ -58,7 +58,7 @@ def read_result(directory: Path) -> dict[str, Any] | None:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Return the object in a .json file. UserError if it cannot be read."""
+    """Return the object in a .json file. Raise UserError if it cannot be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -71,21 +71,21 @@ def read_object(file: Path) -> dict[str, Any]:
 def read_rows(file: Path, keys: Sequence[str] = ("iteration",)) -> list[dict[str, Any]]:
     """Return the objects of a .jsonl file, each of which has whole numbers under `keys`.
 
-    A last line that is incomplete is left out: it is being written, or the run was killed while it was. UserError,
-    with the number of the line, for any other that cannot be read.
+    An incomplete last line is left out, since a run is writing it or was killed while writing it. Raise UserError, with
+    the line's number, for any other line that cannot be read.
     """
     return [row for row, _ in _parse_lines(file, keys)]
 
 
 def read_lines(file: Path, last_iteration: int) -> list[str]:
-    """Return the lines of a .jsonl file, as they are written, up to an iteration. Fails as `read_rows` does."""
+    """Return the lines of a .jsonl file, as written, up to an iteration. Raise UserError as `read_rows` does."""
     return [line for row, line in _parse_lines(file, ("iteration",)) if row["iteration"] <= last_iteration]
 
 
 def _parse_lines(file: Path, keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield each object of a .jsonl file with its line."""
     try:
-        lines = file.read_bytes().split(b"\n")  # not splitlines: a response may hold other characters that end lines
+        lines = file.read_bytes().split(b"\n")  # not splitlines: responses may contain other line separators
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)

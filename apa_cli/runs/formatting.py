@@ -13,8 +13,8 @@ FIGURES = (
     ("length", "response/length", "{:6.1f}"),
     ("samples/s", "throughput/samples_per_s", "{:7.1f}"),
 )
-"""Figures of an iteration's line: label, metric, format. KL in nats per response, entropy in nats per token,
-length in tokens."""
+"""Figures in an iteration's line: label, metric, format. KL in nats per response, entropy in nats per token, length in
+tokens."""
 
 MARGIN = 16
 """Columns to the left of a wrapped text, for its label."""
@@ -40,7 +40,7 @@ def format_iteration(metrics: dict[str, float], iterations: int, seconds_left: f
 
 
 def format_training_figures(metrics: dict[str, float]) -> list[str]:
-    """Return those of FIGURES that `metrics` contains, each as "label value"."""
+    """Return the FIGURES that `metrics` contains, each as "label value"."""
     return [f"{label} {form.format(metrics[key])}" for label, key, form in FIGURES if metrics.get(key) is not None]
 
 
@@ -149,5 +149,5 @@ def _format_cell(value: object) -> str:
 
 
 def strip_control_characters(text: str) -> str:
-    """Return `text` with control characters replaced by spaces: a model's output must not steer the terminal."""
+    """Return `text` with control characters replaced by spaces: a model's output must not control the terminal."""
     return "".join(char if char == "\n" or char.isprintable() else " " for char in text)

@@ -1,6 +1,6 @@
 """Former names of the configuration's keys, so that runs recorded with them can still be read.
 
-Continuing such a run is refused (`is_old`); looking at it is not (`translate_old_names`).
+Such a run can be evaluated and compared (`translate_old_names`), but not continued (`is_old`).
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ CURRENT_NAMES = {
     "algo.value_clip": "algo.value_clip_range",
     "launch.frozen": "launch.frozen_placement",
 }
-"""Former dotted key → key of today. The keys of `reward` also stand in the parts of a reward, see REWARD_LISTS."""
+"""Former dotted key → current key. The keys of `reward` also occur in the parts of a reward, see REWARD_LISTS."""
 
 DROPPED = ("evaluate", "optimizer.warmup_steps")
-"""Former keys without a successor; for the warm-up see `_compute_warmup_ratio`."""
+"""Former keys without a current name; `_compute_warmup_ratio` converts the warm-up."""
 
 REWARD_LISTS = ("reward.parts", "evaluation.rewards")
 """Lists of rewards, whose keys are those of the section `reward`."""
 
 OLD_KEYS = ("rollout_batch", "minibatch")
-"""Keys that every former configuration has, and none of today."""
+"""Keys that every former configuration has and no current one."""
 
 _MISSING = object()
-"""Value of a key that is not there."""
+"""Marker of an absent key."""
 
 
 def is_old(config: Mapping[str, Any]) -> bool:
@@ -60,9 +60,9 @@ def is_old(config: Mapping[str, Any]) -> bool:
 
 
 def translate_old_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a recorded configuration (nested, without interpolations) with the key names of today.
+    """Return a recorded configuration (nested, without interpolations) with the current key names.
 
-    A configuration that has them already is returned as it is.
+    A configuration that already has them is returned unchanged.
     """
     if not is_old(config):
         return config
@@ -82,7 +82,7 @@ def translate_old_names(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rename(config: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Move each value of `config` from its former key to that of today."""
+    """Move each value of `config` from its former key to its current key."""
     for old, new in names.items():
         value = _pop_key(config, old)
         if value is not _MISSING:
@@ -93,7 +93,7 @@ def _rename(config: dict[str, Any], names: Mapping[str, str]) -> None:
 
 
 def _pop_key(config: dict[str, Any], dotted: str) -> Any:
-    """Remove a dotted key and return its value; _MISSING if it is not there."""
+    """Remove a dotted key and return its value; _MISSING if the key is absent."""
     section, _, key = dotted.rpartition(".")
     holder = config.get(section) if section else config
     return holder.pop(key, _MISSING) if isinstance(holder, dict) else _MISSING

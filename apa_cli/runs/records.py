@@ -1,4 +1,4 @@
-"""Runs read back: a run, or one checkpoint of it, as one object."""
+"""Recorded runs: a run's directory, or one checkpoint in it, as one object."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from apa_cli.runs.old_names import translate_old_names
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run's directory, and perhaps one checkpoint in it, read back.
+    """Reader of a run's directory, and optionally of one checkpoint in it.
 
-    Each file is read once, when it is first asked for; the values are shared, so copy what you change.
+    Each file is read once, on first use; values are shared, so copy a value before changing it.
     """
 
     directory: Path
@@ -38,9 +38,9 @@ class RecordedRun:
 
     @classmethod
     def find(cls, name: str) -> RecordedRun:
-        """Return the run of apa-train, or the checkpoint of one, that `run=NAME` names.
+        """Return the run of apa-train, or the checkpoint of such a run, that `run=NAME` names.
 
-        ConfigError, with the nearest folder, if NAME is neither, or if its configuration cannot be read.
+        Raise ConfigError, with the nearest folder, if NAME is neither, or if the configuration cannot be read.
         """
         path = Path(name).expanduser()
         is_checkpoint = path.parent.name == "checkpoints" and (path / STATE).is_file()
@@ -48,7 +48,7 @@ class RecordedRun:
         for file in (CONFIG, ENVIRONMENT, METRICS):
             if not (run.directory / file).is_file():
                 raise ConfigError(
-                    f"run: {path} is no run of apa-train and no checkpoint of one ({_explain_missing(file, path)})"
+                    f"run: {path} is neither a run of apa-train nor its checkpoint ({_explain_missing(file, path)})"
                 )
         run.check_trained()
         return run
@@ -57,17 +57,17 @@ class RecordedRun:
     def read(cls, directory: Path) -> RecordedRun:
         """Return the run in `directory`, its configuration and metrics read.
 
-        UserError, naming the file, if one is missing or cannot be read.
+        Raise UserError, naming the file, if a file is missing or cannot be read.
         """
         run = cls(Path(directory))
         for name in (CONFIG, METRICS):
             if not (run.directory / name).is_file():
-                raise UserError(f"{run.directory}: not a run, it has no {name}")
+                raise UserError(f"{run.directory}: not a run (it has no {name})")
         _ = run.config_yaml, run.environment, run.metrics
         return run
 
     def check_trained(self) -> None:
-        """Raise ConfigError unless config.yaml and environment.json are readable, and those of a run of apa-train."""
+        """Raise ConfigError unless config.yaml and environment.json are readable and belong to a run of apa-train."""
         try:
             is_trained = "policy" in self.environment
             _ = self.config_yaml["model"]["path"], dict(self.config_yaml["reward"])
@@ -75,18 +75,18 @@ class RecordedRun:
             raise ConfigError(f"run: {CONFIG} or {ENVIRONMENT} of {self.directory} cannot be read") from error
         if not is_trained:
             model = self.directory / "model"
-            raise ConfigError(f"run: {self.directory} is no run of apa-train; give model.path={model} instead of it")
+            raise ConfigError(f"run: {self.directory} is not a run of apa-train; give model.path={model} instead")
 
     # --- files ----------------------------------------------------------------------------------------------
 
     @cached_property
     def config_yaml(self) -> dict[str, Any]:
-        """config.yaml with the key names of today. UserError if it cannot be read."""
+        """config.yaml with the current key names. Raises UserError if it cannot be read."""
         return translate_old_names(read_config(self.directory))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config_yaml`, with the paths of the models that the stages made, which environment.json names, filled in."""
+        """`config_yaml` with the paths of the stages' models, which environment.json records, filled in."""
         config = copy.deepcopy(self.config_yaml)
         model, reward = config["model"], config["reward"]
         model["path"] = model["path"] or self.environment["policy"]
@@ -96,13 +96,13 @@ class RecordedRun:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """environment.json; empty if there is none. UserError if it cannot be read."""
+        """environment.json; empty if there is none. Raises UserError if it cannot be read."""
         file = self.directory / ENVIRONMENT
         return read_object(file) if file.is_file() else {}
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl, one per iteration, in order. UserError if there is none, or one cannot be read.
+        """Rows of metrics.jsonl, one per iteration, in order. Raises UserError if there is no row or one is unreadable.
 
         If a resumed run repeated an iteration, the later row counts.
         """
@@ -124,7 +124,7 @@ class RecordedRun:
 
     @property
     def model_folder(self) -> Path:
-        """The trained model that a run writes at its end. UserError if it has not finished."""
+        """The trained model, which a run writes at its end. Raises UserError if the run has not finished."""
         folder = self.directory / "model"
         if not (folder / "config.json").is_file():
             raise UserError(
@@ -134,13 +134,13 @@ class RecordedRun:
 
     @property
     def iteration(self) -> int:
-        """The iteration after which the policy is as it is: the checkpoint's, or the last one recorded."""
+        """The iteration that produced the policy: the checkpoint's, or the last one recorded."""
         last = self.metrics[-1] if self.checkpoint is None else read_state(self.checkpoint)
         return int(last["iteration"])
 
     @property
     def wandb_id(self) -> str | None:
-        """The id of the run's wandb run, as the last checkpoint has it; None if there is none."""
+        """The id of the run's wandb run, as the last checkpoint records it; None if there is none."""
         checkpoints = list_checkpoints(self.directory / "checkpoints")
         return read_state(checkpoints[-1])["wandb_id"] if checkpoints else None
 
@@ -161,7 +161,7 @@ class RecordedRun:
 
     @property
     def lambda_meaning(self) -> str | None:
-        """The meaning of λ in the run's algorithm, as environment.json has it; None if it has none."""
+        """The meaning of λ in the run's algorithm, as environment.json records it, else None."""
         return self._algorithm.get("lambda_meaning")
 
     @property
@@ -173,7 +173,7 @@ class RecordedRun:
 
     @property
     def color(self) -> str | None:
-        """The algorithm's colour in plots, as environment.json has it; None if it has none."""
+        """The algorithm's color in plots, as environment.json records it, else None."""
         return self._algorithm.get("color")
 
     @property
@@ -200,18 +200,18 @@ class RecordedRun:
 
     @property
     def sample_count(self) -> int:
-        """Responses sampled in all."""
+        """Total number of sampled responses."""
         return int(self.metrics[-1]["samples"])
 
     @property
     def minutes(self) -> float | None:
-        """Minutes of sampling, scoring and updating together; None if no times were recorded."""
+        """Total minutes of sampling, scoring and updates; None if no times were recorded."""
         keys = ("time/rollout_s", "time/score_s", "time/update_s")
         times = [row[key] for row in self.metrics for key in keys if row.get(key) is not None]
         return sum(times) / 60 if times else None
 
     def get_series(self, key: str) -> dict[int, float]:
-        """Return the recorded values of one metric, by the responses sampled until then."""
+        """Return the recorded values of one metric, by the number of responses sampled so far."""
         return {int(row["samples"]): row[key] for row in self.metrics if row.get(key) is not None}
 
     def get_last(self, key: str) -> float | None:
@@ -228,7 +228,7 @@ def is_run(directory: Path) -> bool:
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """Return `directory` if it is a run, else the runs anywhere in it, sorted. UserError if there is none."""
+    """Return `directory` if it is a run, else the runs anywhere in it, sorted. Raise UserError if there is none."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such folder")
     if is_run(directory):
@@ -240,7 +240,7 @@ def find_runs(directory: Path) -> list[Path]:
 
 
 def suggest_nearest(path: Path) -> str:
-    """Return "; did you mean …?" with the folder beside the missing `path` whose name is nearest; else ""."""
+    """Return "; did you mean …?" with the nearest name among the folders next to the missing `path`, else ""."""
     if path.exists() or not path.parent.is_dir():
         return ""
     folders = sorted(each.name for each in path.parent.iterdir() if each.is_dir())
@@ -249,8 +249,8 @@ def suggest_nearest(path: Path) -> str:
 
 
 def _explain_missing(file: str, path: Path) -> str:
-    """Return the reason why `path`, whose run lacks `file`, is no run."""
+    """Return the reason why `path`, whose run lacks `file`, is not a run."""
     if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         return f"there is no {file}{suggest_nearest(path)}"
-    reason = f"a model alone is given by model.path={path}"
+    reason = f"for a model alone give model.path={path}"
     return f"its run is {path.parent}, and {reason}" if (path.parent / METRICS).is_file() else reason

@@ -11,15 +11,15 @@ MAY_DIFFER = (
     "tracking", "evaluation", "checkpoint", "guard", "stop_at_kl", "launch", "run", "export", "chat",
     "bench",
 )  # fmt: skip
-"""Top-level keys and sections in which a resumed run may differ from the one it continues."""
+"""Top-level keys and sections in which a resumed run may differ from the run that it continues."""
 
 MUST_MATCH = ("evaluation.seed",)
-"""Keys in these sections that must stay: evaluations of one run are compared on the same random numbers."""
+"""Keys of these sections that must not change: evaluations of one run are compared on the same random numbers."""
 
 RESUME, FORK, AUTO = "resume", "fork", "auto"
 
 CODE_KEYS = ("target", "trust_remote_code")
-"""Names of keys that make a run execute code of the user's; see `find_code`."""
+"""Names of keys that make a run execute the user's code; see `find_code`."""
 
 YAML_CONSTANTS = {"null", "true", "false", "yes", "no", "on", "off", "inf", "nan"}
 """Values that the command line does not read as text unless they are quoted."""
@@ -29,10 +29,10 @@ Difference = tuple[str, Any, Any]
 
 
 def find_code(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return (dotted key, value) of every key by which a configuration runs code that is not the package's.
+    """Return (dotted key, value) of every key by which a configuration runs code from outside the package.
 
-    A file in a run's directory must not make a command run code, so these keys are asked for on the command line
-    again. A list that contains such a key is returned as a whole.
+    A file in a run's directory must not make a command run code, so these keys must be given on the command line again.
+    A list that contains such a key is returned as a whole.
     """
     code = []
     for key, value in config.items():
@@ -46,13 +46,13 @@ def find_code(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]
 
 
 def build_resume_overrides(config: dict[str, Any], path: Path) -> list[str]:
-    """Return the overrides with which the run in `path` goes on."""
+    """Return the overrides that continue the run in `path`."""
     code = find_code(config)
     return [f"{RESUME}={path}", *(f"{key}={format_override_value(value)}" for key, value in code)]
 
 
 def format_override_value(value: Any) -> str:
-    """Return a value of a configuration as an override of the command line gives it."""
+    """Return a value of a configuration in the syntax of an override."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {format_override_value(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list):
@@ -67,14 +67,14 @@ def format_override_value(value: Any) -> str:
 
 
 def is_within(key: str, section: str) -> bool:
-    """Return True if the dotted `key` is `section`, or lies in it."""
+    """Return True if the dotted `key` is `section` or one of its keys."""
     return key == section or key.startswith(f"{section}.")
 
 
 def find_differences(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     """Return the differences between two configurations, except those of MAY_DIFFER.
 
-    Where `lambda` differs, so does the key of the algorithm that it sets, which is not counted again.
+    If `lambda` differs, the algorithm's key that it sets differs too and is not counted again.
     """
     differences = [difference for difference in _compare(old, new) if not _may_differ(difference[0])]
     of_lambda = next(((before, after) for key, before, after in differences if key == "lambda"), None)

@@ -1,4 +1,4 @@
-"""Early end of a run, with its state saved: on a signal, or before a time limit."""
+"""Early stop of a run, with its state saved: on a signal, or before a time limit."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import Any
 from apa_cli.errors import UserError
 
 START_TIME = time.monotonic()
-"""Start of the command, in seconds of the monotonic clock: this module is imported before anything heavy."""
+"""Start of the command, in seconds of the monotonic clock; this module is imported before torch."""
 
-UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
-"""Unit of a duration → its seconds, largest first."""
+SECONDS_PER_UNIT = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+"""Unit of a duration → seconds, largest first."""
 OUT_OF_TIME = 75
-"""Exit status of a run that `stop_after` ended (EX_TEMPFAIL): not finished, to be started again."""
+"""Exit status of a run that `stop_after` ended (EX_TEMPFAIL): not finished, start it again."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of a duration such as 90s, 45m, 3h50m or 1d. ValueError for any other text."""
-    match = re.fullmatch("".join(rf"(?:(\d+){unit})?" for unit in UNITS), text.replace(" ", ""))
+    """Return the seconds of a duration such as 90s, 45m, 3h50m or 1d. Raise ValueError for any other text."""
+    match = re.fullmatch("".join(rf"(?:(\d+){unit})?" for unit in SECONDS_PER_UNIT), text.replace(" ", ""))
     if not match or not any(match.groups()):
         raise ValueError(f"{text!r} is not a time such as 90s, 45m, 3h50m or 1d")
-    return sum(int(count or 0) * size for count, size in zip(match.groups(), UNITS.values(), strict=True))
+    return sum(int(count or 0) * size for count, size in zip(match.groups(), SECONDS_PER_UNIT.values(), strict=True))
 
 
 class RunStopped(UserError):
-    """End of a run before its last iteration, on request; its state is saved. `status` is the exit status."""
+    """End of a run before its last iteration, on request, with its state saved. `status` is the exit status."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
         self.status = status
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal that arrived before there was anything to save. `status` is the exit status."""
+class RunInterrupted(KeyboardInterrupt):
+    """Signal that arrived before there was anything to save. `status` is the exit status."""
 
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name} before there was anything to save")
@@ -46,18 +46,18 @@ class Interrupted(KeyboardInterrupt):
 
 
 class GracefulStop:
-    """Handler of SIGTERM and Ctrl-C while it is entered, and of the time limit `stop_after`.
+    """Context manager that handles SIGTERM and Ctrl-C, and the time limit `stop_after`.
 
-    Before `listen` a signal ends the program at once, by raising `Interrupted`. After it the first signal is only
-    recorded, for the training loop to read `reason` between two iterations, and a second one kills.
+    Before `listen` a signal ends the program at once, by raising `RunInterrupted`. After `listen` the first signal is
+    only recorded, so that the training loop reads `reason` between two iterations; a second signal kills the process.
     """
 
     def __init__(self, stop_after: str | None = None):
         self.deadline = None if stop_after is None else START_TIME + parse_duration(stop_after)
-        """In seconds of the monotonic clock; None without a time limit."""
+        """End of the time limit, in seconds of the monotonic clock; None without a limit."""
         self.stop_after = stop_after
         self.signal_name: str | None = None
-        """The signal that asked the run to end."""
+        """Name of the signal that asked the run to end; None so far."""
         self.listening = False
         self.longest_iteration = 0.0
         """Seconds, evaluation included."""
@@ -74,23 +74,23 @@ class GracefulStop:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Record signals from here on, instead of ending the program: there is a state to save."""
+        """Record signals from now on instead of ending the program, since there is a state to save."""
         self.listening = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.listening:
-            raise Interrupted(number)
+            raise RunInterrupted(number)
         self.signal_name = signal.Signals(number).name
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        text = f"\n{self.signal_name}: the step will be finished and saved first; a second signal stops at once\n"
-        os.write(2, text.encode())  # not print, which the signal may have interrupted
+        text = f"\n{self.signal_name}: finishing and saving the current step; a second signal ends the run at once\n"
+        os.write(2, text.encode())  # not print: the signal may have interrupted one
 
     @property
     def is_out_of_time(self) -> bool:
-        """True if one more iteration, as long as the longest so far, and a save might end after the deadline.
+        """True if another iteration as long as the longest so far, and a save, might end after the deadline.
 
-        Before the first save, saving is taken to last as long as an iteration.
+        Before the first save, a save is assumed to take as long as an iteration.
         """
         save = self.longest_iteration if self.longest_save is None else self.longest_save
         return self.deadline is not None and time.monotonic() + self.longest_iteration + save > self.deadline

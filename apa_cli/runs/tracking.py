@@ -1,8 +1,8 @@
 """Trackers, which record a run's metrics besides its own files: Weights & Biases, TensorBoard, or none.
 
-`make_tracker` makes one. All trackers share the interface of `Tracker`, which does nothing, so that the trainer
-never asks if there is one. Once a run has started, no failure of a tracker stops it; the failure is reported once
-and the run carries on without it.
+`make_tracker` returns one. All trackers share the interface of `Tracker`, which does nothing, so that the trainer
+never asks if there is a tracker. Once a run has started, no failure of a tracker ends the run; the failure is reported
+once and the run continues without the tracker.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ SAMPLE_KEYS = ("iteration", "samples", "prompt", "response", "score", "kl", "end
 KINDS = ("none", "wandb", "tensorboard")
 WANDB_MODES = ("auto", "online", "offline")
 
-START_TIMEOUT = 30
-"""Seconds wandb may take to start a run online before the run goes offline."""
-FINISH_TIMEOUT = 120
-"""Seconds wandb may go on uploading after the run has ended; the rest stays on disk."""
+WANDB_START_TIMEOUT = 30
+"""Seconds that wandb may take to start a run online before the run goes offline."""
+WANDB_FINISH_TIMEOUT = 120
+"""Seconds that wandb may continue uploading after the run has ended; the rest stays on disk."""
 
 
 class Tracker:
-    """A tracker that does nothing, and the interface of the others.
+    """A tracker that does nothing, and the interface of the other trackers.
 
-    `wandb_id` is the id under which a resumed run continues (None for other trackers); a checkpoint stores it and
-    hands it back to `make_tracker`.
+    `wandb_id` is the id under which a resumed run continues (None for other trackers); a checkpoint stores it, and a
+    resume passes it to `make_tracker`.
     """
 
     wandb_id: str | None = None
@@ -51,11 +51,11 @@ class Tracker:
         """Record figures of the whole run, which belong to no iteration."""
 
     def finish(self, failed: bool = False) -> None:
-        """Write the rest and close; `failed` marks the run as failed. Later calls do nothing."""
+        """Write pending records and close; `failed` marks the run as failed. Later calls have no effect."""
 
 
 class _SafeTracker(Tracker):
-    """A tracker whose first failure is reported and ends the recording, and never reaches the training loop."""
+    """A tracker whose first failure is reported and ends the recording, but not the training loop."""
 
     def __init__(self, kind: str, say: Say):
         self._kind, self._say, self._closed = kind, say, False
@@ -65,19 +65,19 @@ class _SafeTracker(Tracker):
             return
         try:
             action()
-        except Exception as error:  # of any kind: the run goes on
+        except Exception as error:  # whatever fails, the run continues
             self._closed = True
-            self._say(f"{self._kind} has stopped recording, the run goes on without it: {first_line(error)}")
+            self._say(f"{self._kind}: recording has failed ({first_line(error)}); the run continues without it")
 
 
 # --- Weights & Biases ---------------------------------------------------------------------------------------
 
 
 class WandbTracker(_SafeTracker):
-    """Records to a Weights & Biases run with `samples` as the axis of every metric."""
+    """Tracker that records to a Weights & Biases run, with `samples` as the axis of every metric."""
 
     def __init__(self, run: Any, say: Say, rows: list[dict[str, Any]] | None = None):
-        """`run` is a started wandb run; `rows` are the sample rows of an earlier part of a resumed run."""
+        """Record to `run`, a started wandb run; `rows` are the sample rows of an earlier part of a resumed run."""
         super().__init__("wandb", say)
         self._run = run
         self._rows = list(rows or [])
@@ -89,7 +89,7 @@ class WandbTracker(_SafeTracker):
         self._run.define_metric("*", step_metric="samples")
 
     def log(self, metrics: dict[str, float]) -> None:
-        # wandb drops a step that it has already: iterations that a resumed run repeats are there once.
+        # wandb drops a step that it already has, so iterations that a resumed run repeats are recorded once.
         self._attempt(lambda: self._run.log(dict(metrics), step=int(metrics["iteration"])))
 
     def summarize(self, figures: dict[str, float]) -> None:
@@ -130,9 +130,9 @@ def _start_wandb(
     try:
         import wandb
     except ImportError as error:
-        raise UserError("tracking=wandb needs the package wandb, which is not installed") from error
+        raise UserError("tracking=wandb: the package wandb is not installed; pip install wandb") from error
     if os.environ.get("WANDB_MODE", "").lower() == "disabled":
-        say("wandb is switched off by WANDB_MODE=disabled")
+        say("wandb: disabled by WANDB_MODE=disabled")
         return Tracker()
 
     def start(wandb_mode: Literal["online", "offline"]) -> Any:
@@ -148,33 +148,33 @@ def _start_wandb(
             try:
                 run = start("online")
             except Exception as error:
-                reason = f"it does not start online ({first_line(error)})"
+                reason = f"cannot start online ({first_line(error)})"
         if reason is not None:
             run = start("offline")
     except Exception as error:
-        say(f"wandb does not start, the run goes on without it: {first_line(error)}")
+        say(f"wandb: cannot start ({first_line(error)}); the run continues without it")
         return Tracker()
     say(f"wandb: {run.url}" if reason is None else _describe_offline(reason, run))
     return WandbTracker(run, say, _read_recorded_samples(run_dir) if run_id else None)
 
 
 def _make_settings() -> Any:
-    """Return wandb settings that keep it off the console and bound the time for which it may delay a run."""
+    """Return wandb settings without console output and with bounds on the time that wandb may delay a run."""
     import wandb
 
     values: dict[str, Any] = {
         "silent": True,
-        "console": "off",  # leave stdout and stderr alone: the live display writes there
+        "console": "off",  # no capture of stdout and stderr, where the live display writes
         "reinit": "finish_previous",  # the jobs of a sweep share one process
-        "init_timeout": START_TIMEOUT,
-        "finish_timeout": FINISH_TIMEOUT,  # newer versions of wandb only
+        "init_timeout": WANDB_START_TIMEOUT,
+        "finish_timeout": WANDB_FINISH_TIMEOUT,  # newer versions of wandb only
     }
     return wandb.Settings(**{key: value for key, value in values.items() if key in wandb.Settings.model_fields})
 
 
 def _describe_offline(reason: str, run: Any) -> str:
     folder = os.path.relpath(run.settings.sync_dir)
-    return f"wandb works offline: {reason}; `wandb sync {folder}` uploads this run later"
+    return f"wandb: offline, {reason}; `wandb sync {folder}` uploads this run later"
 
 
 def _read_recorded_samples(run_dir: Path) -> list[dict[str, Any]]:
@@ -189,23 +189,25 @@ def _read_recorded_samples(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoardTracker(_SafeTracker):
-    """Records TensorBoard event files in `directory`, with `samples` as the step."""
+    """Tracker that writes TensorBoard event files to `directory`, with `samples` as the step."""
 
     def __init__(self, directory: Path, config: dict[str, Any], say: Say):
-        """UserError if the package tensorboard is missing."""
+        """Prepare a writer, opened at its first use. Raise UserError if the package tensorboard is missing."""
         super().__init__("tensorboard", say)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise UserError("tracking=tensorboard needs the package tensorboard, which is not installed") from error
+            raise UserError(
+                "tracking=tensorboard: the package tensorboard is not installed; pip install tensorboard"
+            ) from error
         self._writer_class: Any = SummaryWriter
         self._writer: Any = None
         self._directory, self._config = directory, config
 
     def _open_writer(self, samples: int) -> Any:
-        """Return the writer, opened at its first use: only then is it known where a resumed run continues.
+        """Return the writer, opened at its first use, when the step from which a resumed run continues is known.
 
-        TensorBoard drops what an interrupted run had recorded from there on (`purge_step`).
+        TensorBoard drops what an interrupted run had recorded from that step on (`purge_step`).
         """
         if self._writer is None:
             self._writer = self._writer_class(str(self._directory), purge_step=samples)
@@ -267,13 +269,13 @@ def make_tracker(
     run_id: str | None,
     say: Say,
 ) -> Tracker:
-    """Return the tracker of a configuration, started.
+    """Return a started tracker.
 
     `kind` is one of KINDS. `mode`, one of WANDB_MODES, concerns wandb only: "auto" is online if there is an API key
-    and the server answers in time. A run that cannot go online is recorded offline under `run_dir`, which `say` reports
-    once. WANDB_MODE in the environment takes precedence over `mode`. `group` joins the runs of a sweep; `run_id` is
-    the `wandb_id` under which an interrupted run continues, else None. UserError for an unknown kind or mode and for a
-    package that is not installed; nothing else is raised, for no run should fail over its tracker.
+    and the server responds in time. A run that cannot go online is recorded offline under `run_dir`, which `say`
+    reports once. WANDB_MODE in the environment takes precedence over `mode`. `group` joins the runs of a sweep;
+    `run_id` is the `wandb_id` under which an interrupted run continues, else None. Raise UserError for an unknown kind
+    or mode and for a package that is not installed, and nothing else, since a tracker must not end a run.
     """
     if kind not in KINDS:
         raise UserError(f"tracking.kind: {kind!r} is unknown; give one of {', '.join(KINDS)}")

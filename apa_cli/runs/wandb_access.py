@@ -1,4 +1,4 @@
-"""Online or offline: a check of wandb's mode, API key and server before wandb itself tries."""
+"""Check of wandb's mode, API key and server, made before wandb itself tries to connect."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 from apa_cli.network import is_reachable
 
 SERVER_TIMEOUT = 4
-"""Seconds the wandb server has to answer before the run goes offline."""
+"""Seconds that the wandb server has to respond before the run goes offline."""
 
 PUBLIC_HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
-"""Two addresses of one public service: a key stored for either is good for both."""
+"""Two addresses of one public service: a key stored for either is valid for both."""
 
 
 def find_offline_reason(mode: str, base_url: str, api_key: str | None) -> str | None:
@@ -30,7 +30,7 @@ def find_offline_reason(mode: str, base_url: str, api_key: str | None) -> str | 
     if not has_key(base_url, api_key):
         return "no API key (`wandb login` stores one)"
     if mode == "auto" and environment_mode != "online" and not is_reachable(base_url, SERVER_TIMEOUT):
-        return f"no answer from {base_url}"
+        return f"no response from {base_url}"
     return None
 
 

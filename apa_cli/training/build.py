@@ -80,7 +80,7 @@ def build_trainer(
     models = prepare_models(config, policy, tokenizer, device)
     inputs = load_inputs(config, train, held_out, policy, tokenizer, device, world)
     update_meter = build_update_meter(config, models, device, world)
-    models = distribute(config, models, device, world)
+    models = distribute_models(config, models, device, world)
     checkpoint = None if resume is None else checkpoints.load_checkpoint(resume)
     wandb_id = None
     if resume is not None and checkpoint is not None and resume.resolve().is_relative_to(path.resolve()):
@@ -245,7 +245,7 @@ def is_sharded(config: Config, world: World) -> bool:
     return world.size > 1 and config.launch.strategy is ParallelStrategy.fsdp
 
 
-def distribute(config: Config, models: RunModels, device: torch.device, world: World) -> RunModels:
+def distribute_models(config: Config, models: RunModels, device: torch.device, world: World) -> RunModels:
     """Return the models under DDP or FSDP; those of a single process as they are."""
     if world.size == 1:
         return models

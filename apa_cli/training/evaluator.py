@@ -19,7 +19,7 @@ from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.randomness import Stream
 from apa_cli.rewards.base import CheckedScoreFunction
 from apa_cli.rollout.collect import collect_rollout, concatenate_rollouts, pad_to_width
-from apa_cli.rollout.statistics import confidence_half_width, response_statistics
+from apa_cli.rollout.statistics import compute_response_metrics, confidence_half_width
 from apa_cli.settings import DType, SamplingSettings
 from apa_cli.tensor_ops import apply_temperature, masked_mean, token_entropy
 from apa_cli.types import Prompt, Rollout
@@ -29,7 +29,7 @@ MAIN_REWARD = ""
 
 
 @dataclass(frozen=True)
-class Replies:
+class ScoredResponses:
     """One model's responses to the held-out prompts, with what is measured on them."""
 
     rollout: Rollout
@@ -73,7 +73,7 @@ class Evaluator:
         numbers; a tie counts half. Empty `sft_scores` mean that `policy` is the SFT model. Further rewards have
         eval/reward_mean/NAME and eval/win_rate_sft/NAME; the latter is left out if `sft_scores` lacks NAME.
         """
-        replies = self.generate_replies(policy)
+        replies = self.sample_and_score(policy)
         rollout, scores = replies.rollout, replies.scores
         rows = [
             {"prompt": prompt, "response": response, "score": score, "kl": float(kl), "ending": ending}
@@ -85,7 +85,7 @@ class Evaluator:
         return self.compute_metrics(replies, sft_scores or scores), rows, scores
 
     @torch.no_grad()
-    def generate_replies(self, policy: PreTrainedModel | AdapterDisabledModel) -> Replies:
+    def sample_and_score(self, policy: PreTrainedModel | AdapterDisabledModel) -> ScoredResponses:
         """Sample a model's responses to the prompts, score them by every reward, and measure KL and entropy."""
         prompts = [self.prompts[i] for i in self.world.shard_indices(len(self.prompts))]
         model = cast(PreTrainedModel, policy)  # an AdapterDisabledModel is called like one
@@ -103,9 +103,9 @@ class Evaluator:
         scores = self.world.run_on_all_ranks(
             lambda: {name: score(*texts).values for name, score in self.scores.items()}
         )
-        return self.gather_replies(Replies(rollout, scores, kl, entropy))
+        return self.gather_responses(ScoredResponses(rollout, scores, kl, entropy))
 
-    def gather_replies(self, replies: Replies) -> Replies:
+    def gather_responses(self, replies: ScoredResponses) -> ScoredResponses:
         """Return the replies of all ranks, on every rank."""
         if self.world.size == 1:
             return replies
@@ -117,13 +117,13 @@ class Evaluator:
             for name in ("kl", "entropy")
         )
         scores = {name: [value for part in parts for value in part.scores[name]][:count] for name in replies.scores}
-        return Replies(rollout, scores, kl, entropy)
+        return ScoredResponses(rollout, scores, kl, entropy)
 
-    def compute_metrics(self, replies: Replies, sft_scores: Mapping[str, list[float]]) -> dict[str, float]:
+    def compute_metrics(self, replies: ScoredResponses, sft_scores: Mapping[str, list[float]]) -> dict[str, float]:
         """Return the metrics that training logs, see `evaluate`."""
         rollout, scores, kl = replies.rollout, replies.scores, replies.kl
         values, sft = torch.tensor(scores[MAIN_REWARD]), torch.tensor(sft_scores[MAIN_REWARD])
-        statistics = response_statistics(rollout)
+        statistics = compute_response_metrics(rollout)
         metrics = {
             "eval/reward_mean": float(values.mean()),
             "eval/reward_ci": confidence_half_width(values),

@@ -171,7 +171,7 @@ def claim_directory(
     path = resolve_directory(config, requested_path, sweep)
     directory = RunDirectory(path)
     stack.enter_context(directory.lock())
-    candidates = find_checkpoints(config, path)
+    candidates = list_resume_candidates(config, path)
     if config.run.resume == AUTO and (description := describe_if_finished(config, directory)):
         print(f"{path}: {description}, nothing is left to do", flush=True)
         return path, candidates, True
@@ -196,7 +196,7 @@ def resolve_directory(config: Config, path: Path, sweep: str | None) -> Path:
     return checkpoints.locate_checkpoints(resume)[0]
 
 
-def find_checkpoints(config: Config, path: Path) -> list[Path]:
+def list_resume_candidates(config: Config, path: Path) -> list[Path]:
     """Return the checkpoints in `path` that the run can continue from, oldest first; none for a new run."""
     resume = config.run.resume
     if resume is None:

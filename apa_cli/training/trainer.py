@@ -20,7 +20,7 @@ from apa_cli.distributed.world import SINGLE_PROCESS, RankLost, World
 from apa_cli.errors import UserError
 from apa_cli.hardware.machine import read_peak_memory
 from apa_cli.rewards.base import CheckedScoreFunction
-from apa_cli.rollout.statistics import rollout_statistics
+from apa_cli.rollout.statistics import compute_rollout_metrics
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory
@@ -133,7 +133,7 @@ class Trainer:
         }
         rollout, total = result.rollout, sum(times.values())
         return {
-            **rollout_statistics(rollout),
+            **compute_rollout_metrics(rollout),
             **result.metrics,
             **compute_sampler_gap(rollout),
             **times,
@@ -253,7 +253,7 @@ class Trainer:
         """Score the SFT model again and forget the best score, after a resume with settings that change scores."""
         with self.save_on_reward_failure():
             sampler = self.models.borrow_reference_sampler()
-            self.progress.sft_scores = self.evaluator.generate_replies(sampler).scores
+            self.progress.sft_scores = self.evaluator.sample_and_score(sampler).scores
         self.models.refresh_sampler()
         self.progress.measured_by = digest_sft_settings(self.config.raw)
         self.progress.forget_best()

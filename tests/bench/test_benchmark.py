@@ -8,12 +8,8 @@ import pytest
 import torch
 
 from apa_cli.bench.benchmark import compute_padding_shares, describe_phase, start_bench
-from apa_cli.bench.synthetic import build_number_tokenizer, check_memory, estimate_memory, spread_lengths
-from apa_cli.config.build import build
-from apa_cli.config.compose import compose
 from apa_cli.errors import ConfigError, UserError
 from apa_cli.hardware.roofline import Work
-from apa_cli.models.loading import load_model_config
 from apa_cli.training.mfu import Stopwatch
 from apa_cli.training.updater import split_into_minibatches
 
@@ -34,12 +30,12 @@ CRITIC_FLOPS = TRUNK_FLOPS + SAMPLED * 2 * 32
 
 
 @pytest.fixture(scope="module")
-def run_bench(configured, tmp_path_factory):
+def run_bench(make_config, tmp_path_factory):
     """run_bench(*overrides) → the directory and bench.json of a small benchmark."""
 
     def run(*overrides: str):
         directory = tmp_path_factory.mktemp("bench") / "run"
-        start_bench(configured("bench.iterations=1", "bench.warmup=0", "launch.matmul=torch", *overrides), directory)
+        start_bench(make_config("bench.iterations=1", "bench.warmup=0", "launch.matmul=torch", *overrides), directory)
         return directory, json.loads((directory / "bench.json").read_text())
 
     return run
@@ -108,7 +104,7 @@ def test_padding_shares_by_hand(ppo, phases, run_bench):
     assert phases["reward"]["padding_share"] == share([n + 1 for n in pairs], POSITIONS + 8, 2)
 
 
-def test_the_padding_of_the_update_is_that_of_its_minibatches(run_bench, configured):
+def test_the_padding_of_the_update_is_that_of_its_minibatches(run_bench, make_config):
     """With one minibatch of all rows its padding does not depend on their order."""
     _, result = run_bench("microbatch_size=1")
     assert result["phases"][-1]["padding_share"] == 0
@@ -116,7 +112,7 @@ def test_the_padding_of_the_update_is_that_of_its_minibatches(run_bench, configu
     assert result["phases"][-1]["padding_share"] == 0
     _, result = run_bench("minibatch_size=8", "microbatch_size=8", "model.attn_implementation=eager")
     assert result["phases"][-1]["padding_share"] == pytest.approx(1 - POSITIONS / (8 * INPUTS[-1]), rel=1e-12)
-    assert len(list(split_into_minibatches(configured("minibatch_size=8", "microbatch_size=8").run, 1))) == 2
+    assert len(list(split_into_minibatches(make_config("minibatch_size=8", "microbatch_size=8").run, 1))) == 2
 
 
 def test_the_table_follows_from_seconds_work_and_rates(ppo):
@@ -219,46 +215,18 @@ def test_the_growth_benchmark_reads_the_report(ppo):
 # Memory
 
 
-def test_memory_by_hand(configured, tiny):
-    config = configured("sampling.microbatch_size=4")
-    embedding, norms_and_biases = 600 * 32, 2 * (4 * 32 + 96 + 32 + 64 + 32) + 2 * 32
-    trunk = TRUNK + embedding + norms_and_biases
-    assert estimate_memory(config, load_model_config(config.model, str(tiny))) == {
-        "policy": 16 * (trunk + HEAD),
-        "critic value": 16 * trunk,
-        "reference": 4 * (trunk + HEAD),
-        "reward": 4 * (trunk + 32),
-        "key-value cache": 4 * (100 + 12) * 2 * 2 * 32 * 4,
-    }
-
-
-def test_memory_of_a_hub_model_without_the_hub():
-    config = build(compose(["model=pythia_160m", "lora=default", "critic=adapter", "model.dtype=bfloat16"]))
-    memory = estimate_memory(config, load_model_config(config.model, config.model.path))
-    adapter = 12 * 16 * (768 + 3 * 768)  # rank 16 on query_key_value
-    assert memory["policy"] == 2 * 162_322_944 + 16 * adapter
-    assert memory["critic value"] == 16 * adapter
-    assert "reference" not in memory
-
-
-def test_too_little_memory_is_a_one_line_error_and_leaves_no_directory(configured, tmp_path, monkeypatch):
+def test_too_little_memory_is_a_one_line_error_and_leaves_no_directory(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr("apa_cli.bench.benchmark.read_free_memory", lambda device: 2**20)
     with pytest.raises(UserError) as error:
-        start_bench(configured(), tmp_path / "run")
+        start_bench(make_config(), tmp_path / "run")
     assert str(error.value).startswith("memory: ") and "1 MiB are free on cpu" in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_models_may_fill_the_memory():
-    check_memory({"policy": 6.0, "reward": 4.0}, 10.0, CPU)
-    with pytest.raises(UserError, match="most of it by the policy"):
-        check_memory({"policy": 6.0, "reward": 4.0}, 9.0, CPU)
-
-
-def test_a_dry_run_prints_the_memory_estimate_and_leaves_no_directory(configured, tmp_path, capsys):
+def test_a_dry_run_prints_the_memory_estimate_and_leaves_no_directory(make_config, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    start_bench(configured("dry_run=true"), tmp_path / "run")
+    start_bench(make_config("dry_run=true"), tmp_path / "run")
     assert capsys.readouterr().out.startswith("memory, activations not counted: ")
     assert not (tmp_path / "run").exists()
 
@@ -272,24 +240,9 @@ def test_a_dry_run_prints_the_memory_estimate_and_leaves_no_directory(configured
     ],
 )
 def test_an_unusable_configuration_is_a_one_line_error_and_leaves_no_directory(
-    overrides, message, configured, tmp_path
+    overrides, message, make_config, tmp_path
 ):
     with pytest.raises(ConfigError) as error:
-        start_bench(configured(*overrides), tmp_path / "run")
+        start_bench(make_config(*overrides), tmp_path / "run")
     assert str(error.value).startswith(message)
     assert not (tmp_path / "run").exists()
-
-
-# Helpers
-
-
-def test_lengths_are_spread_evenly():
-    assert spread_lengths(8, 16, 100) == PROMPTS
-    assert spread_lengths(1, 5, 9) == [5]
-
-
-def test_the_tokenizer_writes_tokens_as_numbers():
-    tokenizer = build_number_tokenizer(50)
-    assert tokenizer("7 40 3")["input_ids"] == [7, 40, 3]
-    assert tokenizer.decode([7, 49, 3], skip_special_tokens=True) == "7 49 3"
-    assert len(tokenizer) == 50 and tokenizer.pad_token_id == tokenizer.eos_token_id == 0

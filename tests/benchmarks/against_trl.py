@@ -89,12 +89,12 @@ def measured_trl(arguments: argparse.Namespace, model: str) -> dict:
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     from apa_cli.bench.synthetic import number_tokenizer, random_examples, random_model, reward_architecture
-    from apa_cli.config.build import build
+    from apa_cli.config.build import build_config
     from apa_cli.config.compose import compose
     from apa_cli.hardware.machine import read_peak_memory
     from apa_cli.models.loading import load_model_config
 
-    config = build(compose(words(arguments, "ppo", model)))
+    config = build_config(compose(words(arguments, "ppo", model)))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

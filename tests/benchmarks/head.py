@@ -22,7 +22,7 @@ def measured(model: str, rows: int, tokens: int, pieces: bool) -> dict:
     from transformers import AutoModelForCausalLM
 
     from apa_cli.bench.synthetic import random_model
-    from apa_cli.config.build import build
+    from apa_cli.config.build import build_config
     from apa_cli.config.compose import compose
     from apa_cli.hardware.allocator import keep_freed_blocks
     from apa_cli.hardware.machine import read_peak_memory, reset_peak_memory
@@ -31,7 +31,7 @@ def measured(model: str, rows: int, tokens: int, pieces: bool) -> dict:
     from apa_cli.types import Sequences
 
     keep_freed_blocks()
-    cpu, config = torch.device("cpu"), build(compose([f"model={model}"]))
+    cpu, config = torch.device("cpu"), build_config(compose([f"model={model}"]))
     policy = random_model(AutoModelForCausalLM, load_model_config(config.model, config.model.path), 0, cpu)
     if not pieces:
         forward.find_linear_head = lambda model: None

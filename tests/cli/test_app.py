@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from apa_cli.cli.app import check_job, label_jobs
-from apa_cli.config.hydra_api import config_dir, expand_sweep
+from apa_cli.config.hydra_api import expand_sweep, find_config_dir
 from apa_cli.errors import ConfigError
 
 LOADED = "import sys; heavy = {'torch', 'transformers', 'wandb', 'matplotlib', 'datasets', 'accelerate'}"
@@ -103,7 +103,7 @@ def test_help_names_every_key_group_and_option(tmp_path):
     assert done.returncode == 0
     for word in ("lambda=0.1", "optimizer.lr=", "algo=", "apa*", "ppo", "awr", "--config-dir", "-m", "resume="):
         assert word in done.stdout
-    for name in yaml.safe_load((config_dir() / "config.yaml").read_text()):
+    for name in yaml.safe_load((find_config_dir() / "config.yaml").read_text()):
         if name not in ("defaults", "hydra"):
             assert f"  {name}=" in done.stdout or f"\n {name}: " in done.stdout
 
@@ -126,6 +126,16 @@ def test_help_of_an_option_has_the_keys_that_it_shares_with_others(tmp_path):
     } <= set(lines)
     keys = [line.partition("=")[0] for line in lines if line.startswith(("algo.", "critic."))]
     assert len(keys) == len(set(keys)) and "critic.kind" not in keys
+
+
+def test_help_knows_the_users_own_folder(tmp_path):
+    (tmp_path / "mine" / "reward").mkdir(parents=True)
+    (tmp_path / "mine" / "reward" / "short.yaml").write_text(
+        "# Short responses.\n_target_: my.Short\n# Longest response, characters.\nlongest: 9\n"
+    )
+    text = run("--config-dir", "mine", "--help", "reward=short", cwd=tmp_path).stdout
+    assert "short*" in text and "reward.longest=9" in text and "Longest response, characters." in text
+    assert "did you mean 'short'" in run("--config-dir", "mine", "--help", "reward=shrot", cwd=tmp_path).stderr
 
 
 def test_version_is_the_packages(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from apa_cli.cli.app import run_command
-from apa_cli.config.hydra_api import config_dir
+from apa_cli.config.hydra_api import find_config_dir
 
 COMMANDS = {"apa-train": (), "apa-sft": (), "apa-reward": (), "apa-eval": ("run", "model.path"),
             "apa-export": ("run",), "apa-chat": ("run", "model.path")}  # fmt: skip
@@ -28,10 +28,10 @@ VALUES = [
 
 def keys() -> list[str]:
     """Every key of every yaml, and every group."""
-    found = {folder.name for folder in config_dir().iterdir() if folder.is_dir()}
-    for file in config_dir().rglob("*.yaml"):
-        group = file.relative_to(config_dir()).parts[0]
-        section = "" if file.parent == config_dir() or group == "experiment" else f"{group}."
+    found = {folder.name for folder in find_config_dir().iterdir() if folder.is_dir()}
+    for file in find_config_dir().rglob("*.yaml"):
+        group = file.relative_to(find_config_dir()).parts[0]
+        section = "" if file.parent == find_config_dir() or group == "experiment" else f"{group}."
         for name in re.findall(r"^(\w+):", file.read_text(), flags=re.M):
             found.add(f"{section}{name}")
     return sorted(found | {"model.architecture.hidden_size", "reward.parts", "dataset.path", "lambda"})

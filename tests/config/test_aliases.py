@@ -36,7 +36,7 @@ def test_an_answer_names_keys_and_options_that_exist(alias):
 
 @pytest.mark.parametrize("alias", [name for name in ALIASES if name not in ("plan", "epochs")])
 def test_no_alias_is_a_key_at_the_top(alias):
-    assert f"'{alias}'; here it is {ALIASES[alias]}" in error_of(f"{alias}=1")
+    assert f"{alias}: unknown key; here it is {ALIASES[alias]}" in error_of(f"{alias}=1")
 
 
 EXPECTED = {
@@ -62,10 +62,10 @@ EXPECTED = {
 
 @pytest.mark.parametrize("override", EXPECTED)
 def test_other_tools_overrides_are_answered_with_ours(override):
-    from apa_cli.config.build import build
+    from apa_cli.config.build import build_config
 
     with pytest.raises(ConfigError) as caught:
-        build(compose([override]))
+        build_config(compose([override]))
     assert EXPECTED[override] in str(caught.value)
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
-from apa_cli.config.hydra_api import config_dir, expand_sweep
+from apa_cli.config.hydra_api import find_config_dir, expand_sweep
 from apa_cli.errors import ConfigError
 
-CONF = config_dir()
+CONF = find_config_dir()
 YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 
 
 def built(*words, extra_dir=None):
-    return build(compose(list(words), extra_dir))
+    return build_config(compose(list(words), extra_dir))
 
 
 def refused(*words, extra_dir=None):
@@ -67,7 +67,7 @@ def test_every_key_has_a_comment_above_it(path):
 
 WRONG = {
     "optimizer.lrr=1": ["optimizer.lrr", "optimizer.lr'"],
-    "lr=1": ["'lr'", "optimizer.lr"],
+    "lr=1": ["lr: ", "optimizer.lr"],
     "algoo=ppo": ["algoo", "'algo'"],
     "lambd=1": ["lambd", "'lambda'"],
     "algo=pppo": ["algo", "'ppo'"],
@@ -108,7 +108,7 @@ WRONG = {
     "algo._target_=nowhere.Nothing": ["algo._target_", "nowhere.Nothing"],
     "algo._target_=pathlib.Path": ["algo._target_", "dataclass"],
     "model.architecture=3": ["model.architecture"],
-    "optimizer=null": ["optimizer", "a section is needed"],
+    "optimizer=null": ["optimizer", "a section with keys is needed"],
     "~lambda": ["lambda"],
     "~optimizer.lr": ["optimizer.lr"],
     "word": ["'word'", "key=value"],
@@ -179,9 +179,9 @@ LOADED = "import sys; heavy = {'torch', 'transformers', 'wandb', 'matplotlib', '
 def test_checking_a_configuration_loads_no_heavy_package(tmp_path):
     code = (
         f"{LOADED}\nimport apa_cli.cli.train, apa_cli.cli.sft, apa_cli.cli.reward, apa_cli.cli.compare\n"
-        "from apa_cli.config.compose import compose\nfrom apa_cli.config.build import build\n"
+        "from apa_cli.config.compose import compose\nfrom apa_cli.config.build import build_config\n"
         "for words in ([], ['algo=ppo'], ['algo=awr', 'reward=vader', 'dataset=story_openings']):\n"
-        "    build(compose(words))\n"
+        "    build_config(compose(words))\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

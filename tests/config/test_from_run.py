@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from apa_cli.cli.app import check_subject
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.config.from_run import compose_from_run
 from apa_cli.config.run_names import make_job_name
@@ -22,7 +22,7 @@ def record_run(tmp_path_factory):
     def make(*overrides: str, name: str = "run", **environment):
         directory = tmp_path_factory.mktemp("recorded") / name
         directory.mkdir()
-        (directory / "config.yaml").write_text(yaml.safe_dump(build(compose(list(overrides))).raw))
+        (directory / "config.yaml").write_text(yaml.safe_dump(build_config(compose(list(overrides))).raw))
         (directory / "environment.json").write_text(json.dumps(environment))
         (directory / "metrics.jsonl").touch()
         return directory
@@ -32,25 +32,25 @@ def record_run(tmp_path_factory):
 
 def test_the_settings_are_the_runs_with_the_models_of_its_stages(record_run):
     run = record_run("algo=ppo", "lambda=0.3", "seed=5", policy="made/sft", reward="made/reward")
-    config = build(compose_from_run([f"run={run}", "evaluation.seed=6", "evaluation.prompts=7"]))
+    config = build_config(compose_from_run([f"run={run}", "evaluation.seed=6", "evaluation.prompts=7"]))
     assert (config.run.seed, config.evaluation.seed, config.evaluation.prompts) == (5, 6, 7)
     assert type(config.algo).__name__ == "PPO" and config.algo.kl_coef == 0.3
     assert (config.model.path, config.reward.path, config.run.run) == ("made/sft", "made/reward", str(run))
     run = record_run("model=local", "model.path=mine", "reward.path=my_reward", name="given", policy="x", reward="y")
-    config = build(compose_from_run([f"run={run}"]))
+    config = build_config(compose_from_run([f"run={run}"]))
     assert (config.model.path, config.reward.path) == ("mine", "my_reward")
 
 
 def test_groups_replace_sections_and_keys_change_them(record_run):
     run = record_run("reward=function", "reward.target=a.py:f", "sampling.max_new_tokens=9", policy="x", reward=None)
     overrides = ["reward.target=b.py:g", "sampling.temperature=0.5"]
-    config = build(compose_from_run([f"run={run}", *overrides]))
+    config = build_config(compose_from_run([f"run={run}", *overrides]))
     assert (config.reward.target, config.sampling.temperature, config.sampling.max_new_tokens) == ("b.py:g", 0.5, 9)
-    config = build(compose_from_run([f"run={run}", "dataset.data_seed=3", "dataset=story_openings", "reward=vader"]))
+    config = build_config(compose_from_run([f"run={run}", "dataset.data_seed=3", "dataset=story_openings", "reward=vader"]))
     assert config.dataset.data_seed == 3 and type(config.dataset).__name__ == "StoryOpenings"
     assert config.sampling.stop_strings == [] and config.reward.target.endswith("vader:compound")
     run = record_run("sampling.stop_strings=[x]", name="own", policy="x", reward="y")
-    assert build(compose_from_run([f"run={run}", "dataset=story_openings"])).sampling.stop_strings == ["x"]
+    assert build_config(compose_from_run([f"run={run}", "dataset=story_openings"])).sampling.stop_strings == ["x"]
 
 
 def test_keys_that_the_run_lacks_have_their_defaults(record_run):
@@ -58,7 +58,7 @@ def test_keys_that_the_run_lacks_have_their_defaults(record_run):
     raw = yaml.safe_load((run / "config.yaml").read_text())
     del raw["chat"], raw["run"], raw["evaluation"]["rewards"], raw["evaluation"]["best_of"]
     (run / "config.yaml").write_text(yaml.safe_dump(raw))
-    config = build(compose_from_run([f"run={run}"]))
+    config = build_config(compose_from_run([f"run={run}"]))
     assert config.evaluation.best_of and config.evaluation.rewards == [] and config.chat.dialogue is None
 
 
@@ -85,9 +85,9 @@ def test_the_folder_of_a_sweeps_job_is_read_and_no_heavy_package_loaded(record_r
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["run=nowhere"], ["nowhere", "no run of apa-train"]),
-        (["run={run}/checkpoints/iteration_000077"], ["no checkpoint of one"]),
-        (["run={run}", "optimizer.lrr=1"], ["'optimizer.lrr'", "optimizer.lr'"]),
+        (["run=nowhere"], ["nowhere", "neither a run of apa-train"]),
+        (["run={run}/checkpoints/iteration_000077"], ["nor its checkpoint"]),
+        (["run={run}", "optimizer.lrr=1"], ["optimizer.lrr: ", "optimizer.lr'"]),
         (["run={run}", "evaluation.best_off=[2]"], ["evaluation.best_off", "evaluation.best_of'"]),
         (["run={run}", "+evaluation.bestof=[2]"], ["evaluation.bestof", "evaluation.best_of'"]),
         (["run={run}", "evaluation.best_of=[0]"], ["evaluation.best_of", "at least 1"]),
@@ -101,7 +101,7 @@ def test_the_folder_of_a_sweeps_job_is_read_and_no_heavy_package_loaded(record_r
 )
 def test_a_wrong_override_is_one_line(overrides, parts, new_run):
     with pytest.raises(ConfigError) as error:
-        build(compose_from_run([override.format(run=new_run) for override in overrides], scores=lambda cfg: False))
+        build_config(compose_from_run([override.format(run=new_run) for override in overrides], uses_reward=lambda cfg: False))
     message = str(error.value)
     assert "\n" not in message and all(part in message for part in parts)
 
@@ -116,7 +116,7 @@ def test_a_directory_that_is_no_run_of_apa_train_is_refused(record_run):
 
 
 def test_each_command_names_the_keys_that_it_takes(tmp_path):
-    neither, of_model, of_run = (build(compose(overrides)) for overrides in ([], ["model.path=x"], ["run=y"]))
+    neither, of_model, of_run = (build_config(compose(overrides)) for overrides in ([], ["model.path=x"], ["run=y"]))
     check_subject(neither, ())
     check_subject(of_model, ("run", "model.path"))
     check_subject(of_run, ("run",))

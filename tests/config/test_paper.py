@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 
 
@@ -41,7 +41,7 @@ nine = pytest.mark.parametrize("name", TABLE)
 
 @cache
 def experiment(name: str):
-    return build(compose([f"experiment=paper/hh_{name}"]))
+    return build_config(compose([f"experiment=paper/hh_{name}"]))
 
 
 @nine

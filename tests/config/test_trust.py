@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from apa_cli.cli import chat, evaluate, export
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.config.from_run import compose_from_run
 from apa_cli.errors import ConfigError, UserError
@@ -25,7 +25,7 @@ from apa_cli.models.loading import load_policy
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.gptj_rm import GPTJReward
 
-look = partial(compose_from_run, scores=lambda cfg: False)
+look = partial(compose_from_run, uses_reward=lambda cfg: False)
 """compose_from_run for a command that asks no reward."""
 
 
@@ -82,23 +82,23 @@ TRAP = "trap_module.Trap"
     ],
 )
 def test_a_target_that_only_the_runs_configuration_names_is_not_imported(key, value, tampered, trap):
-    with pytest.raises(ConfigError, match=rf"_target_ in .*config\.yaml is '{TRAP}'.*it is not imported") as caught:
-        build(look([tampered(key, value)]))
+    with pytest.raises(ConfigError, match=rf"_target_: .*config\.yaml has '{TRAP}'.*to import it") as caught:
+        build_config(look([tampered(key, value)]))
     assert "\n" not in str(caught.value)
     assert not trap()
 
 
 def test_one_that_is_hidden_behind_a_reference_is_not_imported_either(tampered, trap):
     hidden = "${oc.decode:'[{use: vader, _target_: trap_module.Trap}]'}"
-    with pytest.raises(ConfigError, match=r"^evaluation\.rewards in .*config\.yaml refers to"):
-        build(look([tampered("evaluation.rewards", hidden)]))
+    with pytest.raises(ConfigError, match=r"^evaluation\.rewards: .*config\.yaml has the reference"):
+        build_config(look([tampered("evaluation.rewards", hidden)]))
     assert not trap()
 
 
 def test_a_target_that_a_word_or_the_users_own_folder_names_is_imported(tampered, trap, tmp_path):
     words = [tampered("reward._target_", TRAP), f"reward._target_={TRAP}"]
-    with pytest.raises(ConfigError, match=r"unknown key 'reward\."):  # the class has no such fields
-        build(look(words))
+    with pytest.raises(ConfigError, match=r"reward\..*: unknown key"):  # the class has no such fields
+        build_config(look(words))
     assert trap()
     (tmp_path / "own" / "reward").mkdir(parents=True)
     (tmp_path / "own" / "reward" / "mine.yaml").write_text(f"_target_: {TRAP}\n")
@@ -106,7 +106,7 @@ def test_a_target_that_a_word_or_the_users_own_folder_names_is_imported(tampered
 
 
 def test_a_runs_own_configuration_is_taken(run):
-    assert type(build(look([f"run={run}"])).algo).__name__ == "APA"
+    assert type(build_config(look([f"run={run}"])).algo).__name__ == "APA"
 
 
 def test_a_reward_function_is_named_again_where_it_is_asked(run, trap, tmp_path, capfd, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_reward_function_is_named_again_where_it_is_asked(run, trap, tmp_path,
         with pytest.raises(SystemExit) if refused else nullcontext():
             main()
         said = (
-            f"reward.target: config.yaml of {copy} has 'trap_module:Trap' there, which runs code; give "
+            f"reward.target: config.yaml of {copy} has 'trap_module:Trap', which runs code; give "
             "reward.target=trap_module:Trap"
         )
         assert (said in capfd.readouterr().err) == refused
@@ -134,8 +134,8 @@ def test_a_reward_function_is_named_again_where_it_is_asked(run, trap, tmp_path,
 
 def test_another_runs_consent_to_remote_code_is_none(tampered):
     words = [tampered("model.trust_remote_code", True)]
-    assert build(look(words)).model.trust_remote_code is False
-    assert build(look([*words, "model.trust_remote_code=true"])).model.trust_remote_code is True
+    assert build_config(look(words)).model.trust_remote_code is False
+    assert build_config(look([*words, "model.trust_remote_code=true"])).model.trust_remote_code is True
 
 
 def test_yaml_cannot_make_objects(run, tmp_path):
@@ -165,22 +165,22 @@ def test_the_trap_would_spring(tmp_path):
     assert (tmp_path / "sprung").is_dir()
 
 
-def test_a_models_pickled_weights_run_nothing(tiny, configured, tmp_path):
+def test_a_models_pickled_weights_run_nothing(tiny, make_config, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save({"weight": Spring(tmp_path / "sprung")}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"^model\.path: cannot load ") as caught:
-        load_policy(configured().model, str(tmp_path / "model"))
+        load_policy(make_config().model, str(tmp_path / "model"))
     assert "\n" not in str(caught.value) and not (tmp_path / "sprung").exists()
 
 
-def test_an_adapters_pickled_weights_run_nothing(tiny, configured, tmp_path):
+def test_an_adapters_pickled_weights_run_nothing(tiny, make_config, tmp_path):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(target_modules=["query_key_value"]))
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     torch.save({"weight": Spring(tmp_path / "sprung")}, tmp_path / "adapter" / "adapter_model.bin")
     with pytest.raises(UserError, match=r"^model\.path: cannot load ") as caught:
-        load_policy(configured().model, str(tmp_path / "adapter"))
+        load_policy(make_config().model, str(tmp_path / "adapter"))
     assert "\n" not in str(caught.value) and not (tmp_path / "sprung").exists()
 
 
@@ -193,14 +193,14 @@ def test_the_published_reward_models_pickle_runs_nothing(tiny, tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "sprung").exists()
 
 
-def test_remote_code_is_not_run_unless_asked_for(tiny, configured, tmp_path):
+def test_remote_code_is_not_run_unless_asked_for(tiny, make_config, tmp_path):
     shutil.copytree(tiny, tmp_path / "model")
     config = json.loads((tiny / "config.json").read_text())
     config |= {"model_type": "own_kind", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     (tmp_path / "model" / "own.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w').close()\n")
     with pytest.raises(UserError, match=r"^model\.path: cannot load ") as caught:
-        load_policy(configured().model, str(tmp_path / "model"))
+        load_policy(make_config().model, str(tmp_path / "model"))
     assert "trust_remote_code" in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "sprung").exists()
 
@@ -251,15 +251,15 @@ def test_a_secret_in_a_word_is_refused(word, secrets):
         with pytest.raises(
             ConfigError, match=rf"^[\w.\[\]]+: contains the value of the environment variable {name}"
         ) as e:
-            build(compose([word.format(value)]))
+            build_config(compose([word.format(value)]))
         assert value not in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "ANYTHING"])
 def test_a_word_cannot_refer_to_the_environment(name, secrets, monkeypatch):
     monkeypatch.setenv("ANYTHING", "hidden-value")
-    with pytest.raises(ConfigError, match=rf"^tracking\.project: .*not {name}") as caught:
-        build(compose([f"tracking.project=${{oc.env:{name}}}"]))
+    with pytest.raises(ConfigError, match=rf"^tracking\.project: {name} cannot be referred to") as caught:
+        build_config(compose([f"tracking.project=${{oc.env:{name}}}"]))
     assert "hidden" not in str(caught.value) and "hf_" not in str(caught.value)
     monkeypatch.setenv("HOME", "/some/home")
-    assert build(compose(["stages.cache_dir=${oc.env:HOME}/x"])).stages.cache_dir == "/some/home/x"
+    assert build_config(compose(["stages.cache_dir=${oc.env:HOME}/x"])).stages.cache_dir == "/some/home/x"

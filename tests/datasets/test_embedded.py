@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from apa_cli.datasets import embedded
-from apa_cli.datasets.embedded import EmbeddedDataset, parse_prompt, parse_reply, quality
+from apa_cli.datasets.embedded import EmbeddedDataset, parse_prompt, parse_reply, compute_quality
 from apa_cli.datasets.embedded_phrases import CLOSINGS, OPENINGS, PARTS, QUESTIONS, TOPICS
 from apa_cli.errors import UserError
 
@@ -88,7 +88,7 @@ def test_every_index_of_a_shape_is_a_different_prompt():
 
 @pytest.mark.parametrize("field", [{"train": -1}, {"test": -1}, {"seed": -1}])
 def test_negative_sizes_and_seeds_are_refused(field):
-    with pytest.raises(ValueError, match="no negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         make_dataset(**field).load("test")
 
 
@@ -199,7 +199,7 @@ def test_a_reply_is_parsed_into_its_sentences():
 )
 def test_a_garbled_reply_does_not_parse(reply):
     assert parse_reply(reply) is None
-    assert quality(ONE, reply) == embedded.UNPARSED_QUALITY
+    assert compute_quality(ONE, reply) == embedded.UNPARSED_QUALITY
 
 
 def test_a_reply_without_a_word_or_with_a_cut_sentence_does_not_parse(test):
@@ -259,7 +259,7 @@ def test_a_text_without_topic_or_question_is_refused(prompt):
     ],
 )
 def test_quality_by_hand(prompt, reply, expected):
-    assert quality(prompt, reply) == pytest.approx(expected, abs=1e-12)
+    assert compute_quality(prompt, reply) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -278,23 +278,23 @@ def test_quality_by_hand(prompt, reply, expected):
 )
 def test_every_fault_lowers_the_quality(worse):
     assert parse_reply(worse) is not None
-    assert quality(TWO, worse) <= quality(TWO, f" Sure thing. {NEEDS} {TIME} Enjoy!") - 0.09
+    assert compute_quality(TWO, worse) <= compute_quality(TWO, f" Sure thing. {NEEDS} {TIME} Enjoy!") - 0.09
 
 
 def test_any_reply_is_better_than_a_text_that_does_not_parse():
-    assert quality(ONE, " " + " ".join([TEA] * 50)) > embedded.UNPARSED_QUALITY
+    assert compute_quality(ONE, " " + " ".join([TEA] * 50)) > embedded.UNPARSED_QUALITY
 
 
 # The pairs
 
 
 def test_labels_are_mostly_right_but_not_always(train):
-    correct = [quality(row.prompt, row.chosen) > quality(row.prompt, row.rejected) for row in train]
+    correct = [compute_quality(row.prompt, row.chosen) > compute_quality(row.prompt, row.rejected) for row in train]
     assert 0.93 <= sum(correct) / len(correct) <= 0.98
 
 
 def test_pairs_of_similar_quality_are_mislabelled_more_often(train):
-    gaps = [quality(row.prompt, row.chosen) - quality(row.prompt, row.rejected) for row in train]
+    gaps = [compute_quality(row.prompt, row.chosen) - compute_quality(row.prompt, row.rejected) for row in train]
     assert min(map(abs, gaps)) > 1e-6
     # at a gap of 0.5 or less the flip rate is sigmoid(-8 * 0.5) = 0.018 or more; beyond 1 it is below 0.0004
     close, clear = ([gap < 0 for gap in gaps if low < abs(gap) <= high] for low, high in ((0, 0.3), (1, 9)))
@@ -313,7 +313,7 @@ def test_repetitions_use_the_same_words_or_others(train):
 
 
 def test_chosen_replies_have_mixed_quality_and_no_single_feature_predicts_the_choice(train):
-    chosen = [quality(row.prompt, row.chosen) for row in train]
+    chosen = [compute_quality(row.prompt, row.chosen) for row in train]
     mean = sum(chosen) / len(chosen)
     deviation = (sum((value - mean) ** 2 for value in chosen) / len(chosen)) ** 0.5
     assert 0.01 <= sum(value > 2.5 - 1e-9 for value in chosen) / len(chosen) <= 0.25
@@ -327,7 +327,7 @@ def test_chosen_replies_have_mixed_quality_and_no_single_feature_predicts_the_ch
 
     def signed_feature(name, sign):
         return lambda row, reply: (
-            sign * embedded.reply_features(row.columns["topic"], row.columns["asked"], parse_reply(reply))[name]
+            sign * embedded.compute_reply_features(row.columns["topic"], row.columns["asked"], parse_reply(reply))[name]
         )
 
     for name, weight in embedded.WEIGHTS.items():

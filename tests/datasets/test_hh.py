@@ -121,7 +121,7 @@ def test_a_column_that_is_not_text_is_an_error(write, tmp_path, error_line):
     write("helpful-base/train.jsonl", [{"chosen": ["a"], "rejected": "b"}])
     assert (
         error_line(lambda: make_dataset(tmp_path).load("train"))
-        == "dataset.path: the column chosen holds ['a'], not text"
+        == "dataset.path: column chosen contains ['a'], not text"
     )
 
 

@@ -91,8 +91,8 @@ INVALID_ROWS = {
     '{"messages": ["x"]}': "the role of message 1 must be user, assistant or, in the first message, system, got null",
     '{"messages": [{"role": "user", "content": null}]}': "the content of message 1 must be a non-empty text",
     '{"messages": [{"role": "user", "content": ""}]}': "the content of message 1 must be a non-empty text",
-    '{"messages": [{"role": "assistant", "content": "x"}]}': "messages contain nothing to reply to",
-    '{"messages": [{"role": "system", "content": "x"}]}': "messages contain nothing to reply to",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "messages contain no turn to respond to",
+    '{"messages": [{"role": "system", "content": "x"}]}': "messages contain no turn to respond to",
     '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "chosen": "z"}': "both "
     "chosen and a last message by the assistant; only one can be the chosen reply",
 }
@@ -153,7 +153,7 @@ def test_missing_duplicate_and_unreadable_files(write, tmp_path, error_line):
     )
     one = write("one.jsonl", rows("a", "a"))
     assert error_line(lambda: make_dataset(one).load("test")) == (
-        f"dataset.path: {one} has 1 distinct prompts, too few for dataset.held_out_every=2"
+        f"dataset.path: {one} has 1 distinct prompts, too few for dataset.held_out_every=2; lower that or add prompts"
     )
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9"}\n')
     assert "cannot read" in error_line(lambda: make_dataset(tmp_path / "latin.jsonl").load("train"))

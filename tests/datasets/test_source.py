@@ -50,7 +50,7 @@ def test_missing_folders_splits_and_columns_are_named_with_the_existing_ones(wri
     )
     assert error_line(lambda: Source(f"{path}/absent")) == f"dataset.path: there is no folder {path}/absent"
     file = f"{path}/one/train.jsonl"
-    assert error_line(lambda: Source(file)).startswith(f"dataset.path: {file} is a file; a folder")
+    assert error_line(lambda: Source(file)).startswith(f"dataset.path: {file} is a file; give a folder")
 
 
 def test_broken_files_are_errors_of_one_line(write, tmp_path, error_line):

@@ -58,7 +58,7 @@ def test_pairs_are_sorted_by_descending_difference_of_scores():
 def test_a_stored_score_is_used_unchanged():
     answers = [answer("a", pm_score=1, upvotes=100), answer("b", pm_score=5), answer("c", pm_score=0, selected=True)]
     assert pair_answers(answers, 10) == [("b", "c"), ("b", "a"), ("a", "c")]
-    with pytest.raises(UserError, match="pm_score or upvotes, one has only text, votes"):
+    with pytest.raises(UserError, match="pm_score or upvotes, got only text, votes"):
         pair_answers([answer("a", votes=1), answer("b", votes=2)], 10)
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from apa_cli.datasets.story_openings import NAMES, OPENINGS, PLACES, StoryOpenings
+from apa_cli.datasets.story_openings import NAMES, STORY_TEMPLATES, PLACES, StoryOpenings
 from apa_cli.errors import UserError
 
-TOTAL = len(NAMES) * len(OPENINGS) * len(PLACES)
+TOTAL = len(NAMES) * len(STORY_TEMPLATES) * len(PLACES)
 
 
 def load_prompts(split, train=40, test=8, seed=0):

@@ -8,10 +8,10 @@ from apa_cli.distributed import device
 from apa_cli.distributed.world import SINGLE_PROCESS, World
 
 
-def test_concurrent_runs_claim_different_gpus(configured, monkeypatch, tmp_path):
+def test_concurrent_runs_claim_different_gpus(make_config, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    settings = configured("launch.processes=1").launch
+    settings = make_config("launch.processes=1").launch
     claims = []
     for _ in range(3):  # a new dictionary stands for a new process
         monkeypatch.setattr(device, "GPU_LOCKS", locks := {})
@@ -22,5 +22,5 @@ def test_concurrent_runs_claim_different_gpus(configured, monkeypatch, tmp_path)
     assert device.claim_gpu(settings, SINGLE_PROCESS) == 1  # the next job of a sweep in the second process
 
 
-def test_with_several_processes_the_gpu_is_the_local_rank(configured):
-    assert device.claim_gpu(configured("launch.processes=1").launch, World(3, 8, 2, None, 0.0)) == 2
+def test_with_several_processes_the_gpu_is_the_local_rank(make_config):
+    assert device.claim_gpu(make_config("launch.processes=1").launch, World(3, 8, 2, None, 0.0)) == 2

@@ -129,8 +129,8 @@ def test_positions_are_rounded_up_only_if_onednn_is_selected_and_they_are_many()
 
 @onednn
 @pytest.mark.parametrize(("name", "is_used"), [("onednn", True), ("torch", False)])
-def test_launch_matmul_selects_the_library(configured, name, is_used):
-    set_up_device(configured(f"launch.matmul={name}").launch)
+def test_launch_matmul_selects_the_library(make_config, name, is_used):
+    set_up_device(make_config(f"launch.matmul={name}").launch)
     layer, inputs = nn.Linear(300, 2500), torch.randn(96, 300)
     assert count_onednn_products(lambda: layer(inputs)) == is_used
     assert matmul.get_active_matmul() is MatmulLibrary(name)

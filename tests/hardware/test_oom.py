@@ -19,7 +19,7 @@ def test_the_batch_size_is_halved_until_memory_suffices():
     halver = BatchSizeHalver("microbatch_size", 12, 1, messages.append)
     assert halver.run(work) == 3 and attempts == [12, 6, 3]
     assert halver.run(work) == 3 and attempts == [12, 6, 3, 3]  # larger sizes are not tried again
-    assert len(messages) == 2 and messages[1].startswith("microbatch_size: out of memory; 3 from here on")
+    assert len(messages) == 2 and messages[1].startswith("microbatch_size: out of memory; reduced to 3")
     with pytest.raises(RuntimeError, match="another"):
         halver.run(lambda size: (_ for _ in ()).throw(RuntimeError("another fault")))
     with pytest.raises(UserError, match="microbatch_size: out of memory with 6"):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.config.from_run import compose_from_run
 from apa_cli.inference.chat import Conversation, choose_prompt_form, converse
@@ -20,11 +20,11 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<me>
 
 
 @pytest.fixture
-def start_conversation(configured):
+def start_conversation(make_config):
     """start_conversation(*overrides, …) → a conversation with the tiny model; what its reward reads, as a list."""
 
     def make(*overrides: str, template: str | None = None, is_dialogue: bool = True, uses_template: bool = True):
-        config = configured(*overrides)
+        config = make_config(*overrides)
         policy = load_policy(config.model, config.model.path)
         tokenizer = load_tokenizer(config.model, config.model.path)
         tokenizer.chat_template = template
@@ -152,19 +152,19 @@ def test_the_runs_prompts_decide_and_chat_dialogue_overrides_them(run_train):
     run = RecordedRun.find(str(run_train("iterations=0")))  # story openings, which are no dialogues
 
     def configure(*overrides: str):
-        return build(compose_from_run([f"run={run.directory}", *overrides], scores=lambda cfg: False))
+        return build_config(compose_from_run([f"run={run.directory}", *overrides], uses_reward=lambda cfg: False))
 
     assert choose_prompt_form(configure(), run) == (False, False)
     assert choose_prompt_form(configure("chat.dialogue=true"), run) == (True, False)
-    assert choose_prompt_form(build(compose(["model.path=x"])), None) == (True, True)
-    assert choose_prompt_form(build(compose(["model.path=x", "chat.dialogue=false"])), None) == (False, True)
+    assert choose_prompt_form(build_config(compose(["model.path=x"])), None) == (True, True)
+    assert choose_prompt_form(build_config(compose(["model.path=x", "chat.dialogue=false"])), None) == (False, True)
 
 
 @pytest.mark.slow
-def test_a_chat_through_a_pipe(run_train, small_words, tmp_path):
+def test_a_chat_through_a_pipe(run_train, small_overrides, tmp_path):
     run = run_train("iterations=1", "optimizer.lr=1e-2", "evaluation.every=0")
     code = "import sys; from apa_cli.cli.chat import main; sys.argv[0] = 'apa-chat'; main()"
-    overrides = [f"run={run}", "chat.score=true", "sampling.max_new_tokens=20", small_words[-1]]
+    overrides = [f"run={run}", "chat.score=true", "sampling.max_new_tokens=20", small_overrides[-1]]
     (tmp_path / "empty").mkdir()
     process = subprocess.run(
         [sys.executable, "-c", code, *overrides], input="Once there was\n/quit\nnever read\n",

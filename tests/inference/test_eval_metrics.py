@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apa_cli.inference.eval_metrics import REPLY_METRICS, compare_with_sft, compute_best_of_n, describe_replies
+from apa_cli.inference.eval_metrics import RESPONSE_METRICS, compare_with_sft, compute_best_of_n, compute_unpaired_metrics
 from apa_cli.kl import best_of_n_bound
-from apa_cli.training.evaluator import Replies
+from apa_cli.training.evaluator import ScoredResponses
 
 
 def test_gain_and_win_rate_are_of_pairs():
@@ -58,7 +58,7 @@ def test_replies_are_described_by_themselves():
     )
     entropy = torch.tensor([[1.0, 1, 1, 1], [1, 1, 3, 0], [2, 0, 0, 0]])
     evaluator = SimpleNamespace(describe=lambda sources, responses: {"added": len(responses)}, sources=["p"] * 3)
-    metrics = describe_replies(evaluator, Replies(rollout, {"": [0.0] * 3}, torch.zeros(3, 4), entropy))
+    metrics = compute_unpaired_metrics(evaluator, ScoredResponses(rollout, {"": [0.0] * 3}, torch.zeros(3, 4), entropy))
     assert metrics == {
         "entropy": pytest.approx(11 / 8),
         "distinct_1": 4 / 8,  # 1, 2, 3, 4 of eight tokens
@@ -70,4 +70,4 @@ def test_replies_are_described_by_themselves():
         "truncated_rate": 1 / 3,
         "added": 3,
     }
-    assert set(metrics) == {*REPLY_METRICS, "added"}
+    assert set(metrics) == {*RESPONSE_METRICS, "added"}

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.from_run import compose_from_run
 from apa_cli.errors import UserError
 from apa_cli.inference import eval_report
@@ -35,7 +35,7 @@ def evaluate(path, *overrides, file="eval.json"):
     """Run apa-eval run=…; return the content of `file`."""
     run = RecordedRun.find(str(path))
     target = run.config["reward"]["target"]
-    evaluate_run(build(compose_from_run([f"run={path}", f"reward.target={target}", *overrides])), run)
+    evaluate_run(build_config(compose_from_run([f"run={path}", f"reward.target={target}", *overrides])), run)
     return json.loads((run.directory / file).read_text())
 
 
@@ -112,21 +112,21 @@ def test_overrides_change_the_runs_settings(finished, tmp_path, capsys):
     assert "score (size)" in printed and printed.count("SFT model   |") == 1 and "Best of n" not in printed
 
 
-def test_a_model_is_evaluated_by_itself_and_beside_another(finished, tiny, configured, tmp_path):
+def test_a_model_is_evaluated_by_itself_and_beside_another(finished, tiny, make_config, tmp_path):
     overrides = [f"model.path={finished}/model", NO_BEST_OF_N, "name=plain"]
-    evaluate_model(configured(*overrides), tmp_path / "alone")
+    evaluate_model(make_config(*overrides), tmp_path / "alone")
     alone = json.loads((tmp_path / "alone" / "eval.json").read_text())
     last = read_evaluations(finished)[-1]
     assert alone["metrics"]["eval/reward_mean"] == last["eval/reward_mean"]
     assert alone["metrics"]["eval/kl_exact"] == 0 and alone["iteration"] is None
     assert not [key for key in alone["metrics"] if "sft" in key] and "sft" not in alone["replies"][0]
-    evaluate_model(configured(*overrides, f"evaluation.reference={tiny}"), tmp_path / "beside")
+    evaluate_model(make_config(*overrides, f"evaluation.reference={tiny}"), tmp_path / "beside")
     beside = json.loads((tmp_path / "beside" / "eval.json").read_text())
     assert {key: beside["metrics"][key] for key in last} == last
     config = yaml.safe_load((tmp_path / "beside" / "config.yaml").read_text())
     assert config["evaluation"]["reference"] == str(tiny)
-    with pytest.raises(UserError, match="holds a run already"):
-        evaluate_model(configured(*overrides), tmp_path / "alone")
+    with pytest.raises(UserError, match="already contains a run"):
+        evaluate_model(make_config(*overrides), tmp_path / "alone")
 
 
 def test_a_run_without_a_model_is_refused(run_train):

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.from_run import compose_from_run
 from apa_cli.errors import UserError
 from apa_cli.inference import export
@@ -33,7 +33,7 @@ def lora_run(train, tmp_path_factory):
 
 def run_export(run, *overrides):
     """Run apa-export run=… with these overrides."""
-    config = build(compose_from_run([f"run={run}", *overrides], scores=lambda cfg: False))
+    config = build_config(compose_from_run([f"run={run}", *overrides], uses_reward=lambda cfg: False))
     export_policy(config, RecordedRun.find(config.run.run))
 
 

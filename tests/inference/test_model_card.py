@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.from_run import compose_from_run
 from apa_cli.inference.export import export_policy
 from apa_cli.inference.model_card import format_example, format_front_matter, format_model_card
@@ -85,7 +85,7 @@ def test_the_card_has_the_report_of_apa_eval_on_this_policy(run, tmp_path):
 def test_the_cards_program_runs(run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "written"
     overrides = [f"run={run}", f"export.folder={folder}"]
-    export_policy(build(compose_from_run(overrides, scores=lambda cfg: False)), RecordedRun.find(str(run)))
+    export_policy(build_config(compose_from_run(overrides, uses_reward=lambda cfg: False)), RecordedRun.find(str(run)))
     program = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(folder)
     exec(program)

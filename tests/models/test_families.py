@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.models.loading import find_end_token_ids
 from apa_cli.rewards.base import Placement
@@ -100,7 +100,7 @@ def test_a_reward_model_of_every_family_learns_and_scores(name, family, tmp_path
         "reward_model.max_tokens=40",
         "reward_model.held_out=8",
     ]
-    config = build(compose(["model=local", f"model.path={family(name)}", *overrides, "reward_model.epochs=4"]))
+    config = build_config(compose(["model=local", f"model.path={family(name)}", *overrides, "reward_model.epochs=4"]))
     rows = [Example(f"Is {i} a number?", " Yes, it is.", " No.", {}) for i in range(24)]
     report = train_reward_model(config, rows[:16], rows[16:], 0, make_stage_context(tmp_path / "model"))
     assert report["accuracy"] == 1.0

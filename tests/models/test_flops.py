@@ -101,8 +101,8 @@ OVERRIDES = {
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
-def test_flops_of_an_update_pass(overrides, checkpointing, configured):
-    config = configured(*overrides, f"model.gradient_checkpointing={str(checkpointing).lower()}")
+def test_flops_of_an_update_pass(overrides, checkpointing, make_config):
+    config = make_config(*overrides, f"model.gradient_checkpointing={str(checkpointing).lower()}")
     model, reference = build_training_model(config, build_random_policy(NEOX))
     cost = measure_training_cost(model)
 
@@ -121,8 +121,8 @@ def test_flops_of_an_update_pass(overrides, checkpointing, configured):
 
 
 @pytest.mark.parametrize("overrides", [[], ["lora=default"], ["lora=default", "critic=adapter"]])
-def test_flops_of_values_alone(overrides, configured):
-    model, _ = build_training_model(configured(*overrides), build_random_policy(NEOX))
+def test_flops_of_values_alone(overrides, make_config):
+    model, _ = build_training_model(make_config(*overrides), build_random_policy(NEOX))
     with torch.no_grad():
         flops = count_flops(lambda: model(make_tokens(), with_policy=False))
     assert flops == compute_forward_flops(measure_critic_cost(model, "value"), OUTPUTS)

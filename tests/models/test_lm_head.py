@@ -9,7 +9,6 @@ from apa_cli.models import lm_head
 from apa_cli.models.forward import (
     TrainingModel,
     autocast_to,
-    build_padded_inputs,
     compute_response_logits,
     compute_response_logprobs,
 )
@@ -18,7 +17,13 @@ from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import token_logprobs
 from apa_cli.types import Sequences
-from tests.builders import add_random_adapter, build_tiny_policy, make_lora_settings, make_sequences
+from tests.builders import (
+    add_random_adapter,
+    build_tiny_policy,
+    make_lora_settings,
+    make_padded_inputs,
+    make_sequences,
+)
 
 N, H, V = 7, 5, 40
 
@@ -166,7 +171,7 @@ def build_policy(kind: str) -> PreTrainedModel:
 
 def compute_plain_logprobs(model, temperature: float = 0.7) -> torch.Tensor:
     """Return the log-probs from the model's own logits."""
-    rows = build_padded_inputs(BATCH.prompt_ids, BATCH.prompt_mask, BATCH.response_ids, BATCH.mask)
+    rows = make_padded_inputs(BATCH)
     logprobs = token_logprobs(compute_response_logits(model, rows, temperature), rows.response_ids)
     return logprobs.masked_fill(~BATCH.mask, 0.0)
 

@@ -14,7 +14,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from apa_cli.errors import ConfigError, UserError
+from apa_cli.errors import UserError
 from apa_cli.inference.trained_policy import load_trained_policy
 from apa_cli.models.forward import TrainingModel, compute_response_logprobs, enable_activation_checkpointing
 from apa_cli.models.lm_head import find_linear_head
@@ -27,7 +27,6 @@ from apa_cli.models.lora import (
     merge_adapter_tensors,
     use_adapter,
 )
-from apa_cli.models.structure import freeze_all_but_top
 from apa_cli.runs.records import RecordedRun
 from apa_cli.training.models import build_training_model
 from tests.builders import make_lora_settings, make_sequences
@@ -138,10 +137,10 @@ def test_saved_merged_model_and_saved_adapter_give_the_same_logits(tiny, adapted
     assert stored["base_model_name_or_path"] == str(tiny) and stored["task_type"] == "CAUSAL_LM"
 
 
-def test_an_adapter_folder_loads_merged_with_its_base_models_tokenizer(tiny, adapted, configured, tmp_path):
+def test_an_adapter_folder_loads_merged_with_its_base_models_tokenizer(tiny, adapted, make_config, tmp_path):
     save_model(adapted, AutoTokenizer.from_pretrained(tiny), tmp_path / "model")
     folder = str(tmp_path / "model" / "adapter")
-    settings = configured(f"model.path={folder}", "model.attn_implementation=eager").model
+    settings = make_config(f"model.path={folder}", "model.attn_implementation=eager").model
     model = load_policy(settings, folder)
     torch.testing.assert_close(model(IDS).logits, adapted(IDS).logits, rtol=1e-5, atol=1e-5)
     assert len(find_trained_names(model)) == len(find_trained_names(load_model(tiny)))  # no adapter weights remain
@@ -151,8 +150,8 @@ def test_an_adapter_folder_loads_merged_with_its_base_models_tokenizer(tiny, ada
 # --- in training --------------------------------------------------------------------------------------------
 
 
-def load_training_model(configured, tiny, *overrides):
-    config = configured("lora=default", "lora.rank=3", "model.attn_implementation=eager", *overrides)
+def load_training_model(make_config, tiny, *overrides):
+    config = make_config("lora=default", "lora.rank=3", "model.attn_implementation=eager", *overrides)
     model, reference = build_training_model(config, load_policy(config.model, str(tiny), frozen_base=True))
     return model, reference
 
@@ -167,8 +166,8 @@ def find_reached_names(model: TrainingModel, value: bool) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ["adapter", "separate", "head"])
-def test_each_loss_reaches_only_its_own_weights(kind, configured, tiny):
-    model, _ = load_training_model(configured, tiny, f"critic={kind}")
+def test_each_loss_reaches_only_its_own_weights(kind, make_config, tiny):
+    model, _ = load_training_model(make_config, tiny, f"critic={kind}")
     by_policy, by_value = find_reached_names(model, value=False), find_reached_names(model, value=True)
     assert by_policy and all(".policy." in name for name in by_policy)
     heads = {"critics.value.head.weight", "critics.value.head.bias"}
@@ -187,8 +186,8 @@ def test_each_loss_reaches_only_its_own_weights(kind, configured, tiny):
     assert not critic_group & {id(p) for p in model.policy_parameters()}
 
 
-def test_the_reference_stays_the_base_while_adapters_change(configured, tiny):
-    model, reference = load_training_model(configured, tiny, "critic=adapter")
+def test_the_reference_stays_the_base_while_adapters_change(make_config, tiny):
+    model, reference = load_training_model(make_config, tiny, "critic=adapter")
     expected = compute_response_logprobs(load_model(tiny), TOKENS, 1.0)
     randomize(model)
     assert torch.equal(compute_response_logprobs(reference, TOKENS, 1.0), expected)
@@ -196,10 +195,10 @@ def test_the_reference_stays_the_base_while_adapters_change(configured, tiny):
 
 
 @pytest.mark.parametrize("overrides", [["critic=adapter"], ["critic=separate"], ["critic=head"], ["lora.rank=0"]])
-def test_recomputed_activations_give_the_same_gradients(overrides, configured, tiny):
+def test_recomputed_activations_give_the_same_gradients(overrides, make_config, tiny):
     gradients = {}
     for checkpointing in ("false", "true"):
-        model, _ = load_training_model(configured, tiny, *overrides, f"model.gradient_checkpointing={checkpointing}")
+        model, _ = load_training_model(make_config, tiny, *overrides, f"model.gradient_checkpointing={checkpointing}")
         find_linear_head(model.policy)  # its first call probes the model with a pass
         calls = []
         block = model.policy.gpt_neox.layers[0]
@@ -268,7 +267,7 @@ def test_a_lora_run_saves_the_policy_that_it_evaluated(run_train, records, tiny)
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_run_on_a_quantized_base_saves_an_unquantized_model_with_the_same_logits(
-    bits, tiny, configured, run_train, records, tmp_path
+    bits, tiny, make_config, run_train, records, tmp_path
 ):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     torch.manual_seed(0)
@@ -289,46 +288,7 @@ def test_a_run_on_a_quantized_base_saves_an_unquantized_model_with_the_same_logi
     # The saved folder in float32 and the trained policy differ by the rounding of quantization.
     checkpoint = directory / "checkpoints" / "iteration_000003"
     run = RecordedRun.find(str(checkpoint))
-    quantized = load_trained_policy(configured(*overrides, *lora, f"run={checkpoint}"), run, torch.device("cpu"))
+    quantized = load_trained_policy(make_config(*overrides, *lora, f"run={checkpoint}"), run, torch.device("cpu"))
     expected, actual = quantized(IDS).logits.float(), load_model(directory / "model")(IDS).logits
     base = load_model(tmp_path / "base")(IDS).logits
     assert (actual - expected).abs().max() < 0.2 * (actual - base).abs().max()
-
-
-# --- trainable top layers -----------------------------------------------------------------------------------
-
-
-def test_only_the_top_layers_are_trained(tiny):
-    model = load_model(tiny)
-    freeze_all_but_top(model, 1)
-    names = find_trained_names(model)
-    assert all(
-        name.startswith(("gpt_neox.layers.1.", "gpt_neox.final_layer_norm.", "lm_head.", "embed_out."))
-        for name in names
-    )
-    everything = [n for n, _ in model.named_parameters()]
-    assert {n for n in everything if n.startswith(("gpt_neox.layers.1.", "gpt_neox.final_layer_norm."))} <= set(names)
-    assert any("lm_head" in name or "embed_out" in name for name in names)  # GPT-NeoX's output matrix is untied
-    freeze_all_but_top(model, 0)
-    assert not any("layers." in name for name in find_trained_names(model))
-
-
-def test_a_tied_output_matrix_is_frozen_with_the_embeddings():
-    config = LlamaConfig(
-        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=2, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    freeze_all_but_top(model, 2)
-    assert {name.split(".")[2] for name in find_trained_names(model) if "layers" in name} == {"1", "2"}
-    assert [name for name in find_trained_names(model) if "layers" not in name] == ["model.norm.weight"]
-    with pytest.raises(ConfigError):
-        freeze_all_but_top(model, 4)
-
-
-def test_frozen_layers_do_not_change(run_train, tiny):
-    directory = run_train("model.trainable_layers=1", "optimizer.lr=1e-2")
-    before, after = (load_model(folder).state_dict() for folder in (tiny, directory / "model"))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and not any(".layers.0." in name or "embed_in" in name for name in changed)
-    assert any(".layers.1." in name for name in changed)

@@ -1,4 +1,4 @@
-"""Encoding of rows as plain text or through a chat template, truncation, and the text for rewards."""
+"""Encoding of rows as plain text or through a chat template, truncation, SFT's targets, and the text for rewards."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -100,6 +100,41 @@ def test_a_chat_loses_its_earliest_turns_then_the_start_of_the_last_turn(tokeniz
     assert reward == f"Be kind.\n\nHuman: {content}\n\nAssistant: "
     with pytest.raises(ConfigError, match="max_prompt_tokens"):
         encode(tokenizer, PromptStyle.auto, example, 5)
+
+
+QUESTION, REPLY = "\n\nHuman: How long does it take?\n\nAssistant:", " It takes about three hours."
+
+
+def encode_target(tokenizer, max_tokens: int):
+    """Return the token ids of QUESTION and REPLY as plain text, and for each token if it is one of the reply."""
+    example = make_row(QUESTION, None, REPLY)
+    return PromptFormat(tokenizer, PromptStyle.hh).encode_target(example, max_tokens)
+
+
+def test_the_target_is_the_reply_and_eos(tokenizer):
+    ids, flags = encode_target(tokenizer, max_tokens=100)
+    prompt = tokenizer(QUESTION)["input_ids"]
+    assert ids[: len(prompt)] == prompt and not any(flags[: len(prompt)]) and all(flags[len(prompt) :])
+    assert ids[-1] == tokenizer.eos_token_id and tokenizer.decode(ids[len(prompt) : -1]) == REPLY
+    assert len(ids) == len(flags)
+
+
+def test_a_long_dialogue_loses_prompt_tokens_on_the_left(tokenizer):
+    whole, flags = encode_target(tokenizer, max_tokens=100)
+    reply = sum(flags)
+    for max_tokens in (len(whole), len(whole) - 1, reply + 3, reply + 1):
+        ids, cut_flags = encode_target(tokenizer, max_tokens)
+        assert ids == whole[-max_tokens:] and sum(cut_flags) == reply and cut_flags == flags[-max_tokens:]
+
+
+def test_a_long_reply_is_cut_and_has_no_eos(tokenizer):
+    whole, flags = encode_target(tokenizer, max_tokens=100)
+    prompt, reply = whole[: -sum(flags)], whole[-sum(flags) :]
+    max_tokens = 4
+    ids, cut_flags = encode_target(tokenizer, max_tokens)
+    # The last token of the prompt, which predicts the first of the reply, and the reply's first three.
+    assert ids == [prompt[-1], *reply[:3]] and cut_flags == [False, True, True, True]
+    assert tokenizer.eos_token_id not in ids
 
 
 def test_the_target_of_a_chat_ends_with_eos_and_begins_without_a_space(tokenizer):

@@ -11,7 +11,6 @@ from apa_cli.models import forward
 from apa_cli.models.critic import Critic
 from apa_cli.models.forward import (
     PackedInputs,
-    PaddedInputs,
     TrainingModel,
     build_padded_inputs,
     compute_head_inputs,
@@ -23,7 +22,13 @@ from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.models.sequence_packing import RESTRICTION_OPTIONS, attend_per_sequence, can_pack
 from apa_cli.settings import CriticKind, HeadKind, LoraSettings
 from apa_cli.types import Sequences
-from tests.builders import add_random_adapter, build_tiny_policy, build_value_critic, make_lora_settings
+from tests.builders import (
+    add_random_adapter,
+    build_tiny_policy,
+    build_value_critic,
+    make_lora_settings,
+    make_padded_inputs,
+)
 
 close = partial(torch.testing.assert_close, rtol=2e-5, atol=2e-6)
 
@@ -63,10 +68,6 @@ def without_packing(monkeypatch):
             return compute()
 
     return run
-
-
-def join(batch: Sequences) -> PaddedInputs:
-    return build_padded_inputs(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
 
 
 def record_input_shapes(model: torch.nn.Module, run) -> list[tuple[int, ...]]:
@@ -134,7 +135,7 @@ def test_values_of_a_head_on_the_trunk_equal_those_of_padded_rows(rows, without_
 @torch.no_grad()
 def test_head_inputs_are_in_the_order_of_the_mask(rows, without_packing):
     policy = build_policy("gptj")
-    padded_inputs = join(rows)
+    padded_inputs = make_padded_inputs(rows)
     states, _ = compute_head_inputs(policy, padded_inputs)
     close(states, without_packing(lambda: compute_head_inputs(policy, padded_inputs)[0]))
     assert len(states) == int(rows.mask.sum())
@@ -146,7 +147,7 @@ def test_models_whose_sequences_would_affect_each_other_stay_padded(reason, rows
     model = build_policy(kind, **changes)
     assert not can_pack(model)
     assert model.config._attn_implementation != "sdpa_by_sequence"
-    padded_inputs = join(rows)
+    padded_inputs = make_padded_inputs(rows)
     assert pack_if_faster(model, padded_inputs) is padded_inputs
 
 
@@ -184,9 +185,9 @@ def test_rows_without_padding_or_without_a_prompt_stay_padded(rows):
     full = replace(rows, prompt_mask=torch.ones_like(rows.prompt_mask), mask=torch.ones_like(rows.mask))
     none = replace(rows, prompt_mask=rows.prompt_mask & (torch.arange(4) != 1).unsqueeze(1))
     for batch in (full, none):
-        padded_inputs = join(batch)
+        padded_inputs = make_padded_inputs(batch)
         assert pack_if_faster(model, padded_inputs) is padded_inputs
-    assert isinstance(pack_if_faster(model, join(rows)), PackedInputs)
+    assert isinstance(pack_if_faster(model, make_padded_inputs(rows)), PackedInputs)
 
 
 def test_a_saved_config_does_not_name_the_packing_attention(rows, tmp_path):

@@ -318,14 +318,14 @@ def test_the_token_is_in_the_header_and_in_no_message(monkeypatch):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("127.0.0.1:8000/score", "is no address"),
-        ("ftp://127.0.0.1/score", "is no address"),
-        ("file:///etc/passwd", "is no address"),
-        ("http:///score", "is no address"),
-        ("http://[::1/score", "is no address"),
-        ("http://127.0.0.1:port/score", "is no address"),
-        ("http://127.0.0.1/a b", "is no address"),
-        ("http://127.0.0.1/a\nb", "is no address"),
+        ("127.0.0.1:8000/score", "is not a URL"),
+        ("ftp://127.0.0.1/score", "is not a URL"),
+        ("file:///etc/passwd", "is not a URL"),
+        ("http:///score", "is not a URL"),
+        ("http://[::1/score", "is not a URL"),
+        ("http://127.0.0.1:port/score", "is not a URL"),
+        ("http://127.0.0.1/a b", "is not a URL"),
+        ("http://127.0.0.1/a\nb", "is not a URL"),
         ("https://me:word@127.0.0.1/", "name or password"),
     ],
 )
@@ -337,7 +337,7 @@ def test_an_invalid_address_is_refused(url, message):
 
 
 def test_a_token_needs_https():
-    with pytest.raises(ConfigError, match=r"^reward\.url: a token is sent over https only"):
+    with pytest.raises(ConfigError, match=r"^reward\.url: .* is not https, and a token is sent over https"):
         make_reward("http://example.org/score", token_env="MY_TOKEN")
     make_reward("https://example.org/score", token_env="MY_TOKEN")
     make_reward("http://example.org/score")

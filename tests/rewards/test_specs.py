@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.errors import ConfigError
 from apa_cli.rewards.ensemble import EnsembleReward
@@ -16,12 +16,12 @@ from apa_cli.rewards.sum import SumReward
 HEAVY = "sorted({'torch', 'transformers', 'peft'} & set(sys.modules))"
 
 
-def build_config(*overrides, extra_dir=None):
-    return build(compose(list(overrides), extra_dir), extra_dir)
+def compose_config(*overrides, extra_dir=None):
+    return build_config(compose(list(overrides), extra_dir), extra_dir)
 
 
 def build_parts(specs, **options):
-    return build_config("reward=sum", f"reward.parts={specs}", **options).reward.parts
+    return compose_config("reward=sum", f"reward.parts={specs}", **options).reward.parts
 
 
 def test_a_spec_is_a_yamls_name_or_a_mapping_with_changed_keys():
@@ -55,18 +55,18 @@ def test_a_sum_may_contain_a_sum():
 
 def test_evaluation_takes_the_same_specs_and_the_raw_configuration_keeps_them():
     specs = "[vader, {use: model, name: toxicity, path: D, output: 1}]"
-    config = build_config("reward=sum", f"reward.parts={specs}", "evaluation.rewards=${reward.parts}")
+    config = compose_config("reward=sum", f"reward.parts={specs}", "evaluation.rewards=${reward.parts}")
     assert config.evaluation.rewards == config.reward.parts
     assert config.raw["evaluation"]["rewards"] == config.raw["reward"]["parts"] == [
         "vader", {"use": "model", "name": "toxicity", "path": "D", "output": 1}
     ]  # fmt: skip
-    assert build_config().evaluation.rewards == []
+    assert compose_config().evaluation.rewards == []
 
 
 def test_values_may_interpolate_other_sections():
     (part,) = build_parts("[{use: model, path: '${model.path}'}]")
     assert part.reward.path is None
-    config = build_config(
+    config = compose_config(
         "model=local", "model.path=M", "reward=sum", "reward.parts=[{use: model, path: '${model.path}'}]"
     )
     assert config.reward.parts[0].reward.path == "M"
@@ -75,9 +75,9 @@ def test_values_may_interpolate_other_sections():
 WRONG = {
     "[vadr]": "reward.parts[0]: no 'vadr'; did you mean 'vader'?",
     "[vader, {use: modle}]": "reward.parts[1]: no 'modle'; did you mean 'model'?",
-    "[{use: model, pth: 3}]": "unknown key 'reward.parts[0].pth'; did you mean 'reward.parts[0].path'?",
-    "[{use: vader, wieght: 3}]": "unknown key 'reward.parts[0].wieght'; did you mean 'reward.parts[0].weight'?",
-    "[{use: gptj_rm, architecture: {n_emb: 3}}]": "unknown key 'reward.parts[0].architecture.n_emb'; did you mean "
+    "[{use: model, pth: 3}]": "reward.parts[0].pth: unknown key; did you mean 'reward.parts[0].path'?",
+    "[{use: vader, wieght: 3}]": "reward.parts[0].wieght: unknown key; did you mean 'reward.parts[0].weight'?",
+    "[{use: gptj_rm, architecture: {n_emb: 3}}]": "reward.parts[0].architecture.n_emb: unknown key; did you mean "
     "'reward.parts[0].architecture.n_embd'?",
     "[{use: gptj_rm, architecture: 3}]": "reward.parts[0].architecture: 3 is not a dict",
     "[{use: sum, parts: [vader, {use: vadr}]}]": "reward.parts[0].parts[1]: no 'vadr'; did you mean 'vader'?",
@@ -91,7 +91,7 @@ WRONG = {
     "[{use: function}]": "reward.parts[0].target: a value is needed",
     "[{path: x}]": "reward.parts[0].use: a value is needed",
     "[3]": "reward.parts[0]: the name of a reward or {use: NAME, …} is needed, got 3",
-    "[{use: vader, name: a}, {use: model, name: a}]": "reward.parts: two of these rewards have one name: a, a",
+    "[{use: vader, name: a}, {use: model, name: a}]": "reward.parts: two rewards have the same name, a, a; give each its own",
     "[]": "reward=sum: parts needs at least one reward",
     "vader": "reward.parts: 'vader' is not a list",
 }
@@ -106,7 +106,7 @@ def test_a_wrong_spec_is_a_one_line_error_naming_its_key(specs):
 
 def test_a_wrong_spec_for_evaluation_names_its_key():
     with pytest.raises(ConfigError, match=r"^evaluation\.rewards\[1\]: no 'modl'; did you mean 'model'\?$"):
-        build_config("evaluation.rewards=[vader,modl]")
+        compose_config("evaluation.rewards=[vader,modl]")
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_a_wrong_spec_for_evaluation_names_its_key():
     [
         ("penalty.per_token=-0.1", "penalty.per_token: -0.1 must be at least 0"),
         ("penalty.missing_eos=x", "penalty.missing_eos: 'x' is not a number"),
-        ("penalty.missing_oes=1", "unknown key 'penalty.missing_oes'; did you mean 'penalty.missing_eos'?"),
+        ("penalty.missing_oes=1", "penalty.missing_oes: unknown key; did you mean 'penalty.missing_eos'?"),
     ],
 )
 def test_wrong_penalties_are_refused(override, message):
     with pytest.raises(ConfigError) as error:
-        build_config(override)
+        compose_config(override)
     assert str(error.value) == message
 
 

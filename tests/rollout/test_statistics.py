@@ -6,7 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from apa_cli.rollout.statistics import confidence_half_width, distinct_n, response_statistics, rollout_statistics
+from apa_cli.rollout.statistics import (
+    compute_response_metrics,
+    compute_rollout_metrics,
+    confidence_half_width,
+    distinct_n,
+)
 from apa_cli.types import Rollout
 from tests.builders import make_mask, make_rollout
 
@@ -35,7 +40,7 @@ def rollout() -> Rollout:
 
 
 def test_reward_mean_and_std_by_hand(rollout):
-    metrics = rollout_statistics(rollout)
+    metrics = compute_rollout_metrics(rollout)
     assert metrics["reward/mean"] == 5.5  # 22 of 4
     # −4½, −1½, 1½ and 4½: squares 20¼ + 2¼ + 2¼ + 20¼ = 45 of 4 (of 3 it would be 15)
     assert metrics["reward/std"] == pytest.approx(math.sqrt(45 / 4), rel=1e-6)
@@ -43,7 +48,7 @@ def test_reward_mean_and_std_by_hand(rollout):
 
 def test_entropy_is_the_mean_negative_log_prob_of_the_sampler(rollout):
     # 1 + 2 + ½ + 3 + ¼ + 4 + 1¼ = 12 on seven tokens
-    assert rollout_statistics(rollout)["policy/entropy"] == pytest.approx(12 / 7, rel=1e-6)
+    assert compute_rollout_metrics(rollout)["policy/entropy"] == pytest.approx(12 / 7, rel=1e-6)
 
 
 K1 = [0.5, -1.0, 1.5, -1.0, 0.75, 0.5, -0.25]
@@ -51,7 +56,7 @@ K1 = [0.5, -1.0, 1.5, -1.0, 0.75, 0.5, -0.25]
 
 
 def test_kl_is_between_the_sampler_and_the_initial_policy(rollout):
-    metrics = rollout_statistics(rollout)
+    metrics = compute_rollout_metrics(rollout)
     assert metrics["kl/sequence"] == pytest.approx((1 - 1 + 1.25 - 0.25) / 4, rel=1e-6)
     assert metrics["kl/token_k3"] == pytest.approx(sum(math.exp(-k) - 1 + k for k in K1) / 7, rel=1e-6)
     assert metrics["kl/token_k3"] != pytest.approx(
@@ -61,13 +66,13 @@ def test_kl_is_between_the_sampler_and_the_initial_policy(rollout):
 
 def test_kl_refreshed_is_between_the_sampler_and_the_moving_reference(rollout):
     # Sampler minus reference: ¼ + ½ + ½; ½; 1¾ − 1; 4. Sum over four responses: 1.25 + 0.5 + 0.75 + 4 = 6.5.
-    assert rollout_statistics(rollout)["kl/refreshed"] == pytest.approx(6.5 / 4, rel=1e-6)
-    fixed = rollout_statistics(replace(rollout, ref_logprobs=rollout.init_logprobs))
+    assert compute_rollout_metrics(rollout)["kl/refreshed"] == pytest.approx(6.5 / 4, rel=1e-6)
+    fixed = compute_rollout_metrics(replace(rollout, ref_logprobs=rollout.init_logprobs))
     assert "kl/refreshed" not in fixed and fixed["kl/sequence"] == 0.25
 
 
 def test_response_statistics_by_hand(rollout):
-    metrics = response_statistics(rollout)
+    metrics = compute_response_metrics(rollout)
     # Bigrams 56, 65 and 56: two of three are distinct.
     assert metrics == {
         "response/length": 7 / 4,
@@ -75,8 +80,8 @@ def test_response_statistics_by_hand(rollout):
         "response/truncated_rate": 3 / 4,
         "response/distinct_2": pytest.approx(2 / 3),
     }
-    assert rollout_statistics(rollout).items() >= metrics.items()
-    stopped = response_statistics(replace(rollout, endings=["stop", "length", "eos", "eos"]))
+    assert compute_rollout_metrics(rollout).items() >= metrics.items()
+    stopped = compute_response_metrics(replace(rollout, endings=["stop", "length", "eos", "eos"]))
     assert (stopped["response/eos_rate"], stopped["response/truncated_rate"]) == (2 / 4, 1 / 4)
 
 

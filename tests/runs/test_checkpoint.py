@@ -118,7 +118,7 @@ def test_folder_without_manifest_is_not_a_checkpoint(tmp_path):
 def test_failed_save_leaves_no_checkpoint(tmp_path, monkeypatch):
     save_one(tmp_path, 1)
     monkeypatch.setattr(checkpoints, "hash_file", lambda file: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(UserError, match=r"iteration_000002 cannot be written \(disk full\)"):
+    with pytest.raises(UserError, match=r"iteration_000002: cannot be written \(disk full\)"):
         save_one(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["iteration_000001"]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
 
 from apa_cli import network
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.errors import UserError
 from apa_cli.models.loading import load_policy, load_tokenizer
@@ -65,9 +65,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_policy(damage, model, configured):
+def test_damaged_policy(damage, model, make_config):
     DAMAGES[damage](model)
-    message = error_message(lambda: load_policy(configured().model, str(model)))
+    message = error_message(lambda: load_policy(make_config().model, str(model)))
     assert message.startswith("model.path: ") and str(model) in message
     if damage == "a tensor is missing":
         assert WEIGHT in message
@@ -96,10 +96,10 @@ def test_damaged_reward_model(damage, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut off", "no json", "missing"])
-def test_damaged_tokenizer(damage, model, configured):
+def test_damaged_tokenizer(damage, model, make_config):
     file = model / "tokenizer.json"
     {"cut off": lambda: truncate_file(file), "no json": lambda: file.write_text("no"), "missing": file.unlink}[damage]()
-    assert error_message(lambda: load_tokenizer(configured().model, str(model))).startswith("model.path: ")
+    assert error_message(lambda: load_tokenizer(make_config().model, str(model))).startswith("model.path: ")
 
 
 def test_text_beyond_the_reward_models_positions_is_cut_at_the_prompt(tiny, tmp_path):
@@ -121,7 +121,7 @@ def jsonl(tmp_path):
 
     def load(content: bytes, name: str = "mine.jsonl") -> str:
         (tmp_path / name).write_bytes(content)
-        dataset = build(compose(["dataset=jsonl", f"dataset.path={tmp_path}/{name}"])).dataset
+        dataset = build_config(compose(["dataset=jsonl", f"dataset.path={tmp_path}/{name}"])).dataset
         return error_message(lambda: dataset.load("train"))
 
     return load
@@ -144,7 +144,7 @@ def test_gzip_file_that_is_cut_or_damaged(jsonl):
 
 @pytest.mark.parametrize("name", ["prompts", "jsonl", "hh", "imdb"])
 def test_missing_data_set(name, tmp_path):
-    dataset = build(compose([f"dataset={name}", f"dataset.path={tmp_path}/nothing"])).dataset
+    dataset = build_config(compose([f"dataset={name}", f"dataset.path={tmp_path}/nothing"])).dataset
     message = error_message(lambda: dataset.load("train"))
     assert message.startswith("dataset.path: ") and "nothing" in message
 
@@ -159,7 +159,7 @@ def test_damaged_parquet_file(share, tmp_path):
         file = tmp_path / "data" / f"{split}-00000-of-00001.parquet"
         parquet.write_table(pyarrow.table({"text": ["a film " * 50] * 50, "label": [1] * 50}), file)
         file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
-    dataset = build(compose(["dataset=imdb", f"dataset.path={tmp_path}"])).dataset
+    dataset = build_config(compose(["dataset=imdb", f"dataset.path={tmp_path}"])).dataset
     assert error_message(lambda: dataset.load("train")).startswith("dataset.path: ")
 
 
@@ -228,7 +228,7 @@ def test_empty_responses(overrides, ending, model, run_train, records, tmp_path)
 
 
 @pytest.mark.parametrize("answer", ["nothing", "silence", "503"])
-def test_unreachable_hub_is_asked_once(answer, configured, monkeypatch):
+def test_unreachable_hub_is_asked_once(answer, make_config, monkeypatch):
     from huggingface_hub import constants
 
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -253,7 +253,7 @@ def test_unreachable_hub_is_asked_once(answer, configured, monkeypatch):
         network.is_hub_reachable.cache_clear()
         start_time = time.monotonic()
         try:
-            message = error_message(lambda: load_policy(configured().model, f"nobody/none-{answer}"))
+            message = error_message(lambda: load_policy(make_config().model, f"nobody/none-{answer}"))
         finally:
             network.is_hub_reachable.cache_clear()
         assert time.monotonic() - start_time < 3  # five tries for each file would take minutes

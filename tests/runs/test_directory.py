@@ -51,9 +51,9 @@ def test_directory_has_the_documented_files(finished_run):
     assert "held-out reward" in (finished_run / "run.log").read_text()
 
 
-def test_config_yaml_is_the_composed_configuration(finished_run, configured):
+def test_config_yaml_is_the_composed_configuration(finished_run, make_config):
     stored = yaml.safe_load((finished_run / "config.yaml").read_text())
-    assert stored == configured("name=finished_run", *OVERRIDES).raw
+    assert stored == make_config("name=finished_run", *OVERRIDES).raw
     assert "${" not in (finished_run / "config.yaml").read_text()
 
 
@@ -98,7 +98,7 @@ def test_model_is_the_trained_policy(finished_run, tiny, records):
 
 def test_second_run_in_a_directory_is_refused(run_copy, train):
     before = (run_copy / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match="holds a run already") as error:
+    with pytest.raises(UserError, match="already contains a run") as error:
         train(run_copy, *OVERRIDES)
     assert "\n" not in str(error.value) and str(run_copy) in str(error.value)
     assert (run_copy / "metrics.jsonl").read_text() == before

@@ -135,9 +135,9 @@ def test_killed_run_resumes_to_the_same_result(name, uninterrupted, fork_run, as
 
 
 @pytest.mark.slow
-def test_killed_command_resumes_to_the_same_result(uninterrupted, small_words, fork_run, assert_equal, tmp_path):
+def test_killed_command_resumes_to_the_same_result(uninterrupted, small_overrides, fork_run, assert_equal, tmp_path):
     whole, _ = uninterrupted("apa")
-    overrides = [*small_words, *ALGORITHMS["apa"], *LONG]
+    overrides = [*small_overrides, *ALGORITHMS["apa"], *LONG]
     last = {override.split("=")[0]: override for override in overrides}
     code = "from apa_cli.cli.train import main; main()"
     command = [sys.executable, "-c", code, *last.values(), "name=run", "resume=auto"]

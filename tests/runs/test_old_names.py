@@ -5,7 +5,7 @@ import copy
 import pytest
 import yaml
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.config.continuation import compose_continuation
 from apa_cli.config.from_run import compose_from_run
@@ -49,7 +49,7 @@ def restore_old_names(config: dict) -> dict:
 @pytest.mark.parametrize("overrides", [[], ["algo=ppo", "lora=default"], ["algo=awr", "reward=http"]])
 def test_translation_is_the_inverse_of_the_former_names(overrides):
     required = ["reward.url=http://localhost"] if "reward=http" in overrides else []
-    config = build(compose([*overrides, *required])).raw
+    config = build_config(compose([*overrides, *required])).raw
     old = restore_old_names(config)
     assert old != config and is_old(old) and not is_old(config)
     before = copy.deepcopy(old)
@@ -60,7 +60,7 @@ def test_translation_is_the_inverse_of_the_former_names(overrides):
 
 def test_every_former_name_leads_to_a_key_of_today():
     options = ([], ["algo=ppo"], ["reward=http", "reward.url=http://localhost"])
-    configs = [build(compose(overrides)).raw for overrides in options]
+    configs = [build_config(compose(overrides)).raw for overrides in options]
     for current in CURRENT_NAMES.values():
         section, _, key = current.rpartition(".")
         assert any(key in (read_key(config, section) if section else config) for config in configs), current
@@ -88,13 +88,13 @@ def test_section_of_the_wrong_type_is_left_to_the_checks_of_the_configuration(se
     assert translate_old_names({"minibatch": 4, section: "x"})["minibatch_size"] == 4
 
 
-def test_old_run_can_be_looked_at_but_not_resumed(run_train, small_words):
-    target = next(override for override in small_words if override.startswith("reward.target="))
+def test_old_run_can_be_looked_at_but_not_resumed(run_train, small_overrides):
+    target = next(override for override in small_overrides if override.startswith("reward.target="))
     directory = run_train("iterations=1", "evaluation.every=0", "checkpoint.every=0")
-    expected = build(compose_from_run([f"run={directory}", target])).raw
+    expected = build_config(compose_from_run([f"run={directory}", target])).raw
     recorded = yaml.safe_load((directory / "config.yaml").read_text())
     (directory / "config.yaml").write_text(yaml.safe_dump(restore_old_names(recorded)))
-    assert build(compose_from_run([f"run={directory}", target])).raw == expected
+    assert build_config(compose_from_run([f"run={directory}", target])).raw == expected
     assert RecordedRun.read(directory).config_yaml == recorded
     with pytest.raises(ConfigError, match="recorded by an earlier version") as error:
         compose_continuation([f"resume={directory}"], directory)

@@ -168,9 +168,9 @@ def test_a_failure_on_one_rank_reaches_ranks_that_wait_in_a_sharded_reward_model
 
 
 @pytest.mark.slow
-def test_torchrun_with_two_nodes(single_process_run, small_words, assert_equal_runs, tmp_path):
+def test_torchrun_with_two_nodes(single_process_run, small_overrides, assert_equal_runs, tmp_path):
     """Two agents on this machine stand for two nodes of one process each."""
-    overrides = [*small_words, *OVERRIDES, "name=nodes"]
+    overrides = [*small_overrides, *OVERRIDES, "name=nodes"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     rendezvous = ["--master-addr=127.0.0.1", f"--master-port={find_free_port()}", "--no-python"]
     agents = [
@@ -214,13 +214,13 @@ TrainingModel.forward = limited
 
 @pytest.mark.slow
 def test_out_of_memory_on_one_rank_halves_the_microbatch_on_all(
-    single_process_run, small_words, run_train, assert_equal_runs, tmp_path
+    single_process_run, small_overrides, run_train, assert_equal_runs, tmp_path
 ):
-    target = next(word for word in small_words if word.startswith("reward.target=")).partition("=")[2]
+    target = next(word for word in small_overrides if word.startswith("reward.target=")).partition("=")[2]
     (tmp_path / "limited.py").write_text(LIMIT_MEMORY + Path(target.partition(":")[0]).read_text())
     run = run_train(*OVERRIDES, f"reward.target={tmp_path}/limited.py:vowels", "launch.processes=2")
     assert_equal_runs(run, single_process_run())
-    assert (run / "run.log").read_text().count("microbatch_size: out of memory; 1 from here on") == 1
+    assert (run / "run.log").read_text().count("microbatch_size: out of memory; reduced to 1") == 1
 
 
 def limit_memory(monkeypatch, rows: int) -> None:
@@ -299,7 +299,7 @@ FAILURES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_rank_that_fails_ends_the_run_and_is_named(failure, small_words, tmp_path):
+def test_a_rank_that_fails_ends_the_run_and_is_named(failure, small_overrides, tmp_path):
     statement, messages, status = FAILURES[failure]
     (tmp_path / "failing.py").write_text(
         "import os, signal, time\nimport torch.distributed as dist\n\n\n"
@@ -309,7 +309,7 @@ def test_a_rank_that_fails_ends_the_run_and_is_named(failure, small_words, tmp_p
         "    return [float(len(text)) for text in responses]\n"
     )
     overrides = [
-        *small_words,
+        *small_overrides,
         f"reward.target={tmp_path}/failing.py:score",
         "launch.processes=2",
         "launch.timeout=8",
@@ -332,9 +332,9 @@ def test_a_rank_that_fails_ends_the_run_and_is_named(failure, small_words, tmp_p
 
 @pytest.mark.slow
 def test_a_signal_stops_all_processes_and_the_resumed_run_equals_an_uninterrupted_one(
-    small_words, train, tmp_path, comparable
+    small_overrides, train, tmp_path, comparable
 ):
-    overrides = [*small_words, "iterations=40", "checkpoint.every=0", "launch.processes=2", "name=run"]
+    overrides = [*small_overrides, "iterations=40", "checkpoint.every=0", "launch.processes=2", "name=run"]
     process = start_command(overrides, tmp_path)
     metrics, start = tmp_path / "outputs" / "run" / "metrics.jsonl", time.monotonic()
     while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() - start < 120:

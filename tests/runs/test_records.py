@@ -65,20 +65,20 @@ def test_folder_that_is_no_run_is_explained(tmp_path, monkeypatch):
         "outputs/frist": "there is no config.yaml; did you mean outputs/first?",
         "outputs/else": "there is no config.yaml",
         "outputs/first": "there is no config.yaml",
-        "outputs/first/model": "a model alone is given by model.path=outputs/first/model",
+        "outputs/first/model": "for a model alone give model.path=outputs/first/model",
     }
     for name, explanation in explanations.items():
         with pytest.raises(ConfigError) as error:
             RecordedRun.find(name)
-        assert str(error.value) == f"run: {name} is no run of apa-train and no checkpoint of one ({explanation})"
+        assert str(error.value) == f"run: {name} is neither a run of apa-train nor its checkpoint ({explanation})"
     Path("outputs/first/metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"its run is outputs/first, and a model alone is given by model.path="):
+    with pytest.raises(ConfigError, match=r"its run is outputs/first, and for a model alone give model.path="):
         RecordedRun.find("outputs/first/model")
 
 
 def test_run_of_another_command_is_refused(write_run):
     directory = write_run(environment={"command": ["apa-sft"]})
-    with pytest.raises(ConfigError, match=rf"no run of apa-train; give model.path={directory}/model instead"):
+    with pytest.raises(ConfigError, match=rf"not a run of apa-train; give model.path={directory}/model instead"):
         RecordedRun.find(str(directory))
 
 
@@ -240,5 +240,5 @@ def test_folders_without_runs_are_refused(tmp_path):
         find_runs(tmp_path / "missing")
     with pytest.raises(UserError, match=rf"^{tmp_path}: no run in it"):
         find_runs(tmp_path)
-    with pytest.raises(UserError, match=rf"^{tmp_path}: not a run, it has no config.yaml"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}: not a run \(it has no config.yaml\)"):
         RecordedRun.read(tmp_path)

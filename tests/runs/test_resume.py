@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from apa_cli.cli.app import check_job
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.config.continuation import compose_continuation, find_continued_run
 from apa_cli.errors import ConfigError, UserError
@@ -59,9 +59,9 @@ def half_run(run_copy):
 
 
 @pytest.fixture
-def target(small_words):
+def target(small_overrides):
     """Override that names the reward function, which no run's directory may do by itself."""
-    return next(override for override in small_words if override.startswith("reward.target="))
+    return next(override for override in small_overrides if override.startswith("reward.target="))
 
 
 @pytest.fixture
@@ -99,20 +99,21 @@ def test_resume_needs_only_the_directory(half_run, run_command, uninterrupted, c
     assert read_config(half_run) == read_config(uninterrupted)
 
 
-def test_resume_accepts_all_or_some_of_the_original_overrides(half_run, small_words, target):
+def test_resume_accepts_all_or_some_of_the_original_overrides(half_run, small_overrides, target):
     recorded = read_config(half_run)
-    all_overrides, some_overrides = [*small_words, *OVERRIDES, "iterations=4"], ["algo=ppo", OVERRIDES[1], "lambda=0.2"]
+    all_overrides = [*small_overrides, *OVERRIDES, "iterations=4"]
+    some_overrides = ["algo=ppo", OVERRIDES[1], "lambda=0.2"]
     for overrides in (all_overrides, some_overrides):
-        config = build(compose_continuation([*overrides, target, f"resume={half_run}"], half_run))
+        config = build_config(compose_continuation([*overrides, target, f"resume={half_run}"], half_run))
         RunDirectory(half_run).check_resume(config.raw)
         assert config.raw == recorded | {"resume": str(half_run)}
 
 
 def test_group_option_sets_all_that_it_sets_in_a_new_run(tmp_path):
     def compose_on(*overrides):
-        return build(compose_continuation(list(overrides), tmp_path))
+        return build_config(compose_continuation(list(overrides), tmp_path))
 
-    recorded = build(compose(["algo=awr", "optimizer.lr=0.5", "lambda=2", "critic=head", "iterations=9"])).raw
+    recorded = build_config(compose(["algo=awr", "optimizer.lr=0.5", "lambda=2", "critic=head", "iterations=9"])).raw
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
     changed = compose_on("algo=apa")
     assert (type(changed.algo).__name__, changed.algo.lambda_, changed.raw["lambda"]) == ("APA", 0.1, 0.1)
@@ -128,12 +129,12 @@ def test_group_option_sets_all_that_it_sets_in_a_new_run(tmp_path):
 
 
 def test_lambda_sets_the_key_of_the_runs_algorithm(half_run, target):
-    config = build(compose_continuation(["lambda=0.9", target, f"resume={half_run}"], half_run))
+    config = build_config(compose_continuation(["lambda=0.9", target, f"resume={half_run}"], half_run))
     assert config.algo.kl_coef == 0.9
     with pytest.raises(ConfigError) as error:
         RunDirectory(half_run).check_resume(config.raw)
     assert "lambda: 0.2 → 0.9;" in str(error.value) and "kl_coef" not in str(error.value)
-    with pytest.raises(ConfigError, match=r"unknown key 'dataset\.path'"):
+    with pytest.raises(ConfigError, match=r"dataset\.path: unknown key"):
         compose_continuation(["dataset.path=x"], half_run)
 
 
@@ -150,14 +151,14 @@ def test_differing_settings_are_listed_and_can_be_allowed(half_run, run_command,
     run_command(f"resume={half_run}")  # the run has recorded them
 
 
-def test_run_directory_cannot_name_code_to_run(half_run, small_words):
+def test_run_directory_cannot_name_code_to_run(half_run, small_overrides):
     config = read_config(half_run)
     with pytest.raises(ConfigError, match=r"^reward\.target: .*vowels.*give reward\.target="):
         compose_continuation([f"resume={half_run}"], half_run)
     config["algo"]["_target_"] = "pathlib.Path"
     (half_run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ConfigError, match=r"^algo\._target_ in .*pathlib\.Path.*no yaml"):
-        compose_continuation([f"resume={half_run}", *small_words], half_run)
+        compose_continuation([f"resume={half_run}", *small_overrides], half_run)
     assert find_code({"a": [{"use": "f", "target": "x"}], "model": {"trust_remote_code": True}, "target": None}) == [
         ("a", [{"use": "f", "target": "x"}]),
         ("model.trust_remote_code", True),
@@ -188,20 +189,20 @@ def test_printed_overrides_parse_to_their_values():
     ],
 )
 @pytest.mark.parametrize("start", ["resume", "fork"])
-def test_interpolations_in_a_recorded_configuration_are_refused(start, key, value, half_run, small_words):
+def test_interpolations_in_a_recorded_configuration_are_refused(start, key, value, half_run, small_overrides):
     config = read_config(half_run)
     section, _, last = key.rpartition(".")
     (config[section] if section else config)[last] = value
     (half_run / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match=rf"^{key} in .*config\.yaml (refers to|is ).*no run writes that$"):
-        compose_continuation([f"{start}={half_run}", *small_words[-1:]], half_run)
+    with pytest.raises(ConfigError, match=rf"^{key}: .*config\.yaml has .*, which no run writes$"):
+        compose_continuation([f"{start}={half_run}", *small_overrides[-1:]], half_run)
 
 
 def test_reward_function_of_the_package_need_not_be_named_again(half_run):
     config = read_config(half_run)
     config["reward"]["target"] = "apa_cli.rewards.vader:compound"
     (half_run / "config.yaml").write_text(yaml.safe_dump(config))
-    resumed = build(compose_continuation([f"resume={half_run}"], half_run))
+    resumed = build_config(compose_continuation([f"resume={half_run}"], half_run))
     assert resumed.reward.target == "apa_cli.rewards.vader:compound"
 
 
@@ -211,7 +212,7 @@ def test_after_a_change_of_reward_the_sft_model_is_scored_again(half_run, run_co
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("apa_cli.training.results.plot_curves", lambda directory: None)
         overrides = [f"resume={half_run}", f"reward.target={file}:digits", "resume_changed=[reward]"]
-        config = build(compose_continuation(overrides, half_run))
+        config = build_config(compose_continuation(overrides, half_run))
         start_training(config, half_run, None)
     last = records(half_run / "metrics.jsonl")[-1]
     first = [row["response"] for row in records(uninterrupted / "samples.jsonl") if row["iteration"] == 0]
@@ -254,8 +255,8 @@ def test_auto_refuses_other_settings(half_run, train):
 
 def test_auto_needs_a_name():
     with pytest.raises(ConfigError, match=r"^resume: auto needs name="):
-        build(compose(["resume=auto"]))
-    assert build(compose(["resume=auto", "name=x"])).run.resume == "auto"
+        build_config(compose(["resume=auto"]))
+    assert build_config(compose(["resume=auto", "name=x"])).run.resume == "auto"
 
 
 def test_run_that_provides_the_settings(half_run, tmp_path, monkeypatch):
@@ -303,7 +304,7 @@ def test_fork_continues_elsewhere_and_does_not_change_its_source(
 
 
 def test_overrides_that_contradict_a_fork_are_refused(run_copy):
-    with pytest.raises(ConfigError, match=r"^fork: give it without resume="):
+    with pytest.raises(ConfigError, match=r"^fork: a fork is a new run"):
         find_continued_run([f"fork={run_copy}", f"resume={run_copy}"])
     with pytest.raises(ConfigError, match=r"^fork: one run"):
         check_job([f"fork={run_copy}", "seed=0"], Namespace(config_dir=None, multirun=True), ())
@@ -321,7 +322,7 @@ def test_directory_is_locked_until_its_run_is_dead(half_run, run_command):
             signal.pause()
     os.read(ready, 1)
     before = (half_run / "metrics.jsonl").read_text()
-    with pytest.raises(UserError, match=rf"^{half_run}: in use by another live run$"):
+    with pytest.raises(UserError, match=rf"^{half_run}: in use by another run; give another name=$"):
         run_command(f"resume={half_run}")
     assert (half_run / "metrics.jsonl").read_text() == before
     os.kill(child, signal.SIGKILL)
@@ -331,7 +332,7 @@ def test_directory_is_locked_until_its_run_is_dead(half_run, run_command):
 
 def test_file_in_place_of_the_directory_is_named(train, tmp_path):
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/run: cannot write there \(File exists\)$"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/run: cannot be written to \(File exists\)$"):
         train(tmp_path / "run")
     assert (tmp_path / "run").read_text() == "a file"
 
@@ -443,12 +444,12 @@ def test_signal_in_the_last_iteration_lets_the_run_finish(run_in_iteration, run_
 
 def test_malformed_duration_is_refused():
     with pytest.raises(ConfigError, match=r"^stop_after: '90' is not a time such as 90s"):
-        build(compose(["stop_after=90"]))
+        build_config(compose(["stop_after=90"]))
 
 
-def test_resume_command_is_quoted_for_the_shell(configured, monkeypatch):
+def test_resume_command_is_quoted_for_the_shell(make_config, monkeypatch):
     monkeypatch.setattr("sys.argv", ["apa-train", "--config-dir", "my conf", "seed=1"])
-    command = format_resume_command("apa-train", configured("name=x"), Path("outputs/sweeps/a/seed=1,x=(2)"))
+    command = format_resume_command("apa-train", make_config("name=x"), Path("outputs/sweeps/a/seed=1,x=(2)"))
     assert command.startswith("apa-train 'resume=outputs/sweeps/a/seed=1,x=(2)' reward.target=/")
     assert command.endswith(" --config-dir 'my conf'")
 
@@ -469,7 +470,7 @@ def test_full_disk_while_saving_keeps_earlier_checkpoints(
 ):
     run = tmp_path / "uninterrupted"
     run_in_iteration(3, lambda: limit_file_size(50_000))  # the policy's file needs 140 kB
-    message = r"iteration_000003 cannot be written \(.*\); earlier checkpoints are intact"
+    message = r"iteration_000003: cannot be written \(.*\); earlier checkpoints are intact"
     with pytest.raises(UserError, match=message) as error:
         train(run, *OVERRIDES, "iterations=4")
     assert "\n" not in str(error.value)

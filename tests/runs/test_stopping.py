@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from apa_cli.runs import stopping
-from apa_cli.runs.stopping import GracefulStop, Interrupted, parse_duration
+from apa_cli.runs.stopping import GracefulStop, RunInterrupted, parse_duration
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_signal_is_recorded_as_reason(number, status, capfd):
 
 
 def test_signal_before_listen_interrupts():
-    with GracefulStop(), pytest.raises(Interrupted, match="SIGTERM") as error:
+    with GracefulStop(), pytest.raises(RunInterrupted, match="SIGTERM") as error:
         os.kill(os.getpid(), signal.SIGTERM)
     assert error.value.status == 143
 

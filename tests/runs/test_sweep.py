@@ -28,11 +28,11 @@ def to_experiment(overrides: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def sweep(small_words, tmp_path_factory):
+def sweep(small_overrides, tmp_path_factory):
     """Folder in which `apa-train -m experiment=small seed=0,1 name=pair` has run."""
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "mine" / "experiment").mkdir(parents=True)
-    (folder / "mine" / "experiment" / "small.yaml").write_text(to_experiment([*small_words, "iterations=2"]))
+    (folder / "mine" / "experiment" / "small.yaml").write_text(to_experiment([*small_overrides, "iterations=2"]))
     process = subprocess.run(
         [
             sys.executable, "-c", "from apa_cli.cli.train import main; main()",
@@ -70,9 +70,9 @@ def test_job_directories_are_named_by_the_overrides(sweep):
 
 
 @pytest.mark.slow
-def test_stopped_sweep_resumes_with_the_remaining_jobs(small_words, run_train, comparable, tmp_path):
+def test_stopped_sweep_resumes_with_the_remaining_jobs(small_overrides, run_train, comparable, tmp_path):
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
-    overrides = [*small_words, "iterations=30", "evaluation.every=0", "checkpoint.every=2"]
+    overrides = [*small_overrides, "iterations=30", "evaluation.every=0", "checkpoint.every=2"]
     (tmp_path / "mine" / "experiment" / "small.yaml").write_text(to_experiment(overrides))
     command = [
         sys.executable, "-c", "from apa_cli.cli.train import main; main()", "--config-dir", "mine", "-m",

@@ -118,7 +118,7 @@ def read_last_table(run_dir, rows: list[dict]) -> list[list]:
 def test_without_key_wandb_records_offline_and_a_resumed_run_continues(clean_environment):
     output, records = run_offline(clean_environment, "", start=1)
     assert output.count("\n") == 1
-    assert "offline: no API key" in output
+    assert "offline, no API key" in output
     assert "wandb sync" in output
 
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
@@ -175,7 +175,7 @@ def test_online_needs_a_key_and_a_reachable_server(clean_environment, server, mo
     assert "no API key" in find_offline_reason("online", server, None)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert find_offline_reason("auto", server, None) is None
-    assert find_offline_reason("auto", closed, None) == f"no answer from {closed}"
+    assert find_offline_reason("auto", closed, None) == f"no response from {closed}"
     assert find_offline_reason("online", closed, None) is None  # wandb tries, and has its own timeout
     assert find_offline_reason("offline", server, None) == "as configured"
     monkeypatch.setenv("WANDB_MODE", "offline")

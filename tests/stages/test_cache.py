@@ -26,11 +26,11 @@ def build():
 
 
 @pytest.fixture
-def find_or_build(configured, tmp_path, build):
+def find_or_build(make_config, tmp_path, build):
     """Return a function (*overrides, key=, rows=, stage=) → the folder of the cached stage model."""
 
     def call(*overrides, key=None, rows=(), stage="sft"):
-        config = configured(f"stages.cache_dir={tmp_path}/cache", *overrides)
+        config = make_config(f"stages.cache_dir={tmp_path}/cache", *overrides)
         return cache.find_or_build(config, stage, key or {"lr": 1}, [list(rows), []], build, lambda text: None)
 
     return call
@@ -67,7 +67,7 @@ def test_a_failed_build_leaves_nothing_behind(find_or_build, build, tmp_path):
     assert (find_or_build() / "stage.json").is_file() and build.calls == 2
 
 
-def test_runs_of_several_seeds_share_their_stages(configured, tmp_path, capsys):
+def test_runs_of_several_seeds_share_their_stages(make_config, tmp_path, capsys):
     overrides = [
         "reward=model", "model=embedded", "dataset=embedded", "~reward.target", "~model.path",
         "model.tokenizer_vocabulary=400",
@@ -76,7 +76,7 @@ def test_runs_of_several_seeds_share_their_stages(configured, tmp_path, capsys):
         "checkpoint.every=0",
     ]  # fmt: skip
     for seed in (0, 1):
-        start_training(configured(*overrides, f"name=seed_{seed}", f"seed={seed}"), tmp_path / f"seed_{seed}", None)
+        start_training(make_config(*overrides, f"name=seed_{seed}", f"seed={seed}"), tmp_path / f"seed_{seed}", None)
     logs = [(tmp_path / f"seed_{seed}" / "run.log").read_text() for seed in (0, 1)]
     for stage in ("building the SFT model", "training the reward model"):
         assert stage in logs[0] and stage not in logs[1]

@@ -9,23 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
-from apa_cli.datasets.embedded import EmbeddedDataset
 from apa_cli.errors import UserError
 from apa_cli.runs.checkpoint import load_checkpoint
 from apa_cli.runs.stopping import RunStopped
 from apa_cli.settings import LRScheduler
 from apa_cli.stages import fitting
 from apa_cli.stages.fitting import fit, learning_rate_factor
-from apa_cli.stages.reward_model import bradley_terry_loss, compute_subset_accuracies, train_reward_model
 from apa_cli.training.launch import start_reward, start_sft
-from apa_cli.types import Example
 from tests.builders import make_stage_context
 
-SETTINGS = build(compose([])).sft
+SETTINGS = build_config(compose([])).sft
 
 
 def make_stage_settings(**changes):
@@ -132,11 +128,11 @@ OVERRIDES = [
     ],
 )
 def test_a_resumed_stage_equals_an_uninterrupted_one(start, options, tiny, tmp_path, monkeypatch):
-    def build_config(*overrides):
-        return build(compose([*OVERRIDES, f"model.path={tiny}", *options, *overrides]))
+    def compose_config(*overrides):
+        return build_config(compose([*OVERRIDES, f"model.path={tiny}", *options, *overrides]))
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    start(build_config(), whole)
+    start(compose_config(), whole)
     stage = "sft" if start is start_sft else "reward_model"
 
     class Crash(Exception):
@@ -151,10 +147,10 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(start, options, tiny, tmp_p
     save_checkpoint = fitting.checkpoints.save_checkpoint
     monkeypatch.setattr(fitting.checkpoints, "save_checkpoint", save_and_crash)
     with pytest.raises(Crash):
-        start(build_config(), stopped)
+        start(compose_config(), stopped)
     monkeypatch.undo()
     assert not (stopped / "model").exists()
-    start(build_config(f"resume={stopped}"), tmp_path / "elsewhere")
+    start(compose_config(f"resume={stopped}"), tmp_path / "elsewhere")
     assert (stopped / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (stopped / "result.json").read_text() == (whole / "result.json").read_text()
     files = ["model.safetensors", "adapter/adapter_model.safetensors"] if options else ["model.safetensors"]
@@ -163,37 +159,26 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(start, options, tiny, tmp_p
     steps = [json.loads(line)["iteration"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert steps == [4, 8, 12, 15]  # 40 rows in batches of 8, three times
     with pytest.raises(UserError, match=rf"^resume: the configuration differs from the run's: {stage}.lr"):
-        start(build_config(f"resume={stopped}", f"{stage}.lr=1e-3"), tmp_path / "other")
+        start(compose_config(f"resume={stopped}", f"{stage}.lr=1e-3"), tmp_path / "other")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_a_stage_after_its_step_and_it_resumes(number, tiny, tmp_path, monkeypatch):
-    def build_config(*overrides):
-        return build(compose([*OVERRIDES, f"model.path={tiny}", "sft.checkpoint_every=0", *overrides]))
+    def compose_config(*overrides):
+        return build_config(compose([*OVERRIDES, f"model.path={tiny}", "sft.checkpoint_every=0", *overrides]))
 
     def signal_at_step_6(settings, step, total):
         if step == 6:
             os.kill(os.getpid(), number)
         return learning_rate_factor(settings, step, total)
 
-    start_sft(build_config(), tmp_path / "whole")
+    start_sft(compose_config(), tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "learning_rate_factor", signal_at_step_6)
         with pytest.raises(RunStopped, match=r"after step 7 of 15, saved; continue with: apa-sft resume=") as error:
-            start_sft(build_config(), tmp_path / "stopped")
+            start_sft(compose_config(), tmp_path / "stopped")
     assert error.value.status == 128 + number
     assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["iteration_000007"]
-    start_sft(build_config(f"resume={tmp_path}/stopped"), tmp_path / "elsewhere")
+    start_sft(compose_config(f"resume={tmp_path}/stopped"), tmp_path / "elsewhere")
     for file in ("metrics.jsonl", "model/model.safetensors"):
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
-
-
-# --- the reward model ---------------------------------------------------------------------------------------
-
-
-
-
-
-
-
-

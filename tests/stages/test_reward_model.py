@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.datasets.embedded import EmbeddedDataset
 from apa_cli.errors import UserError
@@ -23,14 +23,16 @@ from apa_cli.stages.reward_model import (
 from apa_cli.types import Example
 from tests.builders import make_stage_context
 
-TWO_EPOCHS = ("epochs=2", "batch_size=8", "lr=5e-3", "weight_decay=0", "warmup_ratio=0.1", "max_tokens=100", "held_out=20")
+TWO_EPOCHS = (
+    "epochs=2", "batch_size=8", "lr=5e-3", "weight_decay=0", "warmup_ratio=0.1", "max_tokens=100", "held_out=20",
+)  # fmt: skip
 THREE_EPOCHS = ("epochs=3", "batch_size=8", "lr=5e-3", "eval_every=4", "max_tokens=100", "held_out=20")
 
 
-def configure_model(folder, stage: tuple[str, ...], *overrides):
+def configure_model(folder, settings: tuple[str, ...], *overrides: str):
     """Return a configuration whose stage starts from the model in `folder`."""
-    of_stage = [f"reward_model.{override}" for override in stage]
-    return build(compose(["model=local", f"model.path={folder}", *of_stage, *overrides]))
+    of_stage = [f"reward_model.{override}" for override in settings]
+    return build_config(compose(["model=local", f"model.path={folder}", *of_stage, *overrides]))
 
 
 def test_bradley_terry_loss_by_hand():
@@ -53,9 +55,8 @@ def test_center_coef_centres_the_scores_and_the_metrics_have_the_subsets(tiny, t
     rows = [replace(row, columns={"subset": "even" if i % 2 == 0 else "odd"}) for i, row in enumerate(rows)]
     means = {}
     for coefficient in ("0", "1"):
-        overrides = [*OVERRIDES, f"model.path={tiny}", f"reward_model.center_coef={coefficient}"]
-        context = make_stage_context(tmp_path / coefficient)
-        report = train_reward_model(build(compose(overrides)), rows[:60], rows[60:], 0, context)
+        config = configure_model(tiny, THREE_EPOCHS, f"reward_model.center_coef={coefficient}")
+        report = train_reward_model(config, rows[:60], rows[60:], 0, make_stage_context(tmp_path / coefficient))
         assert {"accuracy/even", "accuracy/odd"} <= report.keys()
         means[coefficient] = abs(report["score_mean"])
     assert means["1"] < 0.2 * means["0"]
@@ -63,9 +64,8 @@ def test_center_coef_centres_the_scores_and_the_metrics_have_the_subsets(tiny, t
 
 def test_a_lora_reward_model_is_saved_merged_and_as_an_adapter_with_its_head(tiny, tmp_path):
     rows = EmbeddedDataset(80, 20, 0, []).load("train")
-    overrides = [*OVERRIDES, f"model.path={tiny}", "lora=default", "lora.rank=3"]
-    context = make_stage_context(tmp_path / "model")
-    train_reward_model(build(compose(overrides)), rows[:60], rows[60:], 0, context)
+    config = configure_model(tiny, THREE_EPOCHS, "lora=default", "lora.rank=3")
+    train_reward_model(config, rows[:60], rows[60:], 0, make_stage_context(tmp_path / "model"))
     ids = torch.tensor([[7, 99, 31, 4]])
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").eval()(ids).logits
     base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
@@ -114,7 +114,8 @@ def test_the_reward_stage_learns_and_stores_the_moments_of_its_scores(tiny, tmp_
     train = [Example(f"Is {i} more than zero?", " Yes, it is.", " No, it is not.", {}) for i in range(1, 65)]
     test = [Example(f"Is {i} more than zero?", " Yes, it is.", " No, it is not.", {}) for i in range(70, 80)]
     folder = tmp_path / "model"
-    report = train_reward_model(configure_model(tiny), train, test, 0, make_stage_context(folder))
+    config = configure_model(tiny, TWO_EPOCHS)
+    report = train_reward_model(config, train, test, 0, make_stage_context(folder))
     assert report["accuracy"] == 1.0 and report["margin"] > 0.5
     assert (report["pairs"], report["held_out_pairs"]) == (64, 10)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -136,6 +137,6 @@ def test_the_reward_stage_learns_and_stores_the_moments_of_its_scores(tiny, tmp_
 
 def test_data_without_replies_is_refused(tiny, tmp_path):
     rows = [Example("a prompt", None, None, {})]
-    with pytest.raises(UserError, match="^reward_model: the data set has no") as error:
+    with pytest.raises(UserError, match=r"^reward_model: the data set has no") as error:
         train_reward_model(configure_model(tiny, TWO_EPOCHS), rows, rows, 0, make_stage_context(tmp_path / "x"))
     assert "\n" not in str(error.value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from apa_cli.config.build import build
+from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.datasets.base import PromptStyle
 from apa_cli.datasets.embedded import EmbeddedDataset
@@ -27,7 +27,7 @@ PROMPT, REPLY = "\n\nHuman: How long does it take?\n\nAssistant:", " It takes ab
 
 def configure_model(folder):
     """Return a configuration whose stage starts from the model in `folder`."""
-    return build(compose([*OVERRIDES, "model=local", f"model.path={folder}"]))
+    return build_config(compose([*OVERRIDES, "model=local", f"model.path={folder}"]))
 
 
 def encode_target(tokenizer, prompt, reply, max_tokens):
@@ -76,7 +76,7 @@ def test_sft_lowers_perplexity_and_is_repeatable(tiny, tmp_path):
 def test_sft_builds_a_model_without_model_path(tmp_path):
     dimensions = ["hidden_size=16", "num_hidden_layers=1", "num_attention_heads=2", "intermediate_size=16"]
     architecture = [f"model.architecture.{dimension}" for dimension in dimensions]
-    config = build(compose([*OVERRIDES, *architecture, "model.tokenizer_vocabulary=320", "sft.epochs=1"]))
+    config = build_config(compose([*OVERRIDES, *architecture, "model.tokenizer_vocabulary=320", "sft.epochs=1"]))
     train, test = ROWS.load("train"), ROWS.load("test")
     train_sft_model(config, train, test, 0, make_stage_context(tmp_path / "model"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -87,6 +87,6 @@ def test_sft_builds_a_model_without_model_path(tmp_path):
 
 def test_data_without_replies_is_refused(tiny, tmp_path):
     rows = [Example("a prompt", None, None, {})]
-    with pytest.raises(UserError, match="^sft: the data set has no") as error:
+    with pytest.raises(UserError, match=r"^sft: the data set has no") as error:
         train_sft_model(configure_model(tiny), rows, rows, 0, make_stage_context(tmp_path / "x"))
     assert "\n" not in str(error.value)

@@ -10,11 +10,11 @@ from apa_cli.training.launch import start_training
 
 
 @pytest.fixture
-def describe(configured):
+def describe(make_config):
     """describe(*overrides, world_size=1) → the start-up lines of a small run by their first word or words."""
 
     def run(*overrides: str, world_size: int = 1) -> dict[str, str]:
-        return dict(line.split(": ", 1) for line in describe_run(configured(*overrides), world_size))
+        return dict(line.split(": ", 1) for line in describe_run(make_config(*overrides), world_size))
 
     return run
 
@@ -44,9 +44,9 @@ def test_learning_rates_have_their_schedule(describe):
 
 
 @pytest.mark.parametrize(("name", "value"), [("apa", "0.1"), ("ppo", "0.07"), ("awr", "2")])
-def test_lambda_has_its_value_and_the_meaning_that_the_algorithm_gives_it(name, value, describe, configured):
+def test_lambda_has_its_value_and_the_meaning_that_the_algorithm_gives_it(name, value, describe, make_config):
     overrides = [f"algo={name}", f"lambda={value}"]
-    meaning = configured(*overrides).algo.lambda_meaning
+    meaning = make_config(*overrides).algo.lambda_meaning
     assert meaning and describe(*overrides)[f"lambda {value}"] == f"{meaning} (GAE's λ is algo.gae_lambda, 0.95)"
 
 
@@ -57,8 +57,8 @@ class WithoutLambda(APA):
     lambda_meaning = None
 
 
-def test_an_algorithm_without_lambda_has_no_such_line(configured):
-    config = configured()
+def test_an_algorithm_without_lambda_has_no_such_line(make_config):
+    config = make_config()
     lines = describe_run(replace(config, algo=WithoutLambda(**vars(config.algo))))
     assert not [line for line in lines if line.startswith("lambda")]
 
@@ -73,9 +73,9 @@ def test_models_have_their_parameters_and_memory(describe):
     assert lora["critic value"].startswith("an adapter on the policy's base, ")
 
 
-def test_a_dry_run_prints_the_lines_and_leaves_no_directory(configured, tmp_path, capsys):
+def test_a_dry_run_prints_the_lines_and_leaves_no_directory(make_config, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    config = configured("dry_run=true")
+    config = make_config("dry_run=true")
     start_training(config, tmp_path / "run", None)
     assert capsys.readouterr().out.splitlines() == describe_run(config)
     assert not (tmp_path / "run").exists()

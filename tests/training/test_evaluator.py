@@ -13,7 +13,7 @@ from apa_cli.hardware.oom import BatchSizeHalver
 from apa_cli.randomness import Stream, sample_uniforms
 from apa_cli.rewards.base import add_score_check
 from apa_cli.settings import DType
-from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, Replies, compare_scores, compute_win_rate
+from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses, compare_scores, compute_win_rate
 from apa_cli.types import Prompt, Rollout
 from tests.builders import EOS, build_tiny_policy, build_word_tokenizer, make_sampling_settings
 
@@ -56,8 +56,8 @@ def evaluator() -> Evaluator:
 
 
 @pytest.fixture(scope="module")
-def replies(evaluator, policy) -> Replies:
-    return evaluator.generate_replies(policy)
+def replies(evaluator, policy) -> ScoredResponses:
+    return evaluator.sample_and_score(policy)
 
 
 @torch.no_grad()

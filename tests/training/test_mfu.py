@@ -8,10 +8,10 @@ from apa_cli.training.mfu import Stopwatch, UpdateMeter
 from tests.builders import make_batch, make_sequences
 
 
-def test_utilization_by_hand(configured):
+def test_utilization_by_hand(make_config):
     cost = ModelCost(10, 20, 4, 8, 100, 200, 55, 6)
     meter = UpdateMeter(
-        cost, 11, configured("rollout_batch_size=2", "minibatch_size=2", "microbatch_size=1").run, 4, False, 1000.0
+        cost, 11, make_config("rollout_batch_size=2", "minibatch_size=2", "microbatch_size=1").run, 4, False, 1000.0
     )
     batch = make_batch(make_sequences([[1] * 2, [1] * 3], [[1] * 3, [1]]))
     # As in tests/hardware/test_roofline.py 534 FLOPs forward; twice that backward, two epochs: 3204 in 4 s at 1000/s.
