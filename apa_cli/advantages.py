@@ -64,7 +64,7 @@ def group_mean(token_rewards: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
 
     The leave-one-out baseline of RLOO (2402.14740). Without a KL penalty in the token rewards the total is the score.
     token_rewards [N, T], groups [N] int64 (the prompt of each response), mask [N, T] → [N, T], 0 outside the mask.
-    ValueError if a prompt has only one response.
+    Raise ValueError if a prompt has only one response.
     """
     # In float64, so that responses with equal scores get exactly 0.
     totals = token_rewards.where(mask, token_rewards.new_zeros(())).double().sum(-1)

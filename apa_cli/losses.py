@@ -1,7 +1,7 @@
 """The losses, one value per token, reduced by the trainer.
 
 Each is a pure function of [B, T] float32 tensors. ℓ is the log-probability of the sampled token under the policy
-being trained (θ), the behaviour policy that sampled it (old) or the frozen reference (init).
+being trained (θ), the behavior policy that sampled it (old) or the frozen reference (init).
 """
 
 from __future__ import annotations

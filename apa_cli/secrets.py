@@ -27,7 +27,7 @@ def iterate_leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]
 
 
 def read_secrets() -> dict[str, str]:
-    """Return the environment variables that hold secrets, recognised by name: variable → value."""
+    """Return the environment variables that hold secrets, recognized by name: variable → value."""
     return {
         name: value.strip()
         for name, value in os.environ.items()

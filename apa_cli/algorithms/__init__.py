@@ -1,1 +1,1 @@
-"""The algorithms, one short module each. A new one is a module, here or elsewhere, and a yaml in conf/algo."""
+"""The algorithms, one short module each. A new algorithm is a module, here or elsewhere, and a yaml in conf/algo."""

@@ -1,4 +1,4 @@
-"""apa-bench: the passes of a run's iteration, each timed against the hardware's floor.
+"""apa-bench: the passes of a run's iteration, each timed against the roofline.
 
 The iteration is apa-train's own, `Trainer.run_phases`.
 """
@@ -53,7 +53,7 @@ def start_bench(config: Config, path: Path) -> None:
     """Run apa-bench and write bench.json into `path`, a new run's directory; dry_run=true prints the memory only."""
     if config.model.quantization is not Quantization.none:
         remove_if_empty(path)
-        raise ConfigError("model.quantization: apa-bench has random weights, which it cannot quantize; leave it none")
+        raise ConfigError("model.quantization: apa-bench cannot quantize its random weights; leave it none")
     check_training_options(config)
     device = set_up_device(config.launch)
     architecture = load_model_config(config.model, config.model.path)
@@ -77,7 +77,7 @@ def start_bench(config: Config, path: Path) -> None:
 
 @dataclass
 class PhaseObserver:
-    """Phase hook that records peak memory and the positions that go into the models, both of which take time.
+    """Phase hook that records peak memory and the positions that enter the models; recording takes time.
 
     Positions are inputs of the models' embeddings, padding included.
     """
@@ -87,7 +87,7 @@ class PhaseObserver:
     counts: dict[str, int] = field(default_factory=dict)
     """Positions of each phase."""
     peaks: dict[str, int] = field(default_factory=dict)
-    """Peak bytes of each phase; of one that contains others, since the last of them."""
+    """Peak bytes of each phase; for a phase that contains others, only after the last of them."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -107,9 +107,9 @@ class PhaseObserver:
 
 
 def measure_phases(subject: Subject) -> dict[str, Any]:
-    """Return the table of phases and the rates that it is measured against, as bench.json has them.
+    """Return the table of phases and the machine's rates, as bench.json has them.
 
-    Warm-up iterations come first, then those that are timed, then one that is observed, which disturbs the clock.
+    Warm-up iterations come first, then timed iterations, then one under the observer, which would disturb the timing.
     """
     trainer = subject.trainer
     config, device, settings = trainer.config, trainer.device, trainer.config.bench
@@ -155,7 +155,7 @@ def measure_phases(subject: Subject) -> dict[str, Any]:
 
 
 def describe_machine(trainer: Trainer, matrix: float, copy: float) -> dict[str, Any]:
-    """Return what the phases ran on; `matrix` in FLOP/s, `copy` in bytes per second."""
+    """Return device, threads, matmul library and precision with the rates `matrix` (FLOP/s) and `copy` (bytes/s)."""
     device = trainer.device
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -168,7 +168,7 @@ def describe_machine(trainer: Trainer, matrix: float, copy: float) -> dict[str, 
 
 
 def measure_phase_costs(subject: Subject) -> dict[str, ModelCost]:
-    """Return the cost of a pass in each phase that an iteration may have, the update excepted."""
+    """Return the cost of a pass in each phase that an iteration may have, except the update."""
     models, needs = subject.trainer.models, subject.trainer.config.algo.needs()
     policy = measure_policy_cost(models.policy)
     costs = {"sampling": policy, "reference": measure_policy_cost(models.reference), "old log-probs": policy}
@@ -181,7 +181,7 @@ def measure_phase_costs(subject: Subject) -> dict[str, ModelCost]:
 
 
 def count_phase_work(subject: Subject, costs: dict[str, ModelCost], rollout: Rollout) -> dict[str, Work]:
-    """Return the work of each phase of an iteration, the update excepted."""
+    """Return the work of each phase of an iteration, except the update."""
     trainer = subject.trainer
     config = trainer.config
     prompts, responses = count_tokens(rollout)
@@ -200,14 +200,14 @@ def count_phase_work(subject: Subject, costs: dict[str, ModelCost], rollout: Rol
 
 
 def count_reward_tokens(subject: Subject, rollout: Rollout) -> list[int]:
-    """Return the tokens of each text that is scored."""
+    """Return the number of tokens of each scored text."""
     tokenizer = subject.trainer.rollout_builder.prompt_format.tokenizer
     pairs = zip(rollout.prompts, rollout.responses, strict=True)
     return [len(tokenizer(prompt + response)["input_ids"]) for prompt, response in pairs]
 
 
 def list_embeddings(subject: Subject) -> list[nn.Module]:
-    """Return the input embedding of every model that has one of its own."""
+    """Return the input embedding of every model that has its own."""
     models = subject.trainer.models
     candidates = [models.policy, models.reference, models.moving_reference, subject.reward]
     networks = [model for model in candidates if isinstance(model, PreTrainedModel)]
@@ -216,7 +216,7 @@ def list_embeddings(subject: Subject) -> list[nn.Module]:
 
 
 def count_needed_positions(subject: Subject, rollout: Rollout) -> dict[str, int]:
-    """Return the positions of each phase that are not padding."""
+    """Return the number of positions of each phase that are not padding."""
     trainer = subject.trainer
     once = sum(count_input_positions(*count_tokens(rollout)))
     trunks = 1 + sum(not critic.is_on_trunk for critic in trainer.models.critics.values())
@@ -230,7 +230,7 @@ def count_needed_positions(subject: Subject, rollout: Rollout) -> dict[str, int]
 def compute_padding_shares(counts: dict[str, int], needed: dict[str, int]) -> dict[str, float | None]:
     """Return the share of each phase's positions that are padding or follow a response's end.
 
-    None if fewer positions were counted than are needed: the pass read the embedding past the observer's hook.
+    A share is None if fewer positions were counted than are needed, because the pass bypassed the observer's hook.
     """
     return {name: 1 - needed[name] / count if count >= needed[name] else None for name, count in counts.items()}
 
@@ -242,7 +242,7 @@ def describe_phase(
     matrix: float,
     copy: float,
 ) -> dict[str, Any]:
-    """Return a phase's row of the table, taken from the iteration in which the phase took its median time.
+    """Return a phase's row of the table, from the iteration in which the phase took its median time.
 
     `matrix` is in FLOP/s, `copy` in bytes per second.
     """

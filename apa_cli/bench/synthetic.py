@@ -50,7 +50,7 @@ PADDING = 0
 def make_reward_architecture(config: Config, architecture: PretrainedConfig) -> PretrainedConfig:
     """Return the architecture of a classifier with one output: the policy's, or `bench.reward_architecture`.
 
-    Raises ConfigError if its vocabulary is smaller than the policy's.
+    Raise ConfigError if its vocabulary is smaller than the policy's.
     """
     dimensions = config.bench.reward_architecture
     reward = (
@@ -86,13 +86,13 @@ def describe_memory(memory: dict[str, float]) -> str:
 
 
 def check_memory(memory: dict[str, float], free: float, device: torch.device) -> None:
-    """Raise UserError if the estimated bytes exceed the `free` ones of the device."""
+    """Raise UserError if the estimated bytes exceed the device's `free` bytes."""
     needed = sum(memory.values())
     if needed > free:
         largest = max(memory, key=lambda name: memory[name])
         raise UserError(
-            f"memory: {format_bytes(needed)} are needed, most of it by the {largest} "
-            f"({format_bytes(memory[largest])}), and {format_bytes(free)} are free on {device.type}"
+            f"memory: {format_bytes(needed)} are needed, most of it for the {largest} "
+            f"({format_bytes(memory[largest])}), but {format_bytes(free)} are free on {device.type}"
         )
 
 
@@ -135,7 +135,7 @@ def build_subject(
 
 
 def build_random_policy(config: Config, architecture: PretrainedConfig, device: torch.device) -> PreTrainedModel:
-    """Return a policy with random weights in the precision that apa-train loads it in."""
+    """Return a policy with random weights in the precision of apa-train."""
     return build_random_model(
         AutoModelForCausalLM,
         architecture,
@@ -162,14 +162,14 @@ def build_random_reward(config: Config, architecture: PretrainedConfig, device: 
 def build_random_model(
     kind: Any, architecture: PretrainedConfig, seed: int, device: torch.device, **options: Any
 ) -> Any:
-    """Return a model with random weights, made on `device`, without dropout."""
+    """Return a model with random weights on `device`, without dropout."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         return kind.from_config(architecture, **options).eval()
 
 
 def build_number_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
-    """Return a tokenizer whose text is token numbers from 1 to `vocabulary` − 1 with spaces between; 0 pads."""
+    """Return a tokenizer of texts of token ids from 1 to `vocabulary` − 1, separated by spaces; token 0 pads."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -189,7 +189,7 @@ def spread_lengths(count: int, shortest: int, longest: int) -> list[int]:
 
 
 def sample_examples(config: Config, vocabulary: int) -> list[Example]:
-    """Return as many random prompts as one iteration takes, so that every iteration has the same."""
+    """Return as many random prompts as one iteration takes, so that every iteration has the same prompts."""
     count, longest = config.run.rollout_batch_size // config.run.samples_per_prompt, config.sampling.max_prompt_tokens
     rng = make_generator(config.run.seed, Stream.initialization, PROMPTS_KEY)
     rows = [
@@ -202,7 +202,7 @@ def sample_examples(config: Config, vocabulary: int) -> list[Example]:
 def build_score(
     model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, rows: int, config: Config
 ) -> ScoreFunction:
-    """Return a score function of the classifier's output; without a classifier, of scores that cost nothing."""
+    """Return the score function of the classifier's output; without a classifier, a trivial score function."""
     longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
 
     def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:

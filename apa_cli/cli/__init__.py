@@ -1,1 +1,1 @@
-"""The commands: compose, check, hand over; errors in one line."""
+"""The commands: compose and check the configuration, run the task, print errors in one line."""

@@ -28,7 +28,7 @@ from apa_cli.config.explain import suggest_for_flag
 from apa_cli.config.from_run import RUN, compose_from_run, find_recorded_run
 from apa_cli.config.hydra_api import CONFIG_NAME, VERSION_BASE, expand_sweep, find_config_dir
 from apa_cli.config.run_names import locate_run_directory
-from apa_cli.errors import ConfigError, UserError, first_line
+from apa_cli.errors import ConfigError, UserError, get_first_line
 from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.records import RecordedRun
 from apa_cli.runs.resume import FORK, RESUME
@@ -79,7 +79,8 @@ def run_command(
     parser = get_args_parser()
     parser.error = refuse_flag  # type: ignore[method-assign]  # argparse would print a usage of many lines
     try:
-        args = parser.parse_args()
+        args = parser.parse_intermixed_args()
+        put_flags_first(args.overrides)
         for flag in ("config_name", "config_path"):
             if getattr(args, flag) is not None:
                 raise ConfigError(
@@ -102,9 +103,9 @@ def run_command(
                 else:
                     task(job)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not (args.help or args.cfg):  # what was to be done may be half done
+        if not (args.help or args.cfg):  # the task may be unfinished
             sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
@@ -114,6 +115,14 @@ def run_command(
         sys.exit(getattr(error, "status", 130))
 
 
+def put_flags_first(overrides: list[str]) -> None:
+    """Reorder the command line for Hydra's own program, which takes flags before the overrides only."""
+    flags = sys.argv[1:]
+    for override in reversed(overrides):
+        del flags[len(flags) - 1 - flags[::-1].index(override)]
+    sys.argv[1:] = [*flags, *overrides]
+
+
 def refuse_flag(message: str) -> NoReturn:
     """Raise ConfigError for arguments that argparse refuses; for a flag of another tool with the override to use."""
     unknown = message.partition("unrecognized arguments: ")[2].split()
@@ -121,7 +130,7 @@ def refuse_flag(message: str) -> NoReturn:
         flag = unknown[0]
         value = next((after for before, after in zip(sys.argv, sys.argv[1:], strict=False) if before == flag), None)
         raise ConfigError(suggest_for_flag(flag, value))
-    raise ConfigError(f"{first_line(ValueError(message))}; --help lists the flags and keys")
+    raise ConfigError(f"{get_first_line(ValueError(message))}; --help lists the flags and keys")
 
 
 def is_for_hydra(args: Namespace, takes: tuple[str, ...]) -> bool:
@@ -175,6 +184,8 @@ def check_subject(config: Config, takes: tuple[str, ...]) -> None:
     if not takes and config.run.run is not None:
         raise ConfigError("run: this command does not take it; apa-train continues a run with resume=")
     given = {"run": config.run.run, "model.path": config.model.path}
+    if takes and config.run.dry_run:
+        raise ConfigError("dry_run: this command has no dry run")
     if takes and all(given[key] is None for key in takes):
         raise ConfigError(f"run: a model is needed; give {' or '.join(f'{key}=…' for key in takes)}")
 
@@ -225,7 +236,7 @@ def run_hydra(task: Task, args: Namespace, jobs: list[list[str]]) -> None:
         if state["inside_task"]:
             raise
         if isinstance(error, HydraException | ValueError):
-            raise ConfigError(first_line(error)) from error
+            raise ConfigError(get_first_line(error)) from error
         raise UserError(f"name: cannot create the directory {error.filename} ({error.strerror})") from error
     if failures:
         raise failures[0]
@@ -241,9 +252,9 @@ def expand_jobs(overrides: list[str]) -> list[list[str]]:
                 expand_sweep([override])
             except HydraException as reason:
                 raise ConfigError(
-                    f"{override!r}: not an override ({first_line(reason)}); overrides have the form key=value"
+                    f"{override!r}: not an override ({get_first_line(reason)}); overrides have the form key=value"
                 ) from error
-        raise ConfigError(first_line(error)) from error
+        raise ConfigError(get_first_line(error)) from error
 
 
 def label_jobs(jobs: list[list[str]]) -> list[str]:

@@ -77,7 +77,7 @@ DEFAULT = re.compile(r"^  - (?:override )?/?(\w+)(?:@\w+)?$", re.MULTILINE)
 def print_help(command: str, extra_dir: str | None, arguments: list[str]) -> None:
     """Print a page if `arguments` name one, else usage, examples, groups with their options, and every key.
 
-    Arguments such as dataset=jsonl choose the option whose keys are printed, also one of the user's own folder
+    Arguments such as dataset=jsonl choose the option whose keys are printed, which may be in the user's own folder
     `extra_dir`. Raise ConfigError for an unknown page or option.
     """
     pages = [argument for argument in arguments if "=" not in argument]
@@ -99,13 +99,14 @@ def print_help(command: str, extra_dir: str | None, arguments: list[str]) -> Non
         names = (f"{name}*" if name == option else name for name in sorted(groups[group]))
         print(f"  {group + '=':15s}{', '.join(names)}")
     print(f"\nKeys (key=value; keys of another option: {command} --help dataset=jsonl):")
-    _print_keys("", main.partition("\nhydra:")[0], set())
-    for group, option in chosen.items():
+    printed: set[str] = set()
+    for group, option in sorted(chosen.items(), key=lambda choice: choice[0] != "algo"):
         if option != "null":
             print(f"\n {group}={option}")
-            printed: set[str] = set()
             for text in _read_with_defaults(group, option, list_config_dirs(extra_dir)):
                 _print_keys("" if "# @package _global_" in text else f"{group}.", text, printed)
+    print("\n the run")
+    _print_keys("", main.partition("\nhydra:")[0], printed)  # less what an option above has set
 
 
 def list_pages() -> list[str]:
@@ -124,7 +125,7 @@ def read_page(name: str) -> str:
 
 
 def _read_with_defaults(group: str, option: str, folders: list[Path]) -> list[str]:
-    """Return the texts of an option's yaml and of those of its group that it starts from."""
+    """Return the texts of an option's yaml and of the yamls of its group that it starts from."""
     files = [folder / group / f"{option}.yaml" for folder in folders]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -155,12 +156,17 @@ def describe_keys(yaml: str) -> list[tuple[str, str, str]]:
 
 def _print_keys(prefix: str, yaml: str, printed: set[str]) -> None:
     """Print each key with its value and its comment, a section as a heading; keys in `printed` are left out."""
+    section = ""
     for key, value, comment in describe_keys(yaml):
         name = f"{prefix}{key}"
         if key in ("defaults", "_target_") or name in printed or name in CHOSEN_BY_GROUP:
             continue
         printed.add(name)
         if value:
+            if section and not name.startswith(section):
+                print()
+                section = ""
             print(f"  {f'{name}={value}':38s} {comment}")
         else:
             print(f"\n {name}: {comment}")
+            section = f"{name}."

@@ -1,1 +1,1 @@
-"""From overrides to a checked configuration."""
+"""Composition of overrides into a checked configuration."""

@@ -22,7 +22,7 @@ from apa_cli.config.compose import compose
 from apa_cli.config.explain import LAMBDA, describe_missing_option, describe_unknown_key
 from apa_cli.config.hydra_api import list_groups, list_keys, to_dict
 from apa_cli.config.trust import check_references
-from apa_cli.errors import ConfigError, first_line
+from apa_cli.errors import ConfigError, get_first_line
 from apa_cli.rewards.base import NamedReward
 from apa_cli.runs.resume import AUTO, RESUME
 from apa_cli.runs.stopping import parse_duration
@@ -86,6 +86,8 @@ def check_arithmetic(config: Config) -> None:
     ):
         if getattr(run, large) % getattr(run, small):
             raise ConfigError(f"{large}: {getattr(run, large)} is not a multiple of {small} {getattr(run, small)}")
+    if config.model.path is None and "model_type" not in config.model.architecture:
+        raise ConfigError("model.path: a value is needed, give model.path=FOLDER_OR_HUB_ID")
     least = config.algo.needs().samples_per_prompt
     if run.samples_per_prompt < least:
         raise ConfigError(
@@ -119,11 +121,11 @@ def _resolve_value(node: DictConfig, key: Any, name: str) -> Any:
     try:
         value = node[key]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {first_line(error)}") from error
+        raise ConfigError(f"{name}: {get_first_line(error)}") from error
     try:
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{name}: {first_line(error)}") from error
+        raise ConfigError(f"{name}: {get_first_line(error)}") from error
 
 
 def _import_target(path: Any, section: str) -> type:
@@ -132,7 +134,7 @@ def _import_target(path: Any, section: str) -> type:
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{section}._target_: cannot import {path!r} ({first_line(error)})") from error
+        raise ConfigError(f"{section}._target_: cannot import {path!r} ({get_first_line(error)})") from error
     if not (isinstance(found, type) and is_dataclass(found)):
         raise ConfigError(f"{section}._target_: {path} is not a dataclass")
     return found

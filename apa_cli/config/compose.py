@@ -32,7 +32,7 @@ def choose_local_model(overrides: list[str], extra_dir: str | None) -> list[str]
     The default model, embedded, sets learning rates for a tiny network, which are wrong for any other model.
     """
     keys = {override.partition("=")[0].lstrip("+") for override in overrides}
-    given = [override for override in overrides if override.startswith("model.path=")]
+    given = [override.lstrip("+") for override in overrides if override.lstrip("+").startswith("model.path=")]
     if not given or "model" in keys or given[-1] in ("model.path=", "model.path=null"):
         return overrides
     choosing = [override for override in overrides if override.partition("=")[0] == "experiment"]

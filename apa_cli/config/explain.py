@@ -10,10 +10,14 @@ from omegaconf import DictConfig
 
 from apa_cli.config.aliases import suggest_for_key, suggest_for_option
 from apa_cli.config.hydra_api import compose_unchecked, list_groups, list_keys, parse_override
-from apa_cli.errors import ConfigError, first_line
+from apa_cli.errors import ConfigError, get_first_line
 
 LAMBDA = "lambda"
 """The only key of the command line whose meaning depends on the algorithm."""
+
+
+SHORT_LIST = 4
+"""Options up to which a group's are all named beside the nearest one."""
 
 
 def explain_error(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
@@ -27,7 +31,8 @@ def explain_error(error: Exception, overrides: list[str], extra_dir: str | None,
         if parsed.key_or_group in groups:
             options, option = groups[parsed.key_or_group], parsed.value()
             if not isinstance(option, str):
-                return f"{parsed.key_or_group}: {override} does not name one of {', '.join(sorted(options))}"
+                several = "; several options need -m (a sweep)" if parsed.is_sweep_override() else ""
+                return f"{parsed.key_or_group}: {override} names none of {', '.join(sorted(options))}{several}"
             if option not in options:
                 return f"{parsed.key_or_group}: {describe_missing_option(option, options, parsed.key_or_group)}"
             choices.append(override)
@@ -44,9 +49,9 @@ def explain_error(error: Exception, overrides: list[str], extra_dir: str | None,
             if key not in known and not override.startswith("+") and not key.startswith("hydra"):
                 return describe_unknown_key(key, base, list(groups))
     if "Ambiguous value" in str(error):
-        return f"{first_line(error)}: several values need -m (a sweep), a list needs brackets"
+        return f"{get_first_line(error)}: several values need -m (a sweep), a list needs brackets"
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    return _add_override(first_line(cause), overrides, extra_dir, config_name)
+    return _add_override(get_first_line(cause), overrides, extra_dir, config_name)
 
 
 def _add_override(message: str, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
@@ -66,8 +71,10 @@ def describe_missing_option(option: str, options: set[str], group: str | None = 
     if group is not None and (suggestion := suggest_for_option(group, option)):
         return f"no '{option}'; give {suggestion}"
     nearest = difflib.get_close_matches(option, options, n=1, cutoff=0.4)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"there are {', '.join(sorted(options))}"
-    return f"no '{option}'; {hint}"
+    hints = [f"did you mean '{nearest[0]}'?"] if nearest else []
+    if not nearest or len(options) <= SHORT_LIST:
+        hints.append(f"there are {', '.join(sorted(options))}")
+    return f"no '{option}'; {' '.join(hints)}"
 
 
 def describe_unknown_key(key: str, cfg: DictConfig, candidates: list[str] | None = None) -> str:
@@ -79,6 +86,8 @@ def describe_unknown_key(key: str, cfg: DictConfig, candidates: list[str] | None
         return f"{LAMBDA}: the algorithm of this run has no λ; leave it out"
     keys = [name for name in [*(candidates or []), *list_keys(cfg)] if name != key]
     section, _, last = key.rpartition(".")
+    if last.lower() in (LAMBDA, f"{LAMBDA}_"):
+        return f"{key}: unknown key; here it is {LAMBDA}"
     same_section = [name for name in keys if section and name.rpartition(".")[0] == section]
     nearest = difflib.get_close_matches(key, same_section, n=1, cutoff=0.85)
     if not nearest and (suggestion := suggest_for_key(key)):
@@ -94,7 +103,8 @@ def describe_unknown_key(key: str, cfg: DictConfig, candidates: list[str] | None
 def suggest_for_flag(flag: str, value: str | None) -> str:
     """Return one line for a flag of another tool, such as --learning_rate 1e-5, with the override for it."""
     key, _, attached = flag.lstrip("-").partition("=")
-    value = attached or (value if value and not value.startswith("-") else None) or "VALUE"
+    key = key.replace("-", "_")
+    value = attached or (value if value and not value.startswith("-") and "=" not in value else None) or "VALUE"
     suggestion = suggest_for_key(key)
     simple = suggestion is None or re.fullmatch(r"[\w.]+", suggestion)
     answer = f"{suggestion or key}={value}" if simple else suggestion

@@ -32,6 +32,10 @@ def is_true(value: Any) -> bool:
         return True
 
 
+FIXED = ("algo", "lambda", "experiment", "critic", "lora", "resume", "fork")
+"""Keys and sections that a look at a run does not change."""
+
+
 def find_recorded_run(overrides: list[str]) -> RecordedRun | None:
     """Return the run that an override run=… names, or None without one. Raise ConfigError if there is no such run."""
     names = [override.value() for override in parse_single_values(overrides) if override.key_or_group == RUN]
@@ -53,6 +57,9 @@ def compose_from_run(
     parsed = parse_single_values(overrides)
     run = run or find_recorded_run(overrides)
     assert run is not None, "an override run=… is needed"
+    for override in parsed:
+        if override.key_or_group.partition(".")[0] in FIXED:
+            raise ConfigError(f"{override.key_or_group}: a look at a run takes the run's; leave it out")
     config_file = run.directory / "config.yaml"
     recorded = copy.deepcopy(run.config)
     check_plain(recorded, config_file, (*SECTIONS, *TARGET_SECTIONS))

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from apa_cli.errors import ConfigError, first_line
+from apa_cli.errors import ConfigError, get_first_line
 
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
@@ -61,9 +61,11 @@ def parse_override(override: str) -> Override:
     try:
         return OverridesParser.create().parse_override(override)
     except HydraException as error:
-        raise ConfigError(
-            f"{override!r}: not an override ({first_line(error)}); overrides have the form key=value"
-        ) from error
+        key, equals, value = override.partition("=")
+        hint = "overrides have the form key=value"
+        if equals and value.isprintable() and value and not set(value) & set("'\"[]{}$,"):
+            hint = f"quote the value twice, \"{key}='{value}'\""
+        raise ConfigError(f"{override!r}: not an override ({get_first_line(error)}); {hint}") from error
 
 
 def expand_sweep(overrides: list[str]) -> list[list[str]]:

@@ -45,8 +45,8 @@ def check_targets(config: dict[str, Any], offered: set[str], file: Path) -> None
     for place, target in list_targets(config).items():
         if target not in offered:
             raise ConfigError(
-                f"{place}: {file} has {target!r}, which no yaml of conf/ or --config-dir names; give the --config-dir of "
-                f"the run, or {place}={target}, to import it"
+                f"{place}: {file} has {target!r}, which no yaml of conf/ or --config-dir names; give the --config-dir "
+                f"of the run, or {place}={target}, to import it"
             )
 
 

@@ -34,7 +34,7 @@ class PromptFile(Dataset):
         if len(texts) < self.held_out_every:
             raise UserError(
                 f"dataset.path: {file} has {len(texts)} distinct prompts, fewer than "
-                f"dataset.held_out_every={self.held_out_every}"
+                f"dataset.held_out_every={self.held_out_every}; lower that or add prompts"
             )
         held_out = split == "test"
         return [

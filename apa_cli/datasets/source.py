@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apa_cli.datasets.base import is_held_out
-from apa_cli.errors import UserError, first_line
+from apa_cli.errors import UserError, get_first_line
 from apa_cli.network import is_hub_reachable
 from apa_cli.types import Example, Examples
 
@@ -87,7 +87,7 @@ class Source:
         except StopIteration as error:
             raise UserError(f"dataset.path: a file of {self.name} is empty") from error
         except Exception as error:  # `datasets`, the hub's client, pyarrow, gzip, … raise many types
-            raise UserError(f"dataset.path: cannot read {self.name} ({first_line(error)})") from error
+            raise UserError(f"dataset.path: cannot read {self.name} ({get_first_line(error)})") from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from apa_cli.errors import UserError, first_line
+from apa_cli.errors import UserError, get_first_line
 
 T = TypeVar("T")
 WEEK = 7 * 86400.0
@@ -118,7 +118,7 @@ class World:
                 raise RankTimeout(
                     f"launch.timeout: rank {missing[1]} did not respond within {seconds:g} s; the run ends"
                 ) from error
-            raise RankLost(f"lost contact with another rank ({first_line(error)})") from error
+            raise RankLost(f"lost contact with another rank ({get_first_line(error)})") from error
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
@@ -165,4 +165,4 @@ def translate_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankLost(f"lost contact with another rank ({first_line(error)})") from error
+        raise RankLost(f"lost contact with another rank ({get_first_line(error)})") from error

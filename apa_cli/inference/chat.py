@@ -1,4 +1,4 @@
-"""apa-chat: a dialogue with a policy, with prompts in the form that the policy was trained on."""
+"""apa-chat: a dialogue with a policy, with prompts in the format that the policy was trained on."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from apa_cli.training.build import load_reward, make_placement, set_up_device
 from apa_cli.training.models import check_model_limits
 from apa_cli.types import Example
 
-CHAT_COMMANDS = "/reset starts a new dialogue, /quit ends"
+CHAT_COMMANDS = "/reset starts a new dialogue, /quit ends the chat"
 
 
 @dataclass
 class Conversation:
-    """The messages so far, and the policy that answers."""
+    """The messages so far, and the policy that responds."""
 
     config: Config
     policy: PreTrainedModel
@@ -43,10 +43,10 @@ class Conversation:
     score: CheckedScoreFunction | None = None
     messages: Messages = field(default_factory=list)
     turn: int = 0
-    """Replies so far, those before a reset included; the key of their random numbers."""
+    """Number of responses so far, also before a reset; it keys the random numbers of the next response."""
 
-    def reply(self, text: str) -> tuple[str, float | None]:
-        """Sample the reply to the user's next message; return it with its score, None without a reward."""
+    def respond(self, text: str) -> tuple[str, float | None]:
+        """Sample the response to the user's next message; return it with its score, None without a reward."""
         self.messages.append({"role": "user", "content": text})
         example, longest = self.build_example(), self.config.sampling.max_prompt_tokens
         prompt, _ = self.prompt_format.encode_prompt(example, self.turn, 0, longest)
@@ -69,9 +69,9 @@ class Conversation:
 
 
 def run_chat(config: Config, run: RecordedRun | None) -> None:
-    """Chat with the policy of `run`, or with the model of `model.path`, until the input ends. Writes no file."""
+    """Chat with the policy of `run`, or with the model of `model.path`, until the input ends; write no file."""
     if config.chat.score and config.reward.needs_trained_model:
-        raise ConfigError("chat.score: the reward has no model; give reward.path=…")
+        raise ConfigError("chat.score: the reward has no model yet; give reward.path=…")
     device = set_up_device(config.launch)
     policy = load_trained_policy(config, run, device)
     tokenizer = load_tokenizer(config.model, config.model.resolved_path)
@@ -89,9 +89,9 @@ def run_chat(config: Config, run: RecordedRun | None) -> None:
 
 
 def choose_prompt_form(config: Config, run: RecordedRun | None) -> tuple[bool, bool]:
-    """Return `is_dialogue` and `uses_template` of a conversation: those of the run's prompts, or as `chat.dialogue`.
+    """Return `is_dialogue` and `uses_template` of a conversation, from `chat.dialogue` and the run's prompts.
 
-    Without a run prompts are dialogues that a chat template may render.
+    Without a run, prompts are dialogues that a chat template may render.
     """
     kind = PromptKind.chat if run is None else read_first_prompt(run)[1]
     is_dialogue = kind is not PromptKind.text if config.chat.dialogue is None else config.chat.dialogue
@@ -100,7 +100,7 @@ def choose_prompt_form(config: Config, run: RecordedRun | None) -> tuple[bool, b
 
 @torch.no_grad()
 def converse(conversation: Conversation, read: Callable[[], str], write: Callable[[str], None]) -> None:
-    """Answer one line after the other, until the input ends, /quit, or Ctrl-C."""
+    """Respond to one line after the other, until the input ends, /quit, or Ctrl-C."""
     try:
         while (line := read().strip()) != "/quit":
             if line == "/reset":
@@ -108,7 +108,7 @@ def converse(conversation: Conversation, read: Callable[[], str], write: Callabl
             elif line.startswith("/"):
                 write(CHAT_COMMANDS)
             elif line:
-                response, score = conversation.reply(line)
+                response, score = conversation.respond(line)
                 write(response if score is None else f"{response}\n[score {score:.3f}]")
     except (EOFError, KeyboardInterrupt):
         write("")

@@ -1,6 +1,6 @@
-"""Metrics of apa-eval beyond those that training logs: intervals, paired differences, the SFT model's own, best of n.
+"""Metrics of apa-eval that training does not log: intervals, paired differences, the SFT model's metrics, best of n.
 
-Every interval is half the width of the normal 95 % interval of the mean; differences are taken prompt by prompt.
+Every interval is the half width of the normal 95 % interval of the mean; differences are taken prompt by prompt.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses, 
 from apa_cli.types import Prompt
 
 SFT_SUFFIX = "_sft"
-"""Ending of the name of a metric of the SFT model."""
+"""Suffix of the SFT model's metrics."""
 
 RESPONSE_METRICS = (
     "entropy", "distinct_1", "distinct_2", "distinct_3", "length", "eos_rate", "stop_rate", "truncated_rate",
 )  # fmt: skip
-"""Metrics of any model's replies (`compute_unpaired_metrics`); a data set may add some of its own."""
+"""Metrics of any model's responses (`compute_unpaired_metrics`); a data set may add further metrics."""
 
 
 def compute_eval_metrics(
-    evaluator: Evaluator, policy_replies: ScoredResponses, sft_replies: ScoredResponses | None
+    evaluator: Evaluator, policy_responses: ScoredResponses, sft_responses: ScoredResponses | None
 ) -> dict[str, float]:
-    """Return what training logs, with intervals, the SFT model's metrics, and the paired differences.
+    """Return the metrics that training logs, with intervals, the SFT model's metrics, and the paired differences.
 
-    Without `sft_replies` there is nothing to compare with, and the metrics of the policy alone are returned.
+    Without `sft_responses` only the policy's metrics are returned.
     """
-    reference = policy_replies if sft_replies is None else sft_replies
-    metrics = evaluator.compute_metrics(policy_replies, reference.scores)
-    metrics["eval/kl_exact_ci"] = confidence_half_width(policy_replies.kl.sum(-1))
-    metrics |= {f"eval/{name}": value for name, value in compute_unpaired_metrics(evaluator, policy_replies).items()}
+    reference = policy_responses if sft_responses is None else sft_responses
+    metrics = evaluator.compute_metrics(policy_responses, reference.scores)
+    metrics["eval/kl_exact_ci"] = confidence_half_width(policy_responses.kl.sum(-1))
+    metrics |= {f"eval/{name}": value for name, value in compute_unpaired_metrics(evaluator, policy_responses).items()}
     for name in evaluator.scores:
         suffix = f"/{name}" if name != MAIN_REWARD else ""
-        summary = summarize_scores(policy_replies.scores[name])
-        if sft_replies is not None:
-            summary |= compare_with_sft(policy_replies.scores[name], sft_replies.scores[name])
+        summary = summarize_scores(policy_responses.scores[name])
+        if sft_responses is not None:
+            summary |= compare_with_sft(policy_responses.scores[name], sft_responses.scores[name])
         metrics |= {f"eval/{key}{suffix}": value for key, value in summary.items()}
-    if sft_replies is None:
+    if sft_responses is None:
         return {key: value for key, value in metrics.items() if not key.split("/")[1].endswith(SFT_SUFFIX)}
-    described = compute_unpaired_metrics(evaluator, sft_replies)
+    described = compute_unpaired_metrics(evaluator, sft_responses)
     return metrics | {f"eval/{name}{SFT_SUFFIX}": value for name, value in described.items()}
 
 
-def compute_unpaired_metrics(evaluator: Evaluator, replies: ScoredResponses) -> dict[str, float]:
-    """Return the metrics of one model's replies that need no other model: `RESPONSE_METRICS` and the data set's own."""
-    rollout, n = replies.rollout, len(replies.rollout.endings)
+def compute_unpaired_metrics(evaluator: Evaluator, responses: ScoredResponses) -> dict[str, float]:
+    """Return the metrics of one model's responses alone: `RESPONSE_METRICS` and the data set's own."""
+    rollout, n = responses.rollout, len(responses.rollout.endings)
     return {
-        "entropy": float(masked_mean(replies.entropy, rollout.mask)),
+        "entropy": float(masked_mean(responses.entropy, rollout.mask)),
         **{f"distinct_{k}": distinct_n(rollout.response_ids, rollout.mask, k) for k in (1, 2, 3)},
         "length": float(rollout.mask.sum(-1).float().mean()),
         "eos_rate": rollout.endings.count(EOS) / n,
@@ -66,7 +66,7 @@ def compute_unpaired_metrics(evaluator: Evaluator, replies: ScoredResponses) -> 
 
 
 def summarize_scores(scores: list[float]) -> dict[str, float]:
-    """Return the mean of scores and its interval."""
+    """Return the mean score and its interval."""
     values = torch.tensor(scores)
     return {"reward_mean": float(values.mean()), "reward_ci": confidence_half_width(values)}
 
@@ -84,7 +84,7 @@ def compare_with_sft(scores: list[float], sft_scores: list[float]) -> dict[str, 
 
 
 def score_many_responses(evaluator: Evaluator, model: PreTrainedModel, prompts: list[Prompt], count: int) -> Tensor:
-    """Return the scores [P, count] of `count` replies to each prompt, sampled from a random stream of their own."""
+    """Return the scores [P, count] of `count` responses to each prompt, sampled from the best-of-n random stream."""
     many = [Prompt(p.text, p.token_ids, p.place, number, p.columns) for p in prompts for number in range(count)]
     with autocast_to(model.device, evaluator.dtype):
         rollout = collect_rollout(
@@ -96,9 +96,9 @@ def score_many_responses(evaluator: Evaluator, model: PreTrainedModel, prompts: 
 
 
 def compute_best_of_n(scores: Tensor, sizes: list[int], policy_scores: list[float]) -> dict[str, float]:
-    """Return for each n of `sizes` the mean of the best of each prompt's first n scores [P, N], and its KL bound, nats.
+    """Return for each n of `sizes` the mean best of each prompt's first n scores [P, N], and the KL bound in nats.
 
-    gain is the mean of the policy's own scores on these prompts, the first P, less that best.
+    gain is the mean over these prompts, the first P, of the policy's score minus the best score.
     """
     metrics: dict[str, float] = {}
     for n in sizes:

@@ -1,4 +1,4 @@
-"""apa-eval: a policy's replies to held-out prompts beside the SFT model's, and the SFT model's best of n."""
+"""apa-eval: a policy's responses to held-out prompts against the SFT model's, and the SFT model's best of n."""
 
 from __future__ import annotations
 
@@ -58,29 +58,29 @@ def write_report(config: Config, run: RecordedRun | None, file: Path, console: C
     report = build_report(config, run, console)
     replace_text(file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print_eval_report(console, report, config)
-    console.say(f"\nmetrics and all replies are in {file}")
+    console.say(f"\nmetrics and all responses are in {file}")
     return report
 
 
 def build_report(config: Config, run: RecordedRun | None, console: Console) -> dict[str, Any]:
-    """Load the models, sample and score their replies, and return the content of eval.json."""
+    """Load the models, sample and score their responses, and return the content of eval.json."""
     device = set_up_device(config.launch)
     train, held_out = load_examples(config, console.say)
     config = run_missing_stages(config, train, held_out, device, console)
     tokenizer = load_tokenizer(config.model, config.model.resolved_path)
     policy = load_trained_policy(config, run, device)
     check_model_limits(config, policy, tokenizer)
-    # model.path= alone gives nothing to compare with: the policy is its own reference.
+    # With model.path= alone there is no model to compare with, so the policy is its own reference.
     is_alone = run is None and config.evaluation.reference is None
     reference_path = config.evaluation.reference or config.model.resolved_path
     reference = policy if is_alone else load_reference(config, reference_path, device)
     inputs = load_inputs(config, train, held_out, policy, tokenizer, device)
     evaluator = build_evaluator(config, inputs, reference, *build_batch_sizes(config, console))
     console.say(f"{len(evaluator.prompts)} held-out prompts, evaluation.seed={config.evaluation.seed}")
-    policy_replies = evaluator.sample_and_score(policy)
-    sft_replies = None if is_alone else evaluator.sample_and_score(reference)
-    metrics = compute_eval_metrics(evaluator, policy_replies, sft_replies)
-    metrics |= evaluate_best_of_n(config, evaluator, reference, policy_replies.scores[MAIN_REWARD], console)
+    policy_responses = evaluator.sample_and_score(policy)
+    sft_responses = None if is_alone else evaluator.sample_and_score(reference)
+    metrics = compute_eval_metrics(evaluator, policy_responses, sft_responses)
+    metrics |= evaluate_best_of_n(config, evaluator, reference, policy_responses.scores[MAIN_REWARD], console)
     return {
         "policy": config.run.run or config.model.path,
         "iteration": None if run is None else run.iteration,
@@ -89,12 +89,12 @@ def build_report(config: Config, run: RecordedRun | None, console: Console) -> d
         "eval_seed": config.evaluation.seed,
         "environment": collect_environment(),
         "metrics": metrics,
-        "replies": build_response_rows(policy_replies, sft_replies),
+        "replies": build_response_rows(policy_responses, sft_responses),
     }
 
 
 def load_reference(config: Config, path: str, device: torch.device) -> PreTrainedModel:
-    """Load the model to compare with as apa-train loads its reference: LoRA's base, or frozen in compute dtype."""
+    """Load the model to compare with as apa-train loads its reference: LoRA's base, or frozen in the compute dtype."""
     has_adapter = config.lora.rank > 0
     model = load_policy(config.model, path, frozen_base=has_adapter)
     if not has_adapter:
@@ -105,38 +105,40 @@ def load_reference(config: Config, path: str, device: torch.device) -> PreTraine
 def evaluate_best_of_n(
     config: Config, evaluator: Evaluator, model: PreTrainedModel, policy_scores: list[float], console: Console
 ) -> dict[str, float]:
-    """Return the metrics of the model's best of n for each n of `evaluation.best_of`; none if that is empty."""
+    """Return the metrics of the model's best of n for each n of `evaluation.best_of`."""
     sizes = config.evaluation.best_of
     if not sizes:
         return {}
     prompts = evaluator.prompts[: config.evaluation.best_of_prompts]
-    console.say(f"best of {sizes}: {max(sizes)} replies to {len(prompts)} prompts")
+    console.say(f"best of {sizes}: {max(sizes)} responses to {len(prompts)} prompts")
     return compute_best_of_n(score_many_responses(evaluator, model, prompts, max(sizes)), sizes, policy_scores)
 
 
-def build_response_rows(policy_replies: ScoredResponses, sft_replies: ScoredResponses | None) -> list[dict[str, Any]]:
-    """Return one row per prompt with the policy's reply and, if there is one, the SFT model's."""
+def build_response_rows(
+    policy_responses: ScoredResponses, sft_responses: ScoredResponses | None
+) -> list[dict[str, Any]]:
+    """Return one row per prompt with the policy's response and, if there is one, the SFT model's."""
     rows = []
-    for i, prompt in enumerate(policy_replies.rollout.prompts):
-        row = {"prompt": prompt, "policy": build_response_row(policy_replies, i)}
-        rows.append(row if sft_replies is None else {**row, "sft": build_response_row(sft_replies, i)})
+    for i, prompt in enumerate(policy_responses.rollout.prompts):
+        row = {"prompt": prompt, "policy": build_response_row(policy_responses, i)}
+        rows.append(row if sft_responses is None else {**row, "sft": build_response_row(sft_responses, i)})
     return rows
 
 
-def build_response_row(replies: ScoredResponses, i: int) -> dict[str, Any]:
-    """Return reply number `i`: its text, its score by each reward, its KL in nats and how it ended."""
-    further = {f"score/{name}": scores[i] for name, scores in replies.scores.items() if name != MAIN_REWARD}
+def build_response_row(responses: ScoredResponses, i: int) -> dict[str, Any]:
+    """Return response `i`: text, score by each reward, KL in nats, and ending."""
+    further = {f"score/{name}": scores[i] for name, scores in responses.scores.items() if name != MAIN_REWARD}
     return {
-        "response": replies.rollout.responses[i],
-        "score": replies.scores[MAIN_REWARD][i],
+        "response": responses.rollout.responses[i],
+        "score": responses.scores[MAIN_REWARD][i],
         **further,
-        "kl": float(replies.kl[i].sum()),
-        "ending": replies.rollout.endings[i],
+        "kl": float(responses.kl[i].sum()),
+        "ending": responses.rollout.endings[i],
     }
 
 
 def log_to_wandb(config: Config, run: RecordedRun, metrics: Mapping[str, float], console: Console) -> None:
-    """Add the metrics, under evaluate/, to the summary of the run's own wandb run, if it has one."""
+    """Add the metrics, under evaluate/, to the summary of the run's wandb run, if there is one."""
     tracking = config.tracking
     if tracking.kind is not TrackerKind.wandb or run.wandb_id is None:
         return

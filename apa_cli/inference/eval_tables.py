@@ -1,4 +1,4 @@
-"""apa-eval's report on the screen: metrics as tables, and some of the replies."""
+"""apa-eval's report on the screen: metrics as tables, and some of the responses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from apa_cli.settings import Config
 from apa_cli.training.evaluator import MAIN_REWARD
 
 METRIC_LABELS = {"entropy": "entropy, nats per token", "length": "length, tokens"}
-"""Labels of metrics that have a unit; others go by their names."""
+"""Labels, with units, of metrics; the labels of other metrics are their names."""
 
 OTHER_METRIC_PREFIXES = ("reward_", "win_rate_", "gain", "kl_exact", "best_of_")
-"""Prefixes of the names of metrics that have rows or tables of their own."""
+"""Prefixes of metrics that have their own rows or tables."""
 
 
 def print_eval_report(console: Console, report: Mapping[str, Any], config: Config) -> None:
-    """Print the metrics, one column per model and one for the difference; best of n; and replies side by side."""
+    """Print the metrics, one column per model and one for the difference; best of n; and responses side by side."""
     metrics = report["metrics"]
     is_alone = f"eval/reward_mean{SFT_SUFFIX}" not in metrics
     header = ["", "policy"] if is_alone else ["", "policy", "SFT model", "difference"]
@@ -28,15 +28,15 @@ def print_eval_report(console: Console, report: Mapping[str, Any], config: Confi
         "± is half the width of the 95 % interval.", header, [row[: len(header)] for row in rows if row[1]]
     )
     if config.evaluation.best_of:
-        title = f"Best of n replies of {'the model' if is_alone else 'the SFT model'}"
+        title = f"Best of n responses of {'the model' if is_alone else 'the SFT model'}"
         rows = build_best_of_n_rows(metrics, config.evaluation.best_of)
         console.show_table(title, ["n", "score", "gain of the policy", "KL bound, nats"], rows)
-    if replies := label_responses(report["replies"][: config.evaluation.print_samples]):
-        console.show_samples("Replies to the same prompts", replies)
+    if responses := label_responses(report["replies"][: config.evaluation.print_samples]):
+        console.show_samples("Responses to the same prompts", responses)
 
 
 def build_score_rows(metrics: Mapping[str, float], rewards: Sequence[str]) -> list[list[str]]:
-    """Return the rows of scores and win rates, by each reward, and of the KL."""
+    """Return the rows of score and win rate for each reward, and of the KL."""
     rows = []
     for name in rewards:
         suffix, label = (f"/{name}", f" ({name})") if name != MAIN_REWARD else ("", "")
@@ -48,13 +48,13 @@ def build_score_rows(metrics: Mapping[str, float], rewards: Sequence[str]) -> li
         scores = [format_metric(metrics, f"{mean}{suffix}", f"{half}{suffix}") for mean, half in columns]
         win_rate = format_metric(metrics, f"win_rate_sft{suffix}", f"win_rate_sft_ci{suffix}")
         rows += [[f"score{label}", *scores], [f"win rate{label}", win_rate, "", ""]]
-    rows.append(["exact KL, nats per reply", format_metric(metrics, "kl_exact", "kl_exact_ci"), "", ""])
+    rows.append(["exact KL, nats per response", format_metric(metrics, "kl_exact", "kl_exact_ci"), "", ""])
     rows.append(["exact KL, nats per token", format_metric(metrics, "kl_exact_token"), "", ""])
     return rows
 
 
 def build_response_metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
-    """Return the rows of `RESPONSE_METRICS`, then of those that the data set adds."""
+    """Return the rows of `RESPONSE_METRICS`, then of the metrics that the data set adds."""
     names = [key.removeprefix("eval/") for key in metrics]
     added = [name for name in names if not name.startswith((*OTHER_METRIC_PREFIXES, *RESPONSE_METRICS))]
     return [
@@ -65,7 +65,7 @@ def build_response_metric_rows(metrics: Mapping[str, float]) -> list[list[str]]:
 
 
 def build_best_of_n_rows(metrics: Mapping[str, float], sizes: Sequence[int]) -> list[list[str]]:
-    """Return one row per n: the best score, the policy's gain over it, and the bound of its KL."""
+    """Return one row per n: the best score, the policy's gain over it, and the KL bound."""
     return [
         [
             str(n),
@@ -86,7 +86,7 @@ def format_metric(metrics: Mapping[str, float], name: str, interval: str = "") -
 
 
 def label_responses(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of a report as `Console.show_samples` takes them, the SFT model's reply first."""
+    """Return the rows of a report as `Console.show_samples` takes them, the SFT model's response first."""
     labels = {"sft": "SFT model", "policy": "policy"}
     return [
         {"label": label, "prompt": row["prompt"], **row[model]}

@@ -1,4 +1,4 @@
-"""apa-export: a run's policy as a plain `transformers` folder with a model card, checked before it gets its name."""
+"""apa-export: a run's policy as a plain `transformers` folder with a model card, verified before it gets its name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from apa_cli.errors import UserError
+from apa_cli.errors import UserError, get_first_line
 from apa_cli.inference.model_card import format_model_card
 from apa_cli.inference.trained_policy import get_output_path, load_trained_policy
 from apa_cli.models.loading import TORCH_DTYPES, load_pretrained, load_tokenizer
@@ -25,7 +25,7 @@ from apa_cli.tensor_ops import token_logprobs
 from apa_cli.training.build import set_up_device
 
 CHECKED_RESPONSES = 8
-"""Number of replies, the last of samples.jsonl, whose log-probs are compared."""
+"""Number of responses, the last of samples.jsonl, whose log-probs are compared."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest accepted difference of a token's log-prob, in nats, by the coarser of the two models' precisions. A bfloat16
 has 8 significant bits, so a logit around 16 is exact to about 0.06, and every layer rounds."""
@@ -34,8 +34,8 @@ has 8 significant bits, so a logit around 16 is exact to about 0.06, and every l
 def export_policy(config: Config, run: RecordedRun) -> None:
     """Write the policy of `run` to `export.folder`, or by default to the run's directory.
 
-    The folder is written beside its place and loaded again. Raises UserError, and leaves nothing, if its log-probs
-    then differ from the policy's; raises UserError if the folder exists and is not empty.
+    The model is written under a temporary name and reloaded. Raise UserError, and leave no files, if its log-probs then
+    differ from the policy's. Raise UserError if the folder exists and is not empty.
     """
     target = Path(config.export.folder or get_output_path(run, "export")).expanduser()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -56,6 +56,10 @@ def export_policy(config: Config, run: RecordedRun) -> None:
             (unfinished / "README.md").write_text(format_model_card(run, dtype), encoding="utf-8")
             shutil.rmtree(target, ignore_errors=True)
             unfinished.rename(target)
+        except OSError as error:
+            raise UserError(
+                f"export.folder: {target} cannot be written ({error.strerror or get_first_line(error)})"
+            ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         tokens = sum(len(row) for row in expected)
@@ -67,14 +71,14 @@ def export_policy(config: Config, run: RecordedRun) -> None:
 
 
 def load_stored_policy(config: Config, run: RecordedRun, device: torch.device) -> PreTrainedModel:
-    """Load the policy as its run has stored it: a checkpoint's, or model/ in its own precision."""
+    """Load the policy as the run has stored it: a checkpoint's, or model/ in the stored precision."""
     if run.checkpoint is not None:
         return load_trained_policy(config, run, device)
     return move_to_device(load_stored_model(run.model_folder, config), device)
 
 
 def load_stored_model(folder: Path, config: Config) -> PreTrainedModel:
-    """Load a model in the precision in which it is stored."""
+    """Load a model in its stored precision."""
     options: dict[str, Any] = {"dtype": "auto", "trust_remote_code": config.model.trust_remote_code}
     return load_pretrained(AutoModelForCausalLM.from_pretrained, str(folder), "export", **options)
 
@@ -93,7 +97,7 @@ def save_plain_folder(
 
 
 def compute_max_difference(expected: list[Tensor], actual: list[Tensor]) -> float:
-    """Return the largest absolute difference between tensors that pair up."""
+    """Return the largest absolute difference between paired tensors."""
     return max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True))
 
 
@@ -110,7 +114,7 @@ def check_difference(difference: float, tolerance: float) -> None:
 def compute_text_logprobs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]
 ) -> list[Tensor]:
-    """Return per row of samples.jsonl the log-probs of prompt and response, the first token left out; float32."""
+    """Return the float32 log-probs of prompt + response, without the first token, for each row of samples.jsonl."""
     model.eval()
     logprobs = []
     for row in rows:

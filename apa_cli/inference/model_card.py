@@ -1,4 +1,4 @@
-"""README.md of an exported model: its base model, how it was trained, and the results."""
+"""README.md of an exported model: base model, training, and results."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from apa_cli.runs.records import RecordedRun
 
 TRAINING_EVALUATION = {
     "eval/reward_mean": "score",
-    "eval/kl_exact": "exact KL to the SFT model, nats per reply",
+    "eval/kl_exact": "exact KL to the SFT model, nats per response",
     "eval/win_rate_sft": "win rate against the SFT model",
     "eval/entropy": "entropy, nats per token",
     "eval/distinct_2": "distinct token pairs",
     "eval/length": "length, tokens",
     "eval/eos_rate": "share ended by EOS",
 }
-"""Metrics shown of the run's own evaluation, with their labels; scores by further rewards come after them."""
+"""Metrics of the run's own evaluation that are shown, with labels; scores by further rewards follow."""
 
 EVAL_REPORT = (
     ("eval/reward_mean", "eval/reward_ci", "score"),
     ("eval/reward_mean_sft", "eval/reward_ci_sft", "score of the SFT model"),
     ("eval/gain", "eval/gain_ci", "gain, prompt by prompt"),
     ("eval/win_rate_sft", "eval/win_rate_sft_ci", "win rate against the SFT model"),
-    ("eval/kl_exact", "eval/kl_exact_ci", "exact KL to the SFT model, nats per reply"),
+    ("eval/kl_exact", "eval/kl_exact_ci", "exact KL to the SFT model, nats per response"),
 )
-"""Metrics shown of apa-eval's report: key, key of the interval, label."""
+"""Metrics of apa-eval's report that are shown: key, key of the interval, label."""
 
 SHOWN_SETTINGS = (
     "rollout_batch_size", "minibatch_size", "samples_per_prompt", "update_epochs", "optimizer.lr",
@@ -96,7 +96,7 @@ def format_front_matter(base: str, algorithm: str) -> str:
 
 
 def format_training_evaluation(run: RecordedRun) -> str:
-    """Return the run's last evaluation up to its policy's iteration, beside the SFT model's."""
+    """Return the run's last evaluation up to the policy's iteration, next to the SFT model's."""
     evaluations = [row for row in run.evaluations if row["iteration"] <= run.iteration]
     if not evaluations:
         return "There was no evaluation."
@@ -128,14 +128,14 @@ def format_eval_report(run: RecordedRun) -> str:
             rows.append((label, format_interval(metrics, key, key.replace("gain", "gain_ci", 1))))
         elif key.startswith("eval/best_of_") and key.endswith("/reward_mean"):
             n = key.split("/")[1].removeprefix("best_of_")
-            label = f"score of the SFT model's best of {n} replies"
+            label = f"score of the SFT model's best of {n} responses"
             rows.append((label, format_interval(metrics, key, key.replace("reward_mean", "reward_ci"))))
     intro = f"`apa-eval` on {report['prompts']} held-out prompts, with 95 % intervals:"
     return f"{intro}\n\n{format_markdown_table(('', ''), rows)}"
 
 
 def format_example(sampling: Mapping[str, Any], prompt: str, kind: PromptKind) -> str:
-    """Return a Python program, in a fenced block, that loads the folder and answers a prompt."""
+    """Return a Python program, in a fenced block, that loads the folder and responds to a prompt."""
     if kind is PromptKind.chat:
         inputs = [
             f"messages = {parse_dialogue(prompt.removesuffix(' '))!r}",
@@ -148,7 +148,7 @@ def format_example(sampling: Mapping[str, Any], prompt: str, kind: PromptKind) -
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'folder = "."  # this one',
+        'folder = "."  # the folder of this file',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "model = AutoModelForCausalLM.from_pretrained(folder)",
         *inputs,
@@ -189,20 +189,20 @@ def format_markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) 
 
 
 def format_path(path: str) -> str:
-    """Return a hub id or a relative path unchanged, and of an absolute path the last part."""
+    """Return a hub id or a relative path unchanged, an absolute path as its last part."""
     absolute = Path(path).expanduser()
     return f"`{absolute.name}` (local)" if absolute.is_absolute() else f"`{path}`"
 
 
 def format_source(section: Mapping[str, Any]) -> str:
-    """Return a data set's or a reward's class, and where it comes from."""
+    """Return a data set's or a reward's class, and its source."""
     kind = str(section.get("_target_", "?")).rpartition(".")[2]
     sources = [format_path(str(section[key])) for key in ("path", "target") if section.get(key)]
     return " ".join([kind, *sources])
 
 
 def format_interval(metrics: Mapping[str, float], key: str, half: str) -> str:
-    """Return a metric with half the width of its interval, which is the metric `half`."""
+    """Return a metric with the half width of its interval, the metric `half`."""
     return f"{format_number(metrics[key])} ± {metrics[half]:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""The policy that apa-eval, apa-export and apa-chat look at: a run's, one of its checkpoints', or `model.path`'s."""
+"""The policy that apa-eval, apa-export and apa-chat load: a run's, a checkpoint's, or the model of `model.path`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from apa_cli.training.models import build_training_model, check_training_options
 def load_trained_policy(config: Config, run: RecordedRun | None, device: torch.device) -> PreTrainedModel:
     """Load the policy of `run`, or without a run the model of `model.path`, in the precision of training.
 
-    A run's policy is its model/; a checkpoint's is put together as apa-train does it, a LoRA adapter not merged.
-    Raises UserError if the run has not finished and no checkpoint of it is named.
+    A run's policy is its model/; a checkpoint's is built as apa-train builds it, with a LoRA adapter not merged. Raise
+    UserError if the run has not finished and no checkpoint of it is named.
     """
     has_adapter = config.lora.rank > 0
     if run is None:
@@ -40,7 +40,7 @@ def load_trained_policy(config: Config, run: RecordedRun | None, device: torch.d
 
 
 class PromptKind(Enum):
-    """Kinds of prompts: plain text, a dialogue in HH's form, or a dialogue in the tokenizer's chat template."""
+    """Kind of a prompt: plain text, a dialogue in HH's format, or a dialogue in the tokenizer's chat template."""
 
     text = "text"
     dialogue = "dialogue"
@@ -48,7 +48,7 @@ class PromptKind(Enum):
 
 
 def read_first_prompt(run: RecordedRun) -> tuple[str, PromptKind]:
-    """Return the run's first held-out prompt, as its reward reads it, and the prompt's kind, see `PromptFormat`."""
+    """Return the run's first held-out prompt, as the reward reads it, and its kind; see `PromptFormat`."""
     prompt = run.samples[0]["prompt"]
     if prompt.endswith(format_chat([])):
         return prompt, PromptKind.chat

@@ -1,1 +1,1 @@
-"""Models: loading and building, the forward passes of policy, critics and reference."""
+"""Models: loading and building, and the forward passes of policy, critics and reference."""

@@ -18,8 +18,8 @@ from apa_cli.settings import CriticKind, CriticSettings, HeadKind, LoraSettings
 def build_value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
     """Return a head that maps hidden states [..., h] to values [..., 1], all of which are 0 at the start.
 
-    linear: one layer, initialised to zero. mlp: h → 2h → 1 with ReLU, as in APA's published code; its last layer is
-    initialised to zero.
+    linear: one layer, initialized to zero. mlp: h → 2h → 1 with ReLU, as in APA's published code; the last layer is
+    initialized to zero.
     """
     last = nn.Linear(hidden_size if kind is HeadKind.linear else 2 * hidden_size, 1)
     nn.init.zeros_(last.weight)
@@ -32,8 +32,8 @@ def build_value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
 class Critic(nn.Module):
     """V(s) at the positions before response tokens; the head is computed in float32.
 
-    A critic without a backbone reads the policy's trunk: under the critic's own LoRA adapter `adapter`, or, without
-    one, the hidden states of the policy itself.
+    A critic without a backbone reads the policy's trunk: under the critic's own LoRA adapter `adapter`, or, if that is
+    None, the hidden states of the policy itself.
     """
 
     backbone: PreTrainedModel | None

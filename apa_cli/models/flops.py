@@ -33,7 +33,7 @@ def measure_classifier_cost(model: PreTrainedModel) -> ModelCost:
 
 
 def measure_critic_cost(model: TrainingModel, name: str) -> ModelCost:
-    """Return the cost of one critic's values by themselves: its backbone or the policy's trunk, and its head."""
+    """Return the cost of one critic's values alone: of its backbone or the policy's trunk, and of its head."""
     critic = model.critics[name]
     trunk = get_trunk(model.policy) if critic.backbone is None else critic.backbone
     with nullcontext() if critic.adapter is None else use_adapter(model.policy, critic.adapter):
@@ -56,14 +56,14 @@ def measure_training_cost(model: TrainingModel) -> ModelCost:
 
 
 def count_weights(layer: LinearLayer) -> int:
-    """Return rows times columns of a layer's weight; those of a quantized layer, which packs them, too."""
+    """Return rows times columns of a layer's weight, also for a quantized layer, which packs its weights."""
     return layer.in_features * layer.out_features if isinstance(layer, nn.Linear) else layer.weight.numel()
 
 
 def measure_cost(model: PreTrainedModel, call: ModelCall) -> ModelCost:
     """Return the cost of `call(inputs)`, a pass through `model`, from the linear layers and blocks that it uses.
 
-    Mixture-of-experts weights kept in one tensor are no linear layers, and are not counted.
+    Mixture-of-experts weights in one tensor are not linear layers and are not counted.
     """
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
@@ -110,7 +110,7 @@ def get_attention_shape(config: PretrainedConfig) -> tuple[int, int, int]:
 
 
 def count_kv_cache_numbers(config: PretrainedConfig) -> int:
-    """Return how many numbers the KV cache holds per position."""
+    """Return the numbers that the KV cache holds per position."""
     _, heads, size = get_attention_shape(config)
     return 2 * config.num_hidden_layers * heads * size
 

@@ -62,12 +62,12 @@ class PaddedInputs:
         return self.response_ids.shape[1]
 
     def select_response_outputs(self, outputs: Tensor) -> Tensor:
-        """Return those of a model's outputs [B, S, …] that predict the mask's tokens, [n, …] in the mask's order."""
+        """Return the rows of a model's outputs [B, S, …] that predict the mask's tokens, [n, …] in the mask's order."""
         return outputs[:, -self.logits_to_keep :][self.mask]
 
     @cached_property
     def packed_inputs(self) -> PackedInputs | None:
-        """The same sequences without padding; None if there is too little of it, or if a row has no prompt."""
+        """The same sequences without padding; None if there is too little padding, or if a row has no prompt."""
         prompt_columns = self.attention_mask.shape[1] - self.logits_to_keep + 1
         prompt_lengths = self.attention_mask[:, :prompt_columns].sum(1)
         columns = torch.arange(self.logits_to_keep, device=self.mask.device)
@@ -85,7 +85,7 @@ class PaddedInputs:
 
 @dataclass(frozen=True)
 class PackedInputs:
-    """Prompts and responses packed one behind the other into one row; see `sequence_packing`."""
+    """Prompts and responses packed into one row; see `sequence_packing`."""
 
     inputs: dict[str, Any]
     """The model's keyword arguments."""
@@ -96,17 +96,17 @@ class PackedInputs:
     """All positions; the value of a model's argument of this name."""
 
     def select_response_outputs(self, outputs: Tensor) -> Tensor:
-        """Return those of a model's outputs [1, S, …] that predict the mask's tokens, [n, …] in the mask's order."""
+        """Return the rows of a model's outputs [1, S, …] that predict the mask's tokens, [n, …] in the mask's order."""
         return outputs[0, self.positions]
 
 
 def pack_if_faster(model: PreTrainedModel | AdapterDisabledModel, padded: PaddedInputs) -> PaddedInputs | PackedInputs:
-    """Return the inputs in packed form if the model takes that and enough padding is saved, else as they are."""
+    """Return the inputs in packed form if the model supports it and enough padding is saved, else unchanged."""
     return padded.packed_inputs or padded if can_pack(model) else padded
 
 
 def probe_models(models: Iterable[PreTrainedModel | AdapterDisabledModel]) -> None:
-    """Run the probes of `find_linear_head` and `can_pack` before models are sharded, after which they could not run."""
+    """Run the probes of `find_linear_head` and `can_pack`, which cannot run once the models are sharded."""
     for model in models:
         find_linear_head(model)
         can_pack(model)
@@ -167,7 +167,7 @@ def compute_logprobs_with_output(
 ) -> tuple[Tensor, Any, PaddedInputs | PackedInputs]:
     """Return log π of each response token, [B, T] float32, 0 outside the mask [B, T]; the output; and its inputs.
 
-    Only positions of the mask reach the output head, if `find_linear_head` finds it. `options` go to the model.
+    Only positions of the mask reach a linear output head, see `find_linear_head`. `options` are passed to the model.
     """
     head = find_linear_head(model)
     inputs = padded if head is None else pack_if_faster(model, padded)
@@ -192,7 +192,7 @@ def compute_head_inputs(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return the output head's input before each token of the mask, [n, h] in the mask's order, and the head itself.
 
-    The head maps m of these rows to logits [m, V]. If `find_linear_head` does not find it, the rows are the logits.
+    The head maps m of these rows to logits [m, V]. If `find_linear_head` returns None, the rows are the logits.
     """
     head = find_linear_head(model)
     inputs = padded if head is None else pack_if_faster(model, padded)
@@ -219,9 +219,9 @@ class TrainingModel(nn.Module):
     def forward(
         self, batch: Batch | Sequences, with_policy: bool = True, critics: Collection[str] | None = None
     ) -> PolicyOutput:
-        """Return the log-probs [B, T] and the values [B, T] of the critics named (None: of all) for the responses.
+        """Return the responses' log-probs [B, T], and values [B, T] of the named critics (None: of all critics).
 
-        Without the policy the log-probs are 0, and its pass is only made if a critic reads its trunk.
+        Without the policy the log-probs are 0, and the policy's pass runs only if a critic reads its trunk.
         """
         names = [name for name in self.critics if critics is None or name in critics]
         padded = build_padded_inputs(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
@@ -261,7 +261,7 @@ class TrainingModel(nn.Module):
             return pad_to_mask(scatter_to_mask(values, padded.mask), mask)
 
     def critic_backbones(self) -> list[PreTrainedModel]:
-        """Return the backbones of the critics that have one."""
+        """Return the backbones of the critics, if any."""
         return [critic.backbone for critic in self.critics.values() if critic.backbone is not None]
 
     def policy_parameters(self) -> list[nn.Parameter]:
@@ -295,7 +295,7 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
         has_adapter = bool(find_lora_layers(model))
         return nullcontext(), use_adapter(model, get_active_adapter(model)) if has_adapter else nullcontext()
 
-    # transformers is renaming this method on the way to version 6
+    # transformers renames this method before version 6
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": make_contexts})
 

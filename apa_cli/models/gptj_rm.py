@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GPTJConfig, GPTJModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from apa_cli.errors import UserError, first_line
+from apa_cli.errors import UserError, get_first_line
 from apa_cli.models.loading import TORCH_DTYPES, load_pretrained, resolve_model_source
 from apa_cli.models.reward_model import encode_text, score_in_batches
 from apa_cli.settings import DType
@@ -49,7 +49,7 @@ def load_gptj_rm(
 ) -> tuple[GPTJRewardModel, PreTrainedTokenizerBase]:
     """Load the frozen model, its body in the given dtype and its head in float32, and its tokenizer.
 
-    Raise UserError if checkpoint, architecture, tokenizer and `max_tokens` do not fit together.
+    Raise UserError if checkpoint, architecture, tokenizer and `max_tokens` do not match.
     """
     tokenizer = load_pretrained(
         AutoTokenizer.from_pretrained, tokenizer_path, "reward.tokenizer", trust_remote_code=False
@@ -58,14 +58,14 @@ def load_gptj_rm(
         config = GPTJConfig(**architecture)
         with torch.device("meta"):
             shapes = {f"{BODY}{name}": tensor.shape for name, tensor in GPTJModel(config).state_dict().items()}
-    except Exception as error:  # of `transformers` or torch, for keys and dimensions of all kinds
+    except Exception as error:  # `transformers` and torch raise many types for wrong keys and dimensions
         raise UserError(f"reward.architecture: {' '.join(str(error).split())}") from error
     if max_tokens > config.n_positions:
         raise UserError(f"reward.max_tokens: {max_tokens} is more than the model's {config.n_positions} positions")
     if tokenizer.eos_token_id is None or len(tokenizer) > config.vocab_size:
         raise UserError(
             f"reward.tokenizer: {tokenizer_path} needs an end-of-text token and at most {config.vocab_size} tokens, "
-            f"the model's vocabulary; it has {len(tokenizer)}"
+            f"the model's vocabulary, got {len(tokenizer)}"
         )
     tensors = read_checkpoint(find_checkpoint_file(path, file))
     check_tensor_shapes(tensors, {**shapes, HEAD: torch.Size([1, config.n_embd])}, file)
@@ -85,22 +85,22 @@ def find_checkpoint_file(path: str, file: str) -> Path:
     try:
         return Path(cast(str, cached_file(resolve_model_source(path, "reward.path"), file)))
     except OSError as error:
-        message = f"reward.path: cannot load {file} of {path}: {first_line(error)}; a local folder works too"
+        message = f"reward.path: cannot load {file} of {path}: {get_first_line(error)}; or give a local folder"
         raise UserError(message) from error
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors by name, without a wrapper's prefix and old buffers; no code in it is executed.
+    """Read a checkpoint's tensors by name, without a wrapper's prefix and old buffers, and execute no code in the file.
 
-    Raise UserError if the file is anything else than tensors by name.
+    Raise UserError if the file holds anything but tensors by name.
     """
     try:
         # Files in the zip format are memory-mapped, so that 6 billion parameters are in memory only once.
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise UserError(f"reward.file: {file} is no file of tensors: {first_line(error)}") from error
+        raise UserError(f"reward.file: {file} is not a file of tensors: {get_first_line(error)}") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(tensor, Tensor) for tensor in checkpoint.values()):
-        raise UserError(f"reward.file: {file} is no file of tensors by name")
+        raise UserError(f"reward.file: {file} is not a file of tensors by name")
     tensors = {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
     return {name: tensor for name, tensor in tensors.items() if not OLD_BUFFERS.search(name)}
 
@@ -115,13 +115,13 @@ def check_tensor_shapes(tensors: dict[str, Tensor], shapes: dict[str, torch.Size
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise UserError(
-                f"reward.file: {name} in {file} is {list(tensors[name].shape)}, with reward.architecture it is "
+                f"reward.file: {name} in {file} has shape {list(tensors[name].shape)}, but by reward.architecture "
                 f"{list(shape)}"
             )
 
 
 def format_names(names: Iterable[str]) -> str:
-    """Return the first three of the names in sorted order, and how many more there are."""
+    """Return the first three names in sorted order, and the number of further names, as text."""
     ordered = sorted(names)
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 

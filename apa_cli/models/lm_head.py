@@ -115,8 +115,8 @@ def compute_head_logprobs(
 ) -> Tensor:
     """Return the head's log-probs of given tokens, states [N, h], token_ids [N] → [N] float32; see `HeadLogprobs`.
 
-    The logits have autocast's precision, or without autocast the weight's. Rows are added until the products have a
-    shape that `cpu_matmul` computes fast.
+    The logits have autocast's precision, or without autocast the weight's. Rows are padded to a shape that `cpu_matmul`
+    computes fast.
     """
     device = states.device.type
     states = states.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype)
@@ -128,7 +128,7 @@ def compute_head_logprobs(
         return HeadLogprobs.apply(rows, weight, bias, token_ids, temperature, save)[: len(states)]
 
 
-# Finding and overriding a model's head
+# --- finding and overriding a model's head ------------------------------------------------------------------
 
 _has_linear_head: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 """Results of the probes of `find_linear_head`."""

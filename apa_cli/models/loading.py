@@ -1,4 +1,4 @@
-"""Loading models and tokenizers from a folder or the hub, building them from their dimensions, and saving them."""
+"""Loading, building and saving of models and tokenizers, from a folder, the hub or a model's dimensions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from apa_cli.errors import UserError, first_line
+from apa_cli.errors import UserError, get_first_line
 from apa_cli.models.lora import find_lora_layers, is_adapter, merge_adapter_tensors, read_adapter_base, save_adapter
 from apa_cli.network import is_hub_reachable
 from apa_cli.settings import DType, ModelSettings, Quantization
@@ -34,50 +34,52 @@ transformers.utils.logging.set_verbosity_error()
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
 
 MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
-"""A folder without any of these files holds neither a model, an adapter nor a tokenizer."""
+"""Files of which a folder with a model, an adapter or a tokenizer has at least one."""
 TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
 T = TypeVar("T")
 
 
 def resolve_model_source(path: str, key: str) -> str:
-    """Return an existing folder or a hub id, as `transformers` takes it. Raise UserError if `path` can be neither.
+    """Return an existing folder or a hub id, as `transformers` takes it. Raise UserError if `path` is neither.
 
     `key` is the configuration key that errors name.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not any((folder / name).is_file() for name in MODEL_FILES):
-            raise UserError(f"{key}: {folder} holds no model (no config.json)")
+            raise UserError(f"{key}: {folder} contains no model (no config.json)")
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
         raise UserError(f"{key}: there is no folder {folder}")
-    is_hub_reachable()  # switches to offline mode if it is not
+    is_hub_reachable()  # if not, it switches to offline mode
     return path
 
 
 def load_pretrained(load: Callable[..., T], path: str, key: str, **options: Any) -> T:
-    """Return `load(source, **options)` of a folder or hub id. Raise a UserError of one line if it cannot be loaded."""
+    """Return `load(source, **options)` of a folder or hub id. Raise UserError, in one line, if that fails."""
     source = resolve_model_source(path, key)
     try:
         return load(source, **options)
     except UserError:
         raise
-    except Exception as error:  # of `transformers`, safetensors, pickle, json, zipfile, the hub's client, …
-        advice = "" if Path(source).is_dir() else f"; a local folder in the hub's layout works too, {key}=FOLDER"
+    except (
+        Exception
+    ) as error:  # `transformers`, safetensors, pickle, json, zipfile, the hub's client, … raise many types
+        advice = "" if Path(source).is_dir() else f"; or give a local folder with the hub's layout, {key}=FOLDER"
         if "trust_remote_code" in str(error) and key == "model.path":
-            advice = "; model.trust_remote_code=true runs its code"
-        raise UserError(f"{key}: cannot load {path}: {first_line(error)}{advice}") from error
+            advice = "; model.trust_remote_code=true runs the model's code"
+        raise UserError(f"{key}: cannot load {path}: {get_first_line(error)}{advice}") from error
 
 
 def require_all_weights(load: Callable[..., Any]) -> Callable[..., PreTrainedModel]:
-    """Wrap a model's `from_pretrained` so that it raises ValueError for missing weights, not makes random ones."""
+    """Wrap a model's `from_pretrained` to raise ValueError for missing weights instead of random initialization."""
 
     def load_completely(source: str, **options: Any) -> PreTrainedModel:
         model, info = load(source, output_loading_info=True, **options)
         if missing := sorted(info["missing_keys"]):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"its weights lack {missing[0]}{more}")
+            raise ValueError(f"the weights lack {missing[0]}{more}")
         return model
 
     return load_completely
@@ -86,7 +88,7 @@ def require_all_weights(load: Callable[..., Any]) -> Callable[..., PreTrainedMod
 def load_tokenizer(settings: ModelSettings, path: str) -> PreTrainedTokenizerBase:
     """Load `model.tokenizer`, or else the tokenizer of the model in `path`, and give it a pad token.
 
-    A LoRA adapter without a tokenizer has its base model's. Raise UserError if no token can pad.
+    A LoRA adapter without a tokenizer uses the base model's. Raise UserError if no token can pad.
     """
     key = "model.tokenizer" if settings.tokenizer else "model.path"
     source = settings.tokenizer or path
@@ -101,9 +103,9 @@ def load_tokenizer(settings: ModelSettings, path: str) -> PreTrainedTokenizerBas
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give a tokenizer without a pad token its EOS or unknown token as one, in place.
+    """Set the pad token of a tokenizer without one to its EOS or unknown token, in place.
 
-    Masks mark the padding, so any token can pad; `transformers` requires one.
+    Masks mark the padding, so any token can pad; `transformers` requires a pad token.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -133,7 +135,7 @@ def load_policy(settings: ModelSettings, path: str, frozen_base: bool = False) -
 
 
 def load_merged(load: Callable[..., PreTrainedModel], path: str, key: str, **options: Any) -> PreTrainedModel:
-    """Load a model as `load_pretrained` does; a LoRA adapter's folder or hub id gives its base with it merged.
+    """Load a model as `load_pretrained` does; for a LoRA adapter, its base model with the adapter merged.
 
     Raise UserError for an adapter if `options` ask for quantized weights.
     """
@@ -144,8 +146,8 @@ def load_merged(load: Callable[..., PreTrainedModel], path: str, key: str, **opt
     from peft import PeftModel
 
     base = load_pretrained(load, read_adapter_base(path), key, **options)
-    merged = load_pretrained(lambda where: PeftModel.from_pretrained(base, where), path, key).merge_and_unload()
-    return merged.requires_grad_(True)  # peft has frozen it
+    merged = load_pretrained(lambda source: PeftModel.from_pretrained(base, source), path, key).merge_and_unload()
+    return merged.requires_grad_(True)  # peft has frozen the model
 
 
 def build_quantization_config(settings: ModelSettings) -> BitsAndBytesConfig:
@@ -168,7 +170,7 @@ def build_quantization_config(settings: ModelSettings) -> BitsAndBytesConfig:
 def load_model_config(settings: ModelSettings, path: str | None) -> PretrainedConfig:
     """Return a model's `transformers` configuration without loading weights.
 
-    It is built from `model.architecture` if that is given and `path` is no local folder, else read from `path`.
+    It is built from `model.architecture` if that is given and `path` is not a local folder, else read from `path`.
     """
     if path is None:
         return build_architecture_config(settings.architecture, settings.tokenizer_vocabulary or 0)
@@ -188,7 +190,7 @@ def build_architecture_config(architecture: dict[str, Any], vocab_size: int) -> 
     try:
         return AutoConfig.for_model(dimensions.pop("model_type"), **dimensions)
     except (KeyError, ValueError) as error:
-        raise UserError(f"model.architecture: {first_line(error)}") from error
+        raise UserError(f"model.architecture: {get_first_line(error)}") from error
 
 
 def build_policy(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -228,7 +230,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
 
 
 def find_end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids of the tokens that end a response, of tokenizer, model and generation configuration."""
+    """Return the ids of the tokens that end a response: EOS of tokenizer, model and generation configuration."""
     end_tokens: set[int] = set()
     for ids in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
         if ids is not None:
@@ -239,7 +241,7 @@ def find_end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **entries: Any) -> None:
     """Save a plain `transformers` folder, with `entries` added to its config.json.
 
-    A LoRA adapter is merged into the weights, and saved by itself in the folder's subfolder adapter/.
+    A LoRA adapter is merged into the weights, and also saved alone in the subfolder adapter/.
     """
     if find_lora_layers(model):
         save_adapter(model, folder / "adapter", base=model.config._name_or_path)
@@ -253,7 +255,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def build_unquantized_shell(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model itself; of a quantized one, a model of its class without weights and quantization.
+    """Return the model itself, or for a quantized model a model of its class without weights and quantization.
 
     `save_pretrained` with merged tensors then writes an ordinary checkpoint.
     """

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, 2106.09685) through `peft`: adding, switching, merging and saving them.
+"""Low-rank adapters (LoRA, 2106.09685) through `peft`: adding, switching, merging and saving of adapters.
 
 The model keeps its class; its linear layers are wrapped in place. Several adapters share one base: the policy's, and
-one for each critic of kind `adapter`. With no adapter active the model computes what its base computes.
+one for each critic of kind `adapter`. With no active adapter the model computes the base's outputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from apa_cli.errors import UserError, first_line
+from apa_cli.errors import UserError, get_first_line
 from apa_cli.network import is_hub_reachable
 from apa_cli.settings import LoraSettings
 
@@ -68,7 +68,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, name: str, seed:
         try:
             inject_adapter_in_model(config, model, name)
         except ValueError as error:
-            raise UserError(f"lora.target_modules: {first_line(error)}") from error
+            raise UserError(f"lora.target_modules: {get_first_line(error)}") from error
     model.eval()
     if active is not None:
         activate_adapter(model, active)
@@ -105,7 +105,7 @@ def get_active_adapter(model: nn.Module) -> str | None:
 
 
 def activate_adapter(model: nn.Module, name: str | None) -> None:
-    """Make one adapter the active one, or none. Unlike peft's own switches, keep which parameters are trained."""
+    """Make `name` the only active adapter (None: no adapter). Unlike peft's switches, keep the trained parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for layer in find_lora_layers(model):
         layer.enable_adapters(name is not None)
@@ -119,7 +119,7 @@ def activate_adapter(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Make `name` the active adapter within the block (None: the base alone), then restore the former one."""
+    """Make `name` the active adapter within the block (None: the base alone), then restore the previous adapter."""
     previous = get_active_adapter(model)
     activate_adapter(model, name)
     try:
@@ -148,13 +148,13 @@ class AdapterDisabledModel:
 
 
 def unwrap_model(model: PreTrainedModel | AdapterDisabledModel) -> PreTrainedModel:
-    """Return the model behind an AdapterDisabledModel; any other as it is."""
+    """Return the model behind an AdapterDisabledModel, and any other model unchanged."""
     return model.model if isinstance(model, AdapterDisabledModel) else model
 
 
 @torch.no_grad()
 def merge_adapter_tensors(model: PreTrainedModel, name: str = POLICY_ADAPTER) -> dict[str, Tensor]:
-    """Return the tensors of the model with adapter `name` merged, under the names they have without adapters.
+    """Return the tensors of the model with adapter `name` merged, under their names without adapters.
 
     Quantized weights are dequantized.
     """
@@ -168,7 +168,7 @@ def merge_adapter_tensors(model: PreTrainedModel, name: str = POLICY_ADAPTER) ->
     names = {n for n, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
     merged = {}
     for key, value in model.state_dict().items():
-        if ".lora_" in key or key not in names:  # quantization stores further tensors beside its weights
+        if ".lora_" in key or key not in names:  # quantization stores further tensors next to the weights
             continue
         module_name, _, last = key.rpartition(".")
         if last == "weight" and not value.is_floating_point():
@@ -227,7 +227,7 @@ def is_hub_adapter(path: str) -> bool:
 
 
 def read_adapter_base(path: str) -> str:
-    """Return the folder or hub id of an adapter's base model. Raise UserError if its configuration names none."""
+    """Return the folder or hub id of an adapter's base model. Raise UserError if adapter_config.json names none."""
     base = read_adapter_config(path).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{path}: adapter_config.json names no base_model_name_or_path")

@@ -33,7 +33,7 @@ class PromptFormat:
             raise ConfigError("dataset.format: chat needs a tokenizer with a chat template; give hh, or auto")
 
     def is_chat(self, example: Example) -> bool:
-        """Return True if the row goes through the template; with style auto, if it has messages and there is one."""
+        """Return True if the row is rendered by a chat template; with style auto, if messages and template exist."""
         if self.style is PromptStyle.auto:
             return example.messages is not None and bool(self.tokenizer.chat_template)
         return self.style is PromptStyle.chat
@@ -99,7 +99,9 @@ class PromptFormat:
         while (excess := len(self.render_messages(system + rest)) - max_tokens) > 0:
             ids = self.tokenizer(rest[-1]["content"], add_special_tokens=False)["input_ids"][excess:]
             if not ids:
-                raise ConfigError(f"sampling.max_prompt_tokens: {max_tokens} leaves no room beside the chat template")
+                raise ConfigError(
+                    f"sampling.max_prompt_tokens: {max_tokens} leaves no room for a turn in the chat template; raise it"
+                )
             rest = [{**rest[-1], "content": self.decode_text(ids)}]
         return system + rest
 

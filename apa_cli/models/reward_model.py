@@ -33,8 +33,8 @@ from apa_cli.settings import DType, ModelSettings
 def load_reward_model(path: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen classifier in the given dtype on the CPU, and its tokenizer, which pads on the right.
 
-    A LoRA adapter is merged into its base model, whose tokenizer it uses if it has none. Raise UserError if either
-    cannot be loaded, or if the tokenizer has tokens that the model does not know.
+    A LoRA adapter is merged into its base model, and uses the base's tokenizer if it has none. Raise UserError if model
+    or tokenizer cannot be loaded, or if the tokenizer has more tokens than the model.
     """
     resolve_model_source(path, "reward.path")
     options: dict[str, Any] = {"dtype": TORCH_DTYPES[DType(dtype)], "trust_remote_code": False}
@@ -50,11 +50,13 @@ def load_reward_model(path: str, dtype: str) -> tuple[PreTrainedModel, PreTraine
         load_pretrained(AutoTokenizer.from_pretrained, tokenizer_path, "reward.path", **options)
     )
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # `transformers` makes such a tokenizer if there is none
-        raise UserError(f"reward.path: {tokenizer_path} holds no tokenizer")
+        raise UserError(f"reward.path: {tokenizer_path} contains no tokenizer")
     highest = max(tokenizer.get_vocab().values())
     size = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if highest >= size:
-        raise UserError(f"reward.path: the highest token of {tokenizer_path} is number {highest}, the model has {size}")
+        raise UserError(
+            f"reward.path: the highest token id of {tokenizer_path} is {highest}, but the model has {size} embeddings"
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval().requires_grad_(False), tokenizer
 
@@ -65,10 +67,10 @@ def check_reward_adapter(path: str) -> None:
 
     task = read_adapter_config(path).get("task_type")
     if task != "SEQ_CLS":
-        raise UserError(f"reward.path: {path} is an adapter of task {task}; a reward model's is SEQ_CLS")
+        raise UserError(f"reward.path: {path} is an adapter of task {task}; a reward model needs SEQ_CLS")
     tensors = load_pretrained(lambda source: load_peft_weights(source, device="cpu"), path, "reward.path")
     if not any(".score." in name or ".classifier." in name for name in tensors):
-        raise UserError(f"reward.path: the adapter in {path} holds no score head; modules_to_save must name it")
+        raise UserError(f"reward.path: the adapter in {path} has no score head; modules_to_save must name it")
 
 
 def find_model_file(path: str, name: str) -> str | None:
@@ -93,10 +95,10 @@ def find_output_index(model: PreTrainedModel, output: int | str, path: str) -> i
 
 
 def read_score_mean(model: PreTrainedModel, path: str) -> float:
-    """Return the mean score on training replies that apa-reward stored in config.json. Raise UserError without one."""
+    """Return the mean score that apa-reward stored in config.json. Raise UserError if there is none."""
     mean = getattr(model.config, "score_mean", None)
     if mean is None:
-        raise UserError(f"reward.centered: the config.json of {path} holds no score_mean")
+        raise UserError(f"reward.centered: the config.json of {path} has no score_mean; give false")
     return float(mean)
 
 

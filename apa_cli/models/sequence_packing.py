@@ -1,4 +1,4 @@
-"""Sequence packing: sequences of different lengths in one row, one behind the other, without padding. CPU only.
+"""Sequence packing: sequences of different lengths concatenated in one row, without padding. CPU only.
 
 Attention, the only part in which positions see each other, is computed for each sequence separately; the rest of the
 model is computed for all positions at once.
@@ -24,8 +24,8 @@ RESTRICTION_OPTIONS = ("sliding_window", "position_bias", "indices", "block_indi
 """Options by which layers restrict attention; `attend_per_sequence` supports none of them."""
 
 MIN_PADDING_PER_SEQUENCE = 4
-"""Mean number of padded positions per sequence from which on packing is faster. With less, computing attention
-separately costs more time than it saves."""
+"""Mean number of padded positions per sequence from which on packing is faster (measured). With less padding, separate
+attention costs more time than packing saves."""
 
 MAX_FLOAT32_KEYS = 128
 """Number of keys up to which half-precision attention is computed in float32, which is faster on a CPU. Attention of a
@@ -78,7 +78,7 @@ def attend_in_fast_precision(
 
 
 def pack_inputs(input_ids: Tensor, position_ids: Tensor, lengths: list[int]) -> dict[str, Any]:
-    """Return model inputs for the tokens [Σ lengths] of sequences that lie one behind the other.
+    """Return model inputs for the tokens [Σ lengths] of concatenated sequences.
 
     A further sequence of zeros is appended if a longer row has faster matrix products; see `cpu_matmul`.
     """
@@ -96,9 +96,10 @@ def pack_inputs(input_ids: Tensor, position_ids: Tensor, lengths: list[int]) -> 
 
 
 def can_pack(model: PreTrainedModel | AdapterDisabledModel) -> bool:
-    """Return True if the model's outputs for packed sequences are those for each sequence alone.
+    """Return True if the model's outputs for packed sequences equal the outputs for each sequence alone.
 
-    The first call for a model probes for that, and makes `attend_per_sequence` the attention of a model that can pack.
+    The first call for a model runs `probe_packing`, which sets `attend_per_sequence` as the attention of a model that
+    can pack.
     """
     trunk = get_trunk(unwrap_model(model))
     if trunk not in _packing_support:
@@ -111,8 +112,8 @@ def can_pack(model: PreTrainedModel | AdapterDisabledModel) -> bool:
 def probe_packing(trunk: PreTrainedModel) -> bool:
     """Return True if two short sequences give the same hidden states packed as alone.
 
-    All layers must call `attend_per_sequence`, with options that it supports only. If the probe succeeds, the trunk's
-    attention is `attend_per_sequence` from then on; else it stays `sdpa`.
+    All layers must call `attend_per_sequence` with supported options. If the probe succeeds, the trunk's attention is
+    `attend_per_sequence` from then on; else it stays `sdpa`.
     """
     global _probe_calls
     from transformers import AttentionInterface, AttentionMaskInterface

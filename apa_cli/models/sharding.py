@@ -34,13 +34,13 @@ def shard_model(model: M, blocks: Iterable[nn.Module], is_offloaded: bool = Fals
     """Shard each of the blocks, then the rest of the model, over all ranks, in place.
 
     With `keep_gathered` the rest stays gathered after a forward pass, for the backward pass or the output head.
-    `is_offloaded` keeps the shards in CPU memory. Raise UserError if the weights have several precisions, which FSDP2
-    does not support in one group.
+    `is_offloaded` keeps the shards in CPU memory. Raise UserError if the weights have several dtypes, which FSDP2 does
+    not support in one group.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
-        raise UserError("launch.strategy: fsdp needs all weights in one precision; with lora give model.dtype=float32")
+        raise UserError("launch.strategy: fsdp needs all weights in one dtype; with lora give model.dtype=float32")
     options: dict[str, Any] = {}
     if is_offloaded:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
@@ -65,10 +65,10 @@ def shard_reference(reference: PreTrainedModel, frozen: FrozenPlacement) -> PreT
 
 
 def shard_reward_model(model: nn.Module, frozen: FrozenPlacement, ready: Callable[[], None]) -> Callable[..., Any]:
-    """Shard a reward model over the ranks, which must all call it equally often, and return its forward pass.
+    """Shard a reward model over the ranks and return its forward pass, which all ranks must call equally often.
 
     `ready` is called before each pass; it raises on every rank if a rank has failed. The model may be any classifier:
-    if no stack of blocks is found, each pass gathers all of it.
+    if no stack of blocks is found, each pass gathers the whole model.
     """
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
@@ -83,12 +83,12 @@ def shard_reward_model(model: nn.Module, frozen: FrozenPlacement, ready: Callabl
 
 
 def gather_full_tensor(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor gathered on every rank, which must all call this; any other tensor as it is."""
+    """Return a sharded tensor gathered, which every rank must call, and any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return a full tensor sharded as `like` is; as it is if `like` is not sharded."""
+    """Return a full tensor sharded like `like`; unchanged if `like` is not sharded."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

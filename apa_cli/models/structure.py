@@ -1,4 +1,4 @@
-"""Structure of a loaded model: its trunk and blocks, its frozen parts, its size, and frozen copies of it."""
+"""Structure of a loaded model: trunk and blocks, frozen parts, number of parameters, and frozen copies."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def move_to_device(model: ModelT, device: torch.device) -> ModelT:
 
 
 def get_trunk(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model without its output head; a model that has none is its own trunk."""
+    """Return the model without its output head; a model without a head is its own trunk."""
     return cast(PreTrainedModel, model.base_model)
 
 
 def find_blocks(trunk: PreTrainedModel) -> nn.ModuleList:
-    """Return the transformer blocks of a trunk. Raise UserError if they cannot be told from its other parts."""
+    """Return the transformer blocks of a trunk. Raise UserError if the trunk has no single stack of blocks."""
     count = trunk.config.num_hidden_layers
     stacks = [part for part in trunk.children() if isinstance(part, nn.ModuleList) and len(part) == count]
     if len(stacks) != 1:

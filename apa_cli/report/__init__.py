@@ -1,1 +1,1 @@
-"""Curves of one run and comparisons of many, made from their directories alone."""
+"""Curves of one run and comparisons of many, from the directories of runs alone."""

@@ -38,7 +38,7 @@ class Placement:
     dtype: str
     """Compute dtype: "float32" or "bfloat16"."""
     shard: Callable[[Any], Any] | None = None
-    """Shards a model over the ranks and returns it; a collective call. None: every rank holds the whole model."""
+    """Function that shards a model over the ranks, a collective call; None: every rank holds the whole model."""
 
     def place_model(self, model: Any) -> Any:
         """Return `model`, a `torch.nn.Module` on the CPU, moved to `device` or sharded over the ranks."""
@@ -54,7 +54,7 @@ class Reward(ABC):
         return False
 
     def use_trained_model(self, path: str) -> Reward:
-        """Return the same reward with the model in the folder `path`. TypeError if the reward takes no model."""
+        """Return the same reward with the model in the folder `path`. Raise TypeError if the reward takes none."""
         raise TypeError(f"{type(self).__name__} takes no model")
 
     @abstractmethod

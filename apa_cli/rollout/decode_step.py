@@ -37,7 +37,7 @@ class Decoder:
     input_ids: Tensor
     """Tokens that the next forward pass reads: [B, P] in the prefill, then [B, 1]."""
     position_ids: Tensor
-    """Their positions, of the same shape."""
+    """Positions of `input_ids`, of the same shape."""
     uniforms: Tensor
     """[B, T]; step t samples with column t."""
     logits: Tensor
@@ -66,7 +66,7 @@ class EagerDecoder(Decoder):
         uniforms: Tensor,
         settings: SamplingSettings,
     ):
-        """`input_ids` and `attention_mask` are [B, P], prompts padded on the left; `uniforms` is [B, T]."""
+        """Start from prompts `input_ids` and `attention_mask` [B, P], padded on the left, and `uniforms` [B, T]."""
         self.model, self.settings = model, settings
         self.input_ids, self.attention_mask, self.uniforms = input_ids, attention_mask, uniforms
         self.position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from apa_cli.errors import UserError, first_line
+from apa_cli.errors import UserError, get_first_line
 from apa_cli.models.sharding import distribute_like, gather_full_tensor, get_storage_key
 from apa_cli.runs.files import CHECKPOINT_NAME, CHECKPOINT_PATTERN, STATE, list_checkpoints, read_state
 
@@ -163,7 +163,7 @@ def fsync_path(path: Path) -> None:
 
 def describe_write_error(error: Exception) -> str:
     """Return the operating system's message, or the first line of another error."""
-    return getattr(error, "strerror", None) or first_line(error)
+    return getattr(error, "strerror", None) or get_first_line(error)
 
 
 # --- the checkpoints of a run -------------------------------------------------------------------------------

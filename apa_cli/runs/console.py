@@ -7,6 +7,7 @@ system's log) it is one aligned line per iteration, the same line that run.log a
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import time
@@ -127,6 +128,9 @@ class Console:
         except UnicodeEncodeError:  # a terminal without Unicode must not end a run
             encoding = stream.encoding or "ascii"
             print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+        except BrokenPipeError:  # the reader of the output has gone; the run continues with run.log alone
+            self._quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def _log(self, text: str) -> None:
         if self._file is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from apa_cli.errors import UserError, first_line
+from apa_cli.errors import UserError, get_first_line
 
 CONFIG, ENVIRONMENT, METRICS, SAMPLES, RESULT = (
     "config.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "result.json",
@@ -38,7 +38,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: not readable as YAML ({first_line(error)})") from error
+        raise UserError(f"{file}: not readable as YAML ({get_first_line(error)})") from error
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a configuration")
     return config
@@ -62,7 +62,7 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({first_line(error)})") from error
+        raise UserError(f"{file}: not readable as JSON ({get_first_line(error)})") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: not a JSON object")
     return content

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from apa_cli.errors import UserError, first_line
+from apa_cli.errors import UserError, get_first_line
 from apa_cli.runs.files import SAMPLES, read_rows
 from apa_cli.runs.wandb_access import find_offline_reason
 
@@ -67,7 +67,7 @@ class _SafeTracker(Tracker):
             action()
         except Exception as error:  # whatever fails, the run continues
             self._closed = True
-            self._say(f"{self._kind}: recording has failed ({first_line(error)}); the run continues without it")
+            self._say(f"{self._kind}: recording has failed ({get_first_line(error)}); the run continues without it")
 
 
 # --- Weights & Biases ---------------------------------------------------------------------------------------
@@ -148,11 +148,11 @@ def _start_wandb(
             try:
                 run = start("online")
             except Exception as error:
-                reason = f"cannot start online ({first_line(error)})"
+                reason = f"cannot start online ({get_first_line(error)})"
         if reason is not None:
             run = start("offline")
     except Exception as error:
-        say(f"wandb: cannot start ({first_line(error)}); the run continues without it")
+        say(f"wandb: cannot start ({get_first_line(error)}); the run continues without it")
         return Tracker()
     say(f"wandb: {run.url}" if reason is None else _describe_offline(reason, run))
     return WandbTracker(run, say, _read_recorded_samples(run_dir) if run_id else None)

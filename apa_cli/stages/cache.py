@@ -55,7 +55,7 @@ def find_or_train_sft_model(
         return config.model.path
 
     def build(folder: Path) -> dict[str, float]:
-        say("building the SFT model (once; later runs take it from the cache)")
+        say("training the SFT model (once; later runs load it from the cache)")
         context = StageContext(device, folder, say, report_progress)
         return train_sft_model(config, train, held_out, config.stages.seed, context)
 
@@ -79,7 +79,7 @@ def find_or_train_reward_model(
     """Return the folder of the reward stage's model, which has the trunk of `model.path`."""
 
     def build(folder: Path) -> dict[str, float]:
-        say("training the reward model (once; later runs take it from the cache)")
+        say("training the reward model (once; later runs load it from the cache)")
         context = StageContext(device, folder, say, report_progress)
         return train_reward_model(config, train, held_out, config.stages.seed, context)
 
@@ -128,7 +128,7 @@ def find_or_build(
 
 
 def hash_examples(*splits: list[Example]) -> str:
-    """Return a digest of every example's prompt, as text and as messages, and replies."""
+    """Return a digest of every example's prompt, as text and as messages, and of its replies."""
     digest = hashlib.sha256()
     for split in splits:
         for example in split:
@@ -138,14 +138,14 @@ def hash_examples(*splits: list[Example]) -> str:
 
 
 def identify_model(model: str) -> list[Any]:
-    """Return what distinguishes versions of a model: its hub id, or its folder and each file's name, size and mtime."""
+    """Return an identifier of a model's version: the hub id, or the folder with each file's name, size and mtime."""
     folder = Path(model).expanduser()
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     return [model, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
 
 
 def hash_code() -> str:
-    """Return a digest of the modules that determine a stage's model; this one, the cache, does not."""
+    """Return a digest of the modules that determine a stage's model, this module excluded."""
     digest = hashlib.sha256()
     for package in (models, stages):
         for file in sorted(Path(str(package.__file__)).parent.glob("*.py")):

@@ -17,13 +17,14 @@ from apa_cli.runs.stopping import GracefulStop, RunStopped
 from apa_cli.settings import LRScheduler, SupervisedSettings
 
 BATCHES_PER_POOL = 16
-"""Batches whose examples are sorted by length together."""
+"""Number of batches whose examples are sorted by length together."""
 ADAMW_BETAS = (0.9, 0.95)
+"""AdamW's decay rates, as in conf/config.yaml for RL."""
 
 SayFunction = Callable[[str], None]
-"""Shows and logs one line."""
+"""Function that shows and logs one line."""
 ProgressFunction = Callable[[int, int, float], None]
-"""Takes (step, steps, loss) after each optimizer step."""
+"""Function of (step, steps, loss), called after each optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class StageContext:
     say: SayFunction
     report_progress: ProgressFunction
     record: Callable[[dict[str, float]], None] = lambda row: None
-    """Takes the metrics of each evaluation."""
+    """Function of the metrics of each evaluation."""
     checkpoint_folder: Path | None = None
-    """Folder of the checkpoints; None: none are saved."""
+    """Folder of the checkpoints; None: no checkpoint is saved."""
     resume_from: Path | None = None
     """The checkpoint to continue from; None: training starts at step 0."""
     stopping: GracefulStop | None = None
-    """Asked after each step if a signal ends the stage, which is then saved; None: no signal does."""
+    """Signal handler that is read after each step; a signal saves and ends the stage. None: signals are not handled."""
 
 
 def shuffle_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -57,7 +58,7 @@ def shuffle_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) 
     return [batches[i] for i in sample_permutation(len(batches), seed, Stream.minibatch_order, epoch)]
 
 
-def learning_rate_factor(settings: SupervisedSettings, step: int, total: int) -> float:
+def compute_stage_lr_factor(settings: SupervisedSettings, step: int, total: int) -> float:
     """Return the factor of the learning rate at optimizer step `step` (counted from 0) of `total`.
 
     Unlike the schedule of `training.updater`, warm-up takes at least one step, even at warmup_ratio 0.
@@ -82,7 +83,7 @@ class SupervisedTrainer:
             self.parameters, lr=settings.lr, betas=ADAMW_BETAS, weight_decay=settings.weight_decay, fused=True
         )
         self.steps = steps
-        """Optimizer steps in all."""
+        """Total number of optimizer steps."""
         self.step = 0
         """Optimizer steps done."""
         self.best: dict[str, float] = {}
@@ -109,8 +110,8 @@ class SupervisedTrainer:
         self.context.say(f"checkpoint: {path}")
 
     def train_step(self, compute_loss: Callable[[list[int]], Tensor], rows: list[int]) -> float:
-        """Take one optimizer step on the examples `rows` and return their loss. UserError for a non-finite gradient."""
-        factor = learning_rate_factor(self.settings, self.step, self.steps)
+        """Take an optimizer step on examples `rows` and return the loss. Raise UserError for a non-finite gradient."""
+        factor = compute_stage_lr_factor(self.settings, self.step, self.steps)
         self.optimizer.param_groups[0]["lr"] = self.settings.lr * factor
         loss = compute_loss(rows)
         loss.backward()
@@ -160,11 +161,11 @@ def fit(
     seed: int,
     context: StageContext,
 ) -> dict[str, float]:
-    """Minimise a loss over the weights that require a gradient; return the metrics of the best evaluation.
+    """Minimize a loss over the weights that require a gradient; return the metrics of the best evaluation.
 
     `compute_loss(indices)` returns the scalar loss of a batch of the examples, whose `lengths` are in tokens.
     `measure()` returns held-out metrics, the lower its "eval/loss" the better: every `eval_every` steps and after the
-    last one. The model is left with the weights of the best evaluation. Raise RunStopped, after saving, if
+    last step. The model is left with the weights of the best evaluation. Raise RunStopped, after saving, if
     `context.stopping` received a signal before the last step.
     """
     steps_per_epoch = math.ceil(len(lengths) / settings.batch_size)

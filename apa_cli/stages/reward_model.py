@@ -1,4 +1,4 @@
-"""The reward model: Bradley-Terry on pairs, −log σ(R(x, y⁺) − R(x, y⁻)), measured on held-out pairs."""
+"""The reward model: Bradley-Terry on pairs, −log σ(R(x, y⁺) − R(x, y⁻)), evaluated on held-out pairs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from apa_cli.stages.sft import configure_trainable_weights
 from apa_cli.types import Example
 
 CALIBRATION_BINS = 10
+"""Bins of the expected calibration error."""
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, center_coef: float) -> Tensor:
     """Return −log σ(R⁺ − R⁻) + center_coef · (R⁺ + R⁻)², [B], of the scores `chosen` R⁺ and `rejected` R⁻, each [B].
 
-    The second term centres the scores at 0 (arXiv 2312.09244, equation 2).
+    The second term centers the scores at 0 (2312.09244, equation 2).
     """
     return center_coef * (chosen + rejected).square() - logsigmoid(chosen - rejected)
 
@@ -37,7 +38,7 @@ def compute_preference_metrics(chosen: list[float], rejected: list[float], lengt
     """Return the metrics of a reward model's scores of N held-out pairs.
 
     accuracy: share of pairs with the chosen reply scored higher (a tie counts half);
-    accuracy_ci: half the width of its normal 95 % interval;
+    accuracy_ci: half width of its normal 95 % interval;
     margin: mean score difference;
     calibration_error: |mean σ(|difference|) − accuracy| in equal-width bins of σ(|difference|) from 0.5 to 1,
     averaged with the bins' numbers of pairs as weights (expected calibration error);
@@ -86,7 +87,7 @@ def train_reward_model(
     train, held_out = select_pairs(train), select_pairs(held_out)[: settings.held_out]
     if not train or not held_out:
         raise UserError(
-            "reward_model: the data set has no pairs of chosen and rejected replies; give reward.path a model instead"
+            "reward_model: the data set has no pairs of chosen and rejected responses; set reward.path to a model"
         )
     model, tokenizer = load_trainable_classifier(config, seed, context.device)
     pairs = [

@@ -66,7 +66,7 @@ def train_sft_model(
     train = [example for example in train if example.chosen is not None]
     held_out = [example for example in held_out if example.chosen is not None][: settings.held_out]
     if not train or not held_out:
-        raise UserError("sft: the data set has no chosen replies to learn from; give model.path an SFT model instead")
+        raise UserError("sft: the data set has no chosen responses to train on; set model.path to an SFT model")
     model, tokenizer = load_or_build_model(config.model, train, seed, frozen_base=config.lora.rank > 0)
     configure_trainable_weights(model, config, derive_torch_seed(seed, Stream.initialization, 1))
     move_to_device(model, context.device)
@@ -90,14 +90,15 @@ def train_sft_model(
     best = fit(model, compute_loss, measure, [len(ids) for ids, _ in rows], settings, seed, context)
     after = best["eval/perplexity"]
     context.say(
-        f"SFT on {len(rows)} replies: perplexity on {len(held_out_rows)} held-out replies {before:.2f} → {after:.2f}"
+        f"SFT on {len(rows)} responses: perplexity on {len(held_out_rows)} held-out responses {before:.2f} → "
+        f"{after:.2f}"
     )
     save_model(model, tokenizer, context.model_folder)
     return {"perplexity_before": before, "perplexity_after": after, "replies": len(rows), "step": best["iteration"]}
 
 
 def configure_trainable_weights(model: PreTrainedModel, config: Config, seed: int) -> None:
-    """Add the LoRA adapter or freeze layers, and enable activation checkpointing, as `lora` and `model` say."""
+    """Add the LoRA adapter or freeze layers, and enable activation checkpointing, as `config` says."""
     if config.lora.rank:
         add_adapter(model, config.lora, POLICY_ADAPTER, seed)
     elif config.model.trainable_layers is not None:
@@ -121,5 +122,5 @@ def load_or_build_model(
         texts = [example.prompt + (reply or "") for example in train for reply in (example.chosen, example.rejected)]
         tokenizer = train_tokenizer(texts, settings.tokenizer_vocabulary)
     else:
-        raise UserError("model.tokenizer_vocabulary: a size is needed to train a tokenizer")
+        raise UserError("model.tokenizer_vocabulary: a size is needed to train a tokenizer; or give model.tokenizer")
     return build_policy(settings, tokenizer, derive_torch_seed(seed, Stream.initialization)), tokenizer

@@ -1,1 +1,1 @@
-"""Training: the loop, the update, and what puts a run together."""
+"""Training: the loop, the update, and the construction of a run."""

@@ -65,7 +65,7 @@ def build_trainer(
 ) -> Trainer:
     """Build the trainer of a run in the directory `path`, in the state of the checkpoint `resume` if one is given.
 
-    The checkpoint may be another run's, of which this one is a fork. `group` is the sweep's name for the tracker.
+    The checkpoint may belong to another run, of which this run is a fork. `group` is the sweep's name for the tracker.
     """
     device = set_up_device(config.launch, world)
     train, held_out = load_examples(config, console.say)
@@ -110,9 +110,9 @@ def set_up_device(settings: LaunchSettings, world: World = SINGLE_PROCESS) -> to
 
 
 def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Example], list[Example]]:
-    """Return the data set's train and held-out rows; prompts of the latter are left out of the former.
+    """Return the data set's train and held-out rows; held-out prompts are left out of the train rows.
 
-    Says how many rows are left out and why. Raises UserError if either split is empty or cannot be read.
+    Report how many rows are left out and why. Raise UserError if either split is empty or cannot be read.
     """
     try:
         train, held_out = config.dataset.load("train"), config.dataset.load("test")
@@ -127,10 +127,10 @@ def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Exam
     if shared:
         train = [example for example in train if example.prompt not in prompts]
         say(
-            f"dataset: {len(shared)} held-out prompts were in train too and are left out of it, such as {min(shared)!r}"
+            f"dataset: {len(shared)} held-out prompts are also in train and are left out of it, such as {min(shared)!r}"
         )
     if not train or not held_out:
-        raise UserError(f"dataset: {len(train)} rows to train on and {len(held_out)} held out; both are needed")
+        raise UserError(f"dataset: {len(train)} rows to train on, {len(held_out)} held out; both splits are needed")
     columns = sorted({name for example in train for name in example.columns})
     further = f"; further columns: {', '.join(columns)}" if columns else ""
     say(f"dataset: {len(train)} rows to train on, {len(held_out)} held out{further}")
@@ -140,7 +140,7 @@ def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Exam
 def run_missing_stages(
     config: Config, train: list[Example], held_out: list[Example], device: torch.device, console: Console
 ) -> Config:
-    """Return the configuration with the models of the SFT and reward stages filled in, from the cache if there."""
+    """Return the configuration with the models of the SFT and reward stages filled in, cached or newly trained."""
     report = make_stage_reporter(console, "stage")
     config = fill_model_paths(config, train, held_out, device, console.say, report)
     rewards = config.evaluation.rewards
@@ -170,18 +170,18 @@ def make_stage_reporter(console: Console, name: str) -> Callable[[int, int, floa
 
 
 def warn_of_biased_sampling(config: Config, console: Console) -> None:
-    """Warn if top_k or top_p cut the distribution that is sampled from."""
+    """Warn if top_k or top_p truncates the sampling distribution."""
     if config.sampling.top_k or config.sampling.top_p < 1:
         console.warn(
-            "sampling.top_k and sampling.top_p cut the distribution that is sampled from, while log-probs are of the "
-            "whole one: advantages, ratios and KL are biased"
+            "sampling.top_k, sampling.top_p: the sampling distribution is truncated and log-probs are not, so "
+            "advantages, ratios and KL are biased; 0 and 1 turn truncation off"
         )
 
 
 def prepare_models(
     config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> RunModels:
-    """Return the models of a run, whole on `device`. Raises ConfigError if the policy does not fit the tokenizer."""
+    """Return the models of a run, whole on `device`. Raise ConfigError if the policy does not fit the tokenizer."""
     check_model_limits(config, policy, tokenizer)
     move_to_device(policy, device)
     model, reference = build_training_model(config, policy)
@@ -212,7 +212,7 @@ def load_inputs(
     device: torch.device,
     world: World = SINGLE_PROCESS,
 ) -> RunInputs:
-    """Load the reward and collect what a run reads."""
+    """Load the reward, and return it with the data and the prompt format."""
     placement = make_placement(config, device, world)
     return RunInputs(
         train=train,
@@ -246,7 +246,7 @@ def is_sharded(config: Config, world: World) -> bool:
 
 
 def distribute_models(config: Config, models: RunModels, device: torch.device, world: World) -> RunModels:
-    """Return the models under DDP or FSDP; those of a single process as they are."""
+    """Return the models wrapped by DDP or sharded by FSDP; with one process unchanged."""
     if world.size == 1:
         return models
     model = models.model
@@ -266,7 +266,7 @@ def distribute_models(config: Config, models: RunModels, device: torch.device, w
 
 
 def start_tracker(config: Config, path: Path, group: str | None, wandb_id: str | None, console: Console) -> Tracker:
-    """Start the tracker of the run in `path`; `wandb_id` continues an earlier run there."""
+    """Start the tracker of the run in `path`; `wandb_id` continues that wandb run."""
     tracking = config.tracking
     return make_tracker(
         tracking.kind.value, tracking.project, tracking.mode.value, path, path.name, tracking.group or group,
@@ -275,7 +275,7 @@ def start_tracker(config: Config, path: Path, group: str | None, wandb_id: str |
 
 
 def write_environment(config: Config, directory: RunDirectory, device: torch.device, world: World) -> None:
-    """Write environment.json: machine, versions, models, and how `apa-compare` shows the algorithm."""
+    """Write environment.json: machine, versions, models, and the algorithm's label, color and meaning of λ."""
     algorithm = config.algo
     directory.write_environment(
         device=str(device),
@@ -337,8 +337,8 @@ def build_batch_sizes(
 ) -> tuple[BatchSizeHalver, BatchSizeHalver]:
     """Return `microbatch_size` and `sampling.microbatch_size`, each halved when memory runs out.
 
-    The former is not halved if `is_fixed`: with sharded weights the other ranks wait inside a pass for the rank that
-    failed.
+    With `is_fixed`, `microbatch_size` is not halved: with sharded weights the other ranks wait inside a pass for the
+    rank that failed.
     """
     size = config.run.microbatch_size
     return (
@@ -355,7 +355,7 @@ def build_evaluator(
     sampling_batch: BatchSizeHalver,
     world: World = SINGLE_PROCESS,
 ) -> Evaluator:
-    """Return the evaluation on the first `evaluation.prompts` held-out prompts, with its further rewards loaded."""
+    """Return the evaluator on the first `evaluation.prompts` held-out prompts, with `evaluation.rewards` loaded."""
     examples, longest = inputs.held_out[: config.evaluation.prompts], config.sampling.max_prompt_tokens
     further = {part.name: part.load(inputs.placement) for part in config.evaluation.rewards}
     prompt_format = inputs.prompt_format

@@ -1,6 +1,6 @@
 """Start-up lines of a run: batch arithmetic, learning rates, meaning of λ, models with their memory, forward passes.
 
-apa-train prints them before it begins; with dry_run=true it stops there.
+apa-train prints these lines before training; with dry_run=true it stops after them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FROZEN_BYTES = {Quantization.int8: 1, Quantization.int4: 0.5}
 
 
 def describe_run(config: Config, world_size: int = 1) -> list[str]:
-    """Return the lines that describe what the run will do in `world_size` processes."""
+    """Return the lines that describe the run in `world_size` processes."""
     return [
         *describe_batches(config, world_size),
         describe_learning_rates(config),
@@ -119,8 +119,7 @@ def count_critic_parameters(config: Config, size: ModelSize) -> int:
 
 
 def estimate_model_bytes(config: Config, size: ModelSize) -> dict[str, float]:
-    """Return the bytes of each model that the run loads, except the reward; a model that shares weights counts where
-    they are.
+    """Return the bytes of each model that the run loads, except the reward; shared weights count once.
 
     Trained weights count with gradient and AdamW's moments. Activations are not counted.
     """
@@ -145,7 +144,7 @@ def estimate_model_bytes(config: Config, size: ModelSize) -> dict[str, float]:
 
 
 def describe_models(config: Config) -> list[str]:
-    """Return a line per model that the run loads: parameters, and bytes while training without activations."""
+    """Return a line per model that the run loads: parameters, and bytes in training, activations excluded."""
     architecture = load_model_config(config.model, config.model.path)
     size = measure_model_size(config, architecture)
     memory = {name: format_bytes(value) for name, value in estimate_model_bytes(config, size).items()}
@@ -169,12 +168,12 @@ def describe_models(config: Config) -> list[str]:
 
 
 def describe_trained(whole: int, trained: int, memory: str) -> str:
-    """Return the parameters and the memory of a model that is trained at least in part."""
+    """Return the parameters and the memory of a model that is trained, at least in part."""
     return f"{format_count(whole)} parameters, {format_count(trained)} of them trained, {memory} with optimizer"
 
 
 def describe_critic(config: Config, name: str, size: ModelSize, memory: dict[str, str]) -> str:
-    """Return a critic's line, by its kind."""
+    """Return a critic's line."""
     if config.critic.kind is CriticKind.separate:
         critic = describe_trained(count_critic_parameters(config, size), size.trained_trunk, memory[name])
         return f"{name}: {critic} (a network of its own)"
@@ -184,7 +183,7 @@ def describe_critic(config: Config, name: str, size: ModelSize, memory: dict[str
 
 
 def describe_reward(reward: Any) -> str:
-    """Return a reward in a few words."""
+    """Return a short description of a reward."""
     parts = [part for part in getattr(reward, "parts", ()) if isinstance(part, NamedReward)]
     if parts:
         return " + ".join(f"{part.weight:g} × ({part.name}: {describe_reward(part.reward)})" for part in parts)

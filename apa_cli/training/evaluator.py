@@ -25,12 +25,12 @@ from apa_cli.tensor_ops import apply_temperature, masked_mean, token_entropy
 from apa_cli.types import Prompt, Rollout
 
 MAIN_REWARD = ""
-"""Key of the run's own reward among those of an evaluation; further rewards have their names as keys."""
+"""Key of the run's own reward among the rewards of an evaluation; further rewards have their names as keys."""
 
 
 @dataclass(frozen=True)
 class ScoredResponses:
-    """One model's responses to the held-out prompts, with what is measured on them."""
+    """One model's responses to the held-out prompts, with scores, KL and entropy."""
 
     rollout: Rollout
     scores: dict[str, list[float]]
@@ -43,7 +43,7 @@ class ScoredResponses:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluation that samples the same prompts with the same random numbers each time, so that runs can be paired."""
+    """Evaluation on the same prompts with the same random numbers each time, so that runs can be paired."""
 
     prompts: list[Prompt]
     sources: list[str]
@@ -53,7 +53,7 @@ class Evaluator:
     scores: Mapping[str, CheckedScoreFunction]
     """The run's reward under `MAIN_REWARD`, then the rewards that only evaluate."""
     describe: Callable[[list[str], list[str]], dict[str, float]]
-    """The data set's own figures of (sources, responses)."""
+    """The data set's own metrics of (sources, responses)."""
     sampling: SamplingSettings
     end_tokens: frozenset[int]
     seed: int
@@ -69,26 +69,26 @@ class Evaluator:
     ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
         """Return metrics under eval/, one row per prompt for the sample table, and the scores by reward.
 
-        eval/win_rate_sft compares each score with `sft_scores`, those of the SFT model on the same prompts and random
-        numbers; a tie counts half. Empty `sft_scores` mean that `policy` is the SFT model. Further rewards have
-        eval/reward_mean/NAME and eval/win_rate_sft/NAME; the latter is left out if `sft_scores` lacks NAME.
+        eval/win_rate_sft compares each score with `sft_scores`, the scores of the SFT model on the same prompts and
+        random numbers; a tie counts half. Empty `sft_scores` mean that `policy` is the SFT model. Further rewards have
+        eval/reward_mean/NAME and eval/win_rate_sft/NAME; the win rate is left out if `sft_scores` lacks NAME.
         """
-        replies = self.sample_and_score(policy)
-        rollout, scores = replies.rollout, replies.scores
+        responses = self.sample_and_score(policy)
+        rollout, scores = responses.rollout, responses.scores
         rows = [
             {"prompt": prompt, "response": response, "score": score, "kl": float(kl), "ending": ending}
             for prompt, response, score, kl, ending in zip(
-                rollout.prompts, rollout.responses, scores[MAIN_REWARD], replies.kl.sum(-1), rollout.endings,
+                rollout.prompts, rollout.responses, scores[MAIN_REWARD], responses.kl.sum(-1), rollout.endings,
                 strict=True,
             )
         ]  # fmt: skip
-        return self.compute_metrics(replies, sft_scores or scores), rows, scores
+        return self.compute_metrics(responses, sft_scores or scores), rows, scores
 
     @torch.no_grad()
     def sample_and_score(self, policy: PreTrainedModel | AdapterDisabledModel) -> ScoredResponses:
         """Sample a model's responses to the prompts, score them by every reward, and measure KL and entropy."""
         prompts = [self.prompts[i] for i in self.world.shard_indices(len(self.prompts))]
-        model = cast(PreTrainedModel, policy)  # an AdapterDisabledModel is called like one
+        model = cast(PreTrainedModel, policy)  # an AdapterDisabledModel is called like a PreTrainedModel
 
         def sample(microbatch: int) -> Rollout:
             with autocast_to(policy.device, self.dtype):
@@ -105,23 +105,23 @@ class Evaluator:
         )
         return self.gather_responses(ScoredResponses(rollout, scores, kl, entropy))
 
-    def gather_responses(self, replies: ScoredResponses) -> ScoredResponses:
-        """Return the replies of all ranks, on every rank."""
+    def gather_responses(self, responses: ScoredResponses) -> ScoredResponses:
+        """Return the responses of all ranks, on every rank."""
         if self.world.size == 1:
-            return replies
-        parts, count = self.world.all_gather(replies), len(self.prompts)
+            return responses
+        parts, count = self.world.all_gather(responses), len(self.prompts)
         rollout = concatenate_rollouts([part.rollout for part in parts], self.tokenizer.pad_token_id, count)
         width = rollout.mask.shape[1]
         kl, entropy = (
             torch.cat([pad_to_width(getattr(part, name), width, left=False, fill=0) for part in parts])[:count]
             for name in ("kl", "entropy")
         )
-        scores = {name: [value for part in parts for value in part.scores[name]][:count] for name in replies.scores}
+        scores = {name: [value for part in parts for value in part.scores[name]][:count] for name in responses.scores}
         return ScoredResponses(rollout, scores, kl, entropy)
 
-    def compute_metrics(self, replies: ScoredResponses, sft_scores: Mapping[str, list[float]]) -> dict[str, float]:
+    def compute_metrics(self, responses: ScoredResponses, sft_scores: Mapping[str, list[float]]) -> dict[str, float]:
         """Return the metrics that training logs, see `evaluate`."""
-        rollout, scores, kl = replies.rollout, replies.scores, replies.kl
+        rollout, scores, kl = responses.rollout, responses.scores, responses.kl
         values, sft = torch.tensor(scores[MAIN_REWARD]), torch.tensor(sft_scores[MAIN_REWARD])
         statistics = compute_response_metrics(rollout)
         metrics = {
@@ -131,7 +131,7 @@ class Evaluator:
             "eval/win_rate_sft": compute_win_rate(scores[MAIN_REWARD], sft_scores[MAIN_REWARD]),
             "eval/kl_exact": float(kl.sum(-1).mean()),
             "eval/kl_exact_token": float(masked_mean(kl, rollout.mask)),
-            "eval/entropy": float(masked_mean(replies.entropy, rollout.mask)),
+            "eval/entropy": float(masked_mean(responses.entropy, rollout.mask)),
             "eval/distinct_2": statistics["response/distinct_2"],
             "eval/length": statistics["response/length"],
             "eval/eos_rate": statistics["response/eos_rate"],
@@ -170,11 +170,11 @@ class Evaluator:
 
 
 def compare_scores(scores: list[float], others: list[float]) -> Tensor:
-    """Return [N] float32: 1 if a score is higher than the other one of the same prompt, ½ at a tie, 0 if lower."""
+    """Return [N] float32: 1 if a score is higher than the other model's on the same prompt, ½ at a tie, 0 if lower."""
     first, second = torch.tensor(scores), torch.tensor(others)
     return (first > second) + 0.5 * (first == second)
 
 
 def compute_win_rate(scores: list[float], others: list[float]) -> float:
-    """Return the share of `scores` that are higher than the other one of the same prompt; a tie counts half."""
+    """Return the share of `scores` that are higher than the other model's on the same prompt; a tie counts half."""
     return float(compare_scores(scores, others).mean())

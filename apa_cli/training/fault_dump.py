@@ -1,4 +1,4 @@
-"""Dumps of the responses that came with numbers that are not finite, in a run's faults/."""
+"""Dumps, in a run's faults/, of the responses with numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apa_cli.errors import UserError
 from apa_cli.types import Batch, Rollout
 
 MAX_DUMPS = 20
-"""Dumps that a run writes; later faults are only reported."""
+"""Number of dumps that a run writes; later faults are only reported."""
 MODEL_OUTPUTS = ("sampler_logprobs", "init_logprobs", "ref_logprobs", "old_logprobs", "values")
 """Fields of a rollout that models compute."""
 ALGORITHM_OUTPUTS = ("advantages", "returns", "log_normalizer")
@@ -25,17 +25,17 @@ ALGORITHM_OUTPUTS = ("advantages", "returns", "log_normalizer")
 
 @dataclass(frozen=True)
 class FaultDump:
-    """Checks for numbers that are not finite, and the dumps of the responses that came with them."""
+    """Checker for numbers that are not finite, which dumps the responses with such numbers."""
 
     folder: Path
     world: World
 
     def check_rollout(self, iteration: int, rollout: Rollout) -> None:
-        """Raise UserError, after a dump, for log-probs or values that are not finite: a model is broken."""
+        """Raise UserError, after a dump, for log-probs or values that are not finite, which a broken model gives."""
         self._check(iteration, find_nonfinite(rollout, MODEL_OUTPUTS), rollout, None)
 
     def check_batch(self, iteration: int, rollout: Rollout, batch: Batch) -> None:
-        """Raise UserError, after a dump, for advantages or returns that are not finite: a score was too large."""
+        """Raise UserError, after a dump, for advantages or returns that are not finite, as very large scores give."""
         self._check(iteration, find_nonfinite(batch, ALGORITHM_OUTPUTS), rollout, batch)
 
     def _check(self, iteration: int, fault: tuple[str, Tensor] | None, rollout: Rollout, batch: Batch | None) -> None:
@@ -45,17 +45,18 @@ class FaultDump:
             raise UserError(f"{message}; nothing was changed by this iteration{dump}")
 
     def write(self, name: str, message: str, rollout: Rollout, batch: Batch | None, rows: Tensor) -> str:
-        """Dump the responses of a fault on the main rank; return the end of an error message that names the file."""
+        """Dump the responses of a fault on rank 0. Return the end of an error message, which there names the file."""
         file = None
         if self.world.is_main:
             file = write_dump(self.folder, name, message, rollout, batch, rows)
-        self.world.barrier()  # other ranks that end now would end the main one while it writes
+        self.world.barrier()  # other ranks that end now would end rank 0 while it writes
         return "" if file is None else f"; the responses are in {file}"
 
 
 def find_nonfinite(part: Rollout | Batch, names: tuple[str, ...]) -> tuple[str, Tensor] | None:
-    """Return a description of the first number in these [N, T] fields that is not finite, and the rows [B] of its
-    tensor that have one; None if all are finite. Positions outside the mask are not looked at.
+    """Return a description of the first number that is not finite in fields [N, T], and the rows [B] with such numbers.
+
+    Return None if all numbers are finite. Positions outside the mask are ignored.
     """
     for name, tensor in iterate_tensors(part):
         if name.partition(".")[0] in names:
@@ -80,9 +81,9 @@ def iterate_tensors(part: Rollout | Batch) -> Iterator[tuple[str, Tensor]]:
 def write_dump(
     folder: Path, name: str, message: str, rollout: Rollout, batch: Batch | None, rows: Tensor
 ) -> Path | None:
-    """Write rows of a rollout batch to `folder`: NAME.json for people, NAME.safetensors with every tensor.
+    """Write rows of a rollout batch to `folder`: the texts as NAME.json, every tensor as NAME.safetensors.
 
-    Returns the path of the former, or None if there are `MAX_DUMPS` already.
+    Return the path of NAME.json, or None if there are `MAX_DUMPS` already.
     """
     folder.mkdir(exist_ok=True)
     if len(list(folder.glob("*.json"))) >= MAX_DUMPS:

@@ -1,4 +1,4 @@
-"""Divergence guard: three signs in the metrics that training is going wrong, each with its remedy."""
+"""Divergence guard: three signs of failing training in the metrics, each with a remedy."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class GuardState:
     blind: int = 0
     """Consecutive iterations in which the critic explained too little."""
     reported: tuple[str, ...] = ()
-    """Keys of the guard whose warning has been printed."""
+    """Keys of the guard whose warnings have been printed."""
 
 
 def check_metrics(
     settings: GuardSettings, metrics: Mapping[str, float], state: GuardState
 ) -> tuple[dict[str, str], GuardState]:
-    """Return a warning for each guard key whose bound an iteration's metrics pass, and the state after it."""
+    """Return a warning for each guard key whose bound an iteration's metrics exceed, and the state after it."""
     warnings = {}
     kl, entropy = metrics["kl/sequence"], metrics["policy/entropy"]
     explained = metrics.get("value/explained_variance")
@@ -48,6 +48,6 @@ def check_metrics(
 
 
 def select_new_warnings(warnings: Mapping[str, str], state: GuardState) -> tuple[dict[str, str], GuardState]:
-    """Return the warnings that have not been printed yet, and the state once they are."""
+    """Return the warnings that have not been printed yet, and the state after printing them."""
     new = {name: text for name, text in warnings.items() if name not in state.reported}
     return new, replace(state, reported=(*state.reported, *new))

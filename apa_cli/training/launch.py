@@ -49,7 +49,7 @@ SWEEP_RESUME = f"the same overrides and {RESUME}={AUTO}"
 def start_training(config: Config, path: Path, sweep: str | None) -> None:
     """Run one apa-train job in `path`, or continue the run that `config.run.resume` names in its own directory.
 
-    `sweep` is the name of the sweep that the job belongs to. Raises `RunStopped` if a signal or `stop_after` ends the
+    `sweep` is the name of the sweep that the job belongs to. Raise `RunStopped` if a signal or `stop_after` ends the
     run before its last iteration.
     """
     if config.run.dry_run:
@@ -66,12 +66,12 @@ def start_training(config: Config, path: Path, sweep: str | None) -> None:
 
 
 def run_job(world: World, config: Config, path: Path, sweep: str | None) -> None:
-    """Run one job on this rank; if it is stopped, the error names the command that continues it."""
+    """Run one job on this rank; if the job is stopped, the error names the command that continues it."""
     check_minibatch_divides(config, world.size)
     with GracefulStop(config.run.stop_after) as stopping:
         if stopping.is_out_of_time:
             remove_if_empty(path)
-            raise RunStopped(f"stop_after={config.run.stop_after}: no time is left to begin", stopping.exit_status)
+            raise RunStopped(f"stop_after={config.run.stop_after}: no time is left to start", stopping.exit_status)
         try:
             train_in_directory(world, config, path, sweep, stopping)
         except RunStopped as stopped:
@@ -97,7 +97,7 @@ def train_in_directory(
         claim = partial(claim_directory, stack, config, requested_path, sweep, describe_if_trained)
         path, candidates, finished = world.broadcast_from_main(claim)
         if path != requested_path:
-            remove_if_empty(requested_path)  # named by the clock, which another rank read a second later
+            remove_if_empty(requested_path)  # its name is a timestamp, in which ranks may differ
         if finished:
             return
         redirect_output(world, path / "logs")
@@ -121,10 +121,10 @@ def train_in_directory(
 
 
 def check_minibatch_divides(config: Config, world_size: int) -> None:
-    """Raise ConfigError unless every rank gets as many sequences of a minibatch."""
+    """Raise ConfigError unless every rank gets the same number of sequences of a minibatch."""
     if config.run.minibatch_size % world_size:
         raise ConfigError(
-            f"minibatch_size: {config.run.minibatch_size} is not a multiple of the {world_size} processes"
+            f"minibatch_size: {config.run.minibatch_size} is not a multiple of the number of processes, {world_size}"
         )
 
 
@@ -137,7 +137,7 @@ def describe_if_trained(config: Config, directory: RunDirectory) -> str | None:
 def restore_records(trainer: Trainer, source_path: Path) -> None:
     """Bring the records to the iteration that `trainer` was restored to.
 
-    The run's own records are cut back; another run's, of which this one is a fork, are copied.
+    The run's own records are truncated; for a fork, the records of the forked run are copied.
     """
     config, directory, iteration = trainer.config, trainer.directory, trainer.progress.iteration
     source = RunDirectory(source_path)
@@ -162,18 +162,18 @@ def claim_directory(
     sweep: str | None,
     describe_if_finished: Callable[[Config, RunDirectory], str | None],
 ) -> tuple[Path, list[Path], bool]:
-    """Lock the run's directory until `stack` closes, and take it for a new run or check that its run can go on.
+    """Lock the run's directory until `stack` closes, and claim it for a new run or check that its run can continue.
 
-    Returns the directory, the checkpoints to continue from (oldest first, empty for a new run), and True if
-    resume=auto finds the run finished. Raises UserError if the directory is in use, ConfigError if the configuration
-    is not the run's.
+    Return the directory, the checkpoints to continue from (oldest first, empty for a new run), and True if resume=auto
+    finds the run finished. Raise UserError if the directory is in use, ConfigError if the configuration differs from
+    the run's.
     """
     path = resolve_directory(config, requested_path, sweep)
     directory = RunDirectory(path)
     stack.enter_context(directory.lock())
     candidates = list_resume_candidates(config, path)
     if config.run.resume == AUTO and (description := describe_if_finished(config, directory)):
-        print(f"{path}: {description}, nothing is left to do", flush=True)
+        print(f"{path}: {description}; nothing is left to do", flush=True)
         return path, candidates, True
     if candidates:
         directory.check_resume(config.raw)
@@ -187,7 +187,7 @@ def claim_directory(
 
 
 def resolve_directory(config: Config, path: Path, sweep: str | None) -> Path:
-    """Return `path`, or the directory of the run that resume=PATH names. Raises UserError if it has no checkpoint."""
+    """Return `path`, or the directory of the run that resume=PATH names. Raise UserError if it has no checkpoint."""
     resume = config.run.resume
     if resume in (None, AUTO):
         return path
@@ -207,7 +207,7 @@ def list_resume_candidates(config: Config, path: Path) -> list[Path]:
 
 
 def select_checkpoint(candidates: list[Path], console: Console) -> Path | None:
-    """Return the last undamaged one of the checkpoints; None if there are none to choose from."""
+    """Return the latest intact checkpoint; None for an empty list."""
     return checkpoints.select_latest_intact(candidates, console.say) if candidates else None
 
 
@@ -219,7 +219,7 @@ def truncate_run(directory: RunDirectory, config: Config, iteration: int) -> Non
 
 @contextmanager
 def release_on_failure(directory: RunDirectory) -> Iterator[None]:
-    """Free the directory's name if the block fails before the first checkpoint."""
+    """Undo the claim of the directory if the block fails before the first checkpoint."""
     try:
         yield
     except BaseException:
@@ -236,13 +236,13 @@ def format_resume_command(command: str, config: Config, path: Path) -> str:
 
 
 def remove_if_empty(path: Path) -> None:
-    """Remove the directory that Hydra makes for a job of a sweep beforehand, if nothing was written to it."""
+    """Remove the directory if it is empty, as Hydra creates it before each job of a sweep."""
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
 
 
 def release_memory() -> None:
-    """Free the memory of a finished job: the next job of a sweep runs in the same process."""
+    """Free the memory of a finished job, since the next job of a sweep runs in the same process."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -279,11 +279,11 @@ def run_stage(
     """Run a stage as a command of its own; `build` trains and saves the model and returns its figures.
 
     The directory gets model/, result.json, and the files of every run; metrics.jsonl has a line per evaluation, with
-    the optimizer step as its `iteration`. `name` is the stage's in messages, `key` the one that takes its model.
+    the optimizer step as its `iteration`. Messages name the stage `name`; `key` is the configuration key for its model.
     """
     for option in (FORK, "stop_after", "dry_run"):
         if getattr(config.run, option) not in (None, False):
-            raise ConfigError(f"{option}: only apa-train takes it")
+            raise ConfigError(f"{option}: only apa-train takes it; leave it out")
     with GracefulStop(None) as stopping, ExitStack() as stack:
         path, candidates, finished = claim_directory(stack, config, path, None, describe_if_fitted)
         if finished:

@@ -19,12 +19,12 @@ from apa_cli.settings import Config, DType, RunSettings
 from apa_cli.types import Batch, Rollout
 
 PhaseHook = Callable[[str], AbstractContextManager[object]]
-"""Hook of an iteration: `phase(name)` is entered for the time of that phase. Phases may nest."""
+"""Hook of an iteration: a context manager `phase(name)` is entered for the duration of that phase. Phases may nest."""
 
 
 @dataclass
 class Stopwatch:
-    """Phase hook that measures the seconds of each phase, pending work of the device included."""
+    """Phase hook that measures the seconds of each phase, including the device's pending work."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class UpdateMeter:
     itemsize: int
     """Bytes of a number at the run's precision."""
     recomputed: bool
-    """True if the backward pass recomputes activations; that counts as work."""
+    """True if the backward pass recomputes activations, which counts as work."""
     matrix_rate: float
     """FLOP/s of all processes together."""
 

@@ -20,7 +20,7 @@ from apa_cli.randomness import Stream, derive_torch_seed
 from apa_cli.settings import Config, CriticInit, CriticKind, Quantization
 
 ADAPTER_KEY = 1000
-"""Key of the random numbers that initialise the policy's adapter; those of critics count from 0."""
+"""Key of the random numbers that initialize the policy's adapter; those of critics count from 0."""
 
 
 @dataclass
@@ -30,13 +30,13 @@ class RunModels:
     model: TrainingModel
     """Policy and critics."""
     trained: nn.Module
-    """What the update runs: `model`, or its wrapper that averages gradients over the ranks."""
+    """Module that the update runs: `model`, or its wrapper that averages gradients over the ranks."""
     sampler: PreTrainedModel
-    """What samples: the policy, or with FSDP a whole copy of it, which is refreshed after every update."""
+    """Model that samples: the policy, or with FSDP a whole copy of it, which is refreshed after every update."""
     reference: PreTrainedModel | AdapterDisabledModel
     """π_init, frozen."""
     moving_reference: PreTrainedModel | None
-    """The loss's reference if it is refreshed; kl/* are still against `reference`."""
+    """The loss's reference if it is refreshed; kl/sequence and kl/token_k3 are still against `reference`."""
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -49,7 +49,7 @@ class RunModels:
         return self.model.critics
 
     def refresh_sampler(self) -> None:
-        """Copy the policy into the sampler if that is a copy."""
+        """Copy the policy into the sampler if the sampler is a copy."""
         if self.sampler is not self.policy:
             copy_gathered_weights(self.sampler, self.policy)
 
@@ -61,8 +61,8 @@ class RunModels:
     def borrow_reference_sampler(self) -> PreTrainedModel | AdapterDisabledModel:
         """Return the reference as a model that can sample; `refresh_sampler` must follow.
 
-        A sharded reference is gathered into the sampler: responses end at different steps on each rank, while the
-        ranks have to run a sharded model in step.
+        A sharded reference is gathered into the sampler, because responses end at different steps on each rank, while
+        all ranks must run a sharded model equally often.
         """
         reference: Any = self.reference
         if not hasattr(reference, "unshard"):
@@ -72,7 +72,7 @@ class RunModels:
         return self.sampler
 
     def gather_policy(self) -> PreTrainedModel:
-        """Return the policy whole, in full precision; every rank must call this, after the last sampling.
+        """Return the whole policy in full precision; every rank must call this, after the last sampling.
 
         With FSDP its weights are gathered into the sampler.
         """
@@ -127,12 +127,12 @@ def build_critics(config: Config, policy: PreTrainedModel) -> dict[str, Critic]:
 def load_reward_trunk(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
     """Load the reward model's trunk, from which critics start under critic.init=reward.
 
-    Raises ConfigError if the reward is not a model, or if the trunk or its tokenizer is not like the policy's.
+    Raise ConfigError if the reward is not a model, or if the trunk or its tokenizer differs from the policy's.
     """
     path = getattr(config.reward, "path", None)
     if config.critic.kind is not CriticKind.separate or path is None:
-        raise ConfigError("critic.init: reward needs critic.kind=separate and a reward that is a model")
-    # Loaded with its head, whatever the head's size: names in an adapter are those of the whole model.
+        raise ConfigError("critic.init: reward needs critic=separate and a reward that is a model; give policy instead")
+    # Loaded with a head of any size, since an adapter's names are those of the whole model.
     classifier = load_merged(
         AutoModelForSequenceClassification.from_pretrained,
         path,
@@ -157,14 +157,16 @@ def check_training_options(config: Config) -> None:
     """Raise ConfigError for options of lora, critic and quantization that exclude each other."""
     lora = config.lora.rank > 0
     if lora and config.model.trainable_layers is not None:
-        raise ConfigError("model.trainable_layers: with lora the base is frozen; leave it null")
+        raise ConfigError("model.trainable_layers: with lora the base is frozen; leave the key null")
     if config.critic.kind is CriticKind.adapter and not lora:
-        raise ConfigError("critic.kind: adapter needs lora, such as lora=default")
+        raise ConfigError("critic.kind: adapter needs lora; give lora=default")
     if config.model.quantization is not Quantization.none:
         if not lora:
             raise ConfigError("model.quantization: only a frozen base can be quantized; give lora=default")
         if config.reference.refresh_every:
-            raise ConfigError("model.quantization: a quantized reference cannot be refreshed; leave refresh_every 0")
+            raise ConfigError(
+                "model.quantization: a quantized reference cannot be refreshed; give reference.refresh_every=0"
+            )
         if config.critic.kind is CriticKind.separate:
             raise ConfigError("model.quantization: the critic shares the base; give critic=adapter or critic=head")
 
@@ -176,9 +178,9 @@ def check_model_limits(config: Config, policy: PreTrainedModel, tokenizer: PreTr
     if positions is not None and longest > positions:
         raise ConfigError(
             f"sampling: max_prompt_tokens {config.sampling.max_prompt_tokens} + max_new_tokens "
-            f"{config.sampling.max_new_tokens} is more than the model's {positions} positions"
+            f"{config.sampling.max_new_tokens} is more than the model's {positions} positions; lower one of them"
         )
     embedding = cast(nn.Embedding, policy.get_input_embeddings())
     size, highest = embedding.num_embeddings, max(tokenizer.get_vocab().values())
     if highest >= size:
-        raise ConfigError(f"model.tokenizer: its highest token is number {highest}, the model has {size}")
+        raise ConfigError(f"model.tokenizer: the highest token id is {highest}, but the model has {size} embeddings")

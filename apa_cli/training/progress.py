@@ -17,12 +17,12 @@ from apa_cli.training.guard import GuardState
 from apa_cli.types import State
 
 SFT_SCORE_SECTIONS = ("dataset", "reward", "sampling", "model")
-"""Sections that the SFT model's held-out scores depend on, beside evaluation.seed."""
+"""Sections that the SFT model's held-out scores depend on, besides evaluation.seed."""
 
 
 @dataclass
 class Progress:
-    """Everything that a checkpoint holds beside weights and optimizer. The field names are keys of state.json."""
+    """Everything that a checkpoint holds besides weights and optimizer. The field names are keys of state.json."""
 
     iteration: int = 0
     """Finished iterations."""
@@ -44,12 +44,12 @@ class Progress:
     """Metrics of the last iteration if they are not logged yet because a reward failed in its evaluation."""
 
     def update_best(self, reward: float) -> None:
-        """Note that the policy after the current iteration scored `reward`, if no earlier one scored as much."""
+        """Record `reward`, the score after the current iteration, if it is higher than the best so far."""
         if self.best_reward is None or reward > self.best_reward:
             self.best_reward, self.best_iteration = reward, self.iteration
 
     def forget_best(self) -> None:
-        """Forget the best score, which later scores on other prompts or by another reward cannot be compared with."""
+        """Forget the best score, since scores on other prompts or by another reward are not comparable."""
         self.best_reward = self.best_iteration = None
 
 

@@ -30,8 +30,8 @@ def save_models(
 ) -> None:
     """Write model/ and, if there are critics, critic/ into the run's directory `path`.
 
-    `policy` and `critics` are whole, not sharded; `base` is the model that LoRA adapters were trained on. Raises
-    UserError if they cannot be written.
+    `policy` and `critics` are whole, not sharded; `base` is the model that LoRA adapters were trained on. Raise
+    UserError if a file cannot be written.
     """
     try:
         save_model(policy, tokenizer, path / "model")
@@ -47,17 +47,17 @@ def save_models(
 
 
 def plot_run(directory: RunDirectory, console: Console) -> None:
-    """Write curves.png; if it cannot be written, only warn."""
+    """Write curves.png; warn if it cannot be written."""
     try:
         plot_curves(directory.path)
     except OSError as error:
-        console.warn(f"curves.png cannot be written ({error.strerror})")
+        console.warn(f"curves.png: cannot be written ({error.strerror})")
 
 
 def report_results(directory: RunDirectory, console: Console, progress: Progress, print_samples: int) -> None:
     """Print responses before and after training, the final figures and the files, and write result.json.
 
-    result.json is the last file of a run: the run has finished when it is there.
+    result.json is written last: a run with this file has finished.
     """
     print_before_and_after(directory, console, progress.iteration, print_samples)
     final = next(line for line in reversed(read_rows(directory.metrics)) if "eval/reward_mean" in line)
@@ -68,7 +68,7 @@ def report_results(directory: RunDirectory, console: Console, progress: Progress
         f"response; win rate against the SFT model {final['eval/win_rate_sft']:.2f}"
     )
     console.say(
-        f"everything is in {directory.path}: model/ (the trained policy), curves.png, metrics.jsonl, samples.jsonl, "
+        f"files in {directory.path}: model/ (the trained policy), curves.png, metrics.jsonl, samples.jsonl, "
         "checkpoints/"
     )
     figures = {name: value for name, value in final.items() if name.startswith("eval/")}
@@ -82,4 +82,4 @@ def print_before_and_after(directory: RunDirectory, console: Console, last_itera
     prompts = [row["prompt"] for row in rows if row["iteration"] == 0][:count]
     ends = (0, last_iteration)
     pairs = [row for prompt in prompts for row in rows if row["prompt"] == prompt and row["iteration"] in ends]
-    console.show_samples("Replies to the same prompts, before and after", pairs)
+    console.show_samples("Responses to the same prompts, before and after training", pairs)

@@ -29,7 +29,7 @@ from apa_cli.types import Example, Prompt, Rollout, Sequences
 
 @dataclass
 class RolloutBuilder:
-    """Steps that make the rollout of an iteration; scores come from elsewhere."""
+    """Builder of an iteration's rollout; the trainer adds the scores."""
 
     config: Config
     models: RunModels
@@ -44,7 +44,7 @@ class RolloutBuilder:
     world: World = SINGLE_PROCESS
 
     def sample(self, iteration: int) -> tuple[Rollout, float]:
-        """Return this rank's share of an iteration's responses, and the share of all prompts that were truncated."""
+        """Sample this rank's shard of an iteration's responses; return it with the share of truncated prompts."""
         run, settings = self.config.run, self.config.sampling
         prompts, truncated_rate = self.select_prompts(iteration)
         plan = self.config.algo.plan(iteration, make_generator(run.seed, Stream.plan, iteration))
@@ -61,7 +61,7 @@ class RolloutBuilder:
         return self.sampling_batch.run(attempt), truncated_rate
 
     def select_prompts(self, iteration: int) -> tuple[list[Prompt], float]:
-        """Return an iteration's prompts, each `samples_per_prompt` times, and the share that was cut on the left."""
+        """Return an iteration's prompts, each `samples_per_prompt` times, and the share that was truncated."""
         run, longest = self.config.run, self.config.sampling.max_prompt_tokens
         count = run.rollout_batch_size // run.samples_per_prompt
         rows = shuffle_rows((iteration - 1) * count, count, len(self.examples), run.seed)
@@ -76,7 +76,7 @@ class RolloutBuilder:
 
     @torch.no_grad()
     def run_forward_passes(self, rollout: Rollout, phase: PhaseHook = nullcontext) -> Rollout:
-        """Return the rollout with log-probs of the references, and the values and old log-probs that are needed.
+        """Return the rollout with the references' log-probs, and the values and old log-probs that the algorithm needs.
 
         The phases are "reference", "moving reference", "old log-probs" and "critic NAME".
         """
@@ -108,7 +108,7 @@ class RolloutBuilder:
         )
 
     def compute_per_token(self, rollout: Rollout, compute: Callable[[Sequences], Tensor]) -> Tensor:
-        """Return a [N, T] float32 result of a forward pass, computed on microbatches of similar length."""
+        """Return a forward pass's result per token, [N, T] float32, computed in microbatches of similar length."""
         tensors = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
 
         def attempt(microbatch: int) -> Tensor:
@@ -122,7 +122,7 @@ class RolloutBuilder:
         return self.microbatch.run(attempt)
 
     def gather(self, rollout: Rollout, parts: Mapping[str, list[float]]) -> tuple[Rollout, Mapping[str, list[float]]]:
-        """Return the whole rollout, and the scores of a reward's parts, from the shares of all ranks."""
+        """Return the whole rollout, and the scores of a reward's parts, from the shards of all ranks."""
         if self.world.size == 1:
             return rollout, parts
         rollouts, scores = zip(*self.world.all_gather((rollout, parts)), strict=True)
@@ -132,7 +132,7 @@ class RolloutBuilder:
 
 
 def compute_penalties(rollout: Rollout, settings: PenaltySettings) -> Tensor | None:
-    """Return [N] float32, what is subtracted from the scores before the algorithm; None without a penalty."""
+    """Return the penalties [N] float32 that are subtracted from the scores; None if no penalty is configured."""
     if not settings.per_token and not settings.missing_eos:
         return None
     truncated = torch.tensor([ending == LENGTH for ending in rollout.endings])
@@ -147,9 +147,9 @@ def subtract_penalties(rollout: Rollout, penalties: Tensor | None) -> Rollout:
 
 
 def compute_sampler_gap(rollout: Rollout) -> dict[str, float]:
-    """Return policy/sampler_gap, the mean |log-prob of the training forward − of the sampler|, in nats.
+    """Return policy/sampler_gap, the mean |log-prob of the training forward pass − log-prob of the sampler|, in nats.
 
-    Empty without old log-probs: the updater then measures it.
+    Return {} without old log-probs; the updater then measures the gap.
     """
     if rollout.old_logprobs is None:
         return {}

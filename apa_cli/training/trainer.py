@@ -1,6 +1,6 @@
 """Training loop: prompts → responses → scores → log-probs and values → advantages → update.
 
-It does not know which algorithm runs.
+The loop does not depend on which algorithm runs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class IterationResult:
 
 @dataclass
 class Trainer:
-    """One run: `build_trainer` constructs it, `train` runs it from where `progress` stands."""
+    """Trainer of one run: built by `build_trainer`, continued by `train` from `progress` on."""
 
     config: Config
     directory: RunDirectory
@@ -72,11 +72,11 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     stopping: GracefulStop = field(default_factory=GracefulStop)
     last_plot_time: float = 0.0
-    """Of `time.monotonic`."""
+    """Time of the last plot, in seconds of `time.monotonic`."""
 
     @property
     def faults(self) -> FaultDump:
-        """Dumps in the run's faults/."""
+        """Writer of the dumps in the run's faults/."""
         return FaultDump(self.directory.path / "faults", self.world)
 
     # --- the loop -------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the last iteration and write the results.
 
-        Raises `RunStopped`, with the state saved, if a signal or `stop_after` ends the run earlier.
+        Raise `RunStopped`, with the state saved, if a signal or `stop_after` ends the run earlier.
         """
         self.stopping.listen()
         if not self.progress.sft_scores:
@@ -111,9 +111,9 @@ class Trainer:
         return at_kl_limit or self.progress.iteration >= run.iterations
 
     def has_current_evaluation(self) -> bool:
-        """Return True if metrics.jsonl has an evaluation of the present policy.
+        """Return True if metrics.jsonl has an evaluation of the current policy.
 
-        A run that is resumed with fewer iterations may end where none was due.
+        A run that is resumed with fewer iterations may end after an iteration without an evaluation.
         """
         rows = read_rows(self.directory.metrics)
         return any(row["iteration"] == self.progress.iteration and "eval/reward_mean" in row for row in rows)
@@ -146,8 +146,8 @@ class Trainer:
     def run_phases(self, iteration: int, phase: PhaseHook = nullcontext) -> IterationResult:
         """Run the phases of an iteration, each inside `phase(name)`.
 
-        They are "sampling", "reward", "prepare", "update" and "refresh"; within "prepare" each forward pass is a
-        phase, see `RolloutBuilder.run_forward_passes`.
+        The phases are "sampling", "reward", "prepare", "update" and "refresh"; within "prepare" each forward pass is a
+        phase too, see `RolloutBuilder.run_forward_passes`.
         """
         with phase("sampling"):
             rollout, truncated_rate = self.rollout_builder.sample(iteration)
@@ -183,8 +183,8 @@ class Trainer:
     def update(self, iteration: int, rollout: Rollout, batch: Batch) -> dict[str, float]:
         """Run the updates of an iteration and return their metrics.
 
-        If a loss or gradient is not finite, the responses are dumped and guard.nonfinite decides: UserError, or the
-        update is skipped and counted.
+        If a loss or gradient is not finite, the responses are dumped; then guard.nonfinite=stop raises UserError, and
+        guard.nonfinite=skip leaves the update out and counts it.
         """
         guard, skipped = self.config.guard.nonfinite, []
 
@@ -193,16 +193,16 @@ class Trainer:
             dump = self.faults.write(name, str(error), rollout, batch, error.rows)
             if guard is NonFiniteAction.stop:
                 raise UserError(f"{error}{dump}") from error
-            self.console.warn(f"{error}{dump}; the next one follows (guard.nonfinite=skip)")
+            self.console.warn(f"{error}{dump}; the next update follows (guard.nonfinite=skip)")
             skipped.append(error.number)
 
         metrics = self.updater.update(batch, iteration, handle_fault)
         return {**metrics, "guard/skipped_updates": len(skipped)} if guard is NonFiniteAction.skip else metrics
 
     def finish_iteration(self, metrics: dict[str, float], start_time: float) -> None:
-        """Evaluate if it is due, log, and save a checkpoint if one is due or the run ends here.
+        """Evaluate if an evaluation is due, log, and save a checkpoint if one is due or the run ends here.
 
-        Raises UserError if the guard ends the run, `RunStopped` if a signal or `stop_after` does; the state is saved.
+        Raise UserError if the guard ends the run, `RunStopped` if a signal or `stop_after` does; the state is saved.
         """
         is_last = self.is_finished()
         if is_last or is_due(self.config.evaluation.every, self.progress.iteration):
@@ -262,21 +262,21 @@ class Trainer:
     def save_on_reward_failure(self) -> Iterator[None]:
         """Save the state after the last finished iteration if the reward fails in the block, which ends the run.
 
-        The block must change nothing of that state before the reward returns. Raises UserError with the overrides
-        that continue the run.
+        The block must not change that state before the reward returns. Raise UserError with the overrides that continue
+        the run.
         """
         try:
             yield
         except RankLost:
             raise
         except UserError as error:
-            if not self.progress.sft_scores:  # the run has not begun
+            if not self.progress.sft_scores:  # the run has no state to save yet
                 raise
             iteration = self.progress.iteration
             path = self.directory.checkpoints / checkpoints.CHECKPOINT_NAME.format(iteration)
             if not self.world.broadcast_from_main(path.exists):
                 self.save_checkpoint()
-            self.world.barrier()  # other ranks that end now would end the main one while it writes
+            self.world.barrier()  # other ranks that end now would end rank 0 while it writes
             overrides = self.format_resume_overrides()
             raise UserError(
                 f"{error}; the state after iteration {iteration} is saved; continue with {overrides}"
@@ -285,7 +285,7 @@ class Trainer:
     # --- logging and early ends -----------------------------------------------------------------------------
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Record one line of metrics, print it, and plot the curves if that is due."""
+        """Record one line of metrics, print it, and plot the curves every `PLOT_SECONDS`."""
         if not self.world.is_main:
             return
         metrics = {"iteration": self.progress.iteration, "samples": self.progress.samples, **metrics}
@@ -304,9 +304,9 @@ class Trainer:
         return list(warnings.values()), list(new_warnings.values())
 
     def gather_stop_reason(self) -> tuple[str, int] | None:
-        """Return why the run must end after this iteration, and its exit status; None if it continues.
+        """Return the reason to end the run after this iteration, and the exit status; None if the run continues.
 
-        A reason of any rank counts for all.
+        A reason on any rank ends the run on all ranks.
         """
         reason = self.stopping.reason
         reasons = self.world.all_gather(None if reason is None else (reason, self.stopping.exit_status))
@@ -314,19 +314,19 @@ class Trainer:
 
     def raise_guard_error(self, warnings: list[str]) -> None:
         """Raise the UserError of guard.action=stop once every rank is ready to end."""
-        self.world.barrier()  # other ranks that end now would end the main one while it writes
+        self.world.barrier()  # other ranks that end now would end rank 0 while it writes
         raise UserError(
             f"{'; '.join(warnings)}. Stopped by guard.action=stop; the state after iteration "
             f"{self.progress.iteration} is saved; continue with {self.format_resume_overrides()} guard.action=warn"
         )
 
     def report_kl_limit(self) -> None:
-        """Say so if `stop_at_kl` is what ended the run."""
+        """Print the KL if `stop_at_kl` has ended the run."""
         run, iteration = self.config.run, self.progress.iteration
         if iteration < run.iterations:
             self.console.say(
-                f"kl/sequence is {self.progress.kl:.2f} nats, which is stop_at_kl {run.stop_at_kl:g} or more: the run "
-                f"ends with iteration {iteration}"
+                f"stop_at_kl: kl/sequence reached {self.progress.kl:.2f} nats, the limit is {run.stop_at_kl:g}; the "
+                f"run ends after iteration {iteration}"
             )
 
     def format_resume_overrides(self) -> str:
@@ -376,12 +376,12 @@ class Trainer:
             self.rescore_sft_model()
 
     def finish(self) -> None:
-        """Write the trained models, the last curves and result.json, and print the outcome."""
+        """Write the trained models, the last curves and result.json, and print the results."""
         policy = self.models.gather_policy()
         critics = checkpoints.gather_module_tensors(self.models.critics)
         if not self.world.is_main:
             return
-        self.prune_checkpoints()  # a run that was killed right after its last save has not done so
+        self.prune_checkpoints()  # a run that was killed right after its last save has not pruned
         tokenizer = self.rollout_builder.prompt_format.tokenizer
         save_models(self.directory.path, policy, critics, self.models.model, tokenizer, self.config.model.resolved_path)
         plot_run(self.directory, self.console)

@@ -1,4 +1,4 @@
-"""Update of one iteration: minibatches, gradient accumulation, a gradient norm per parameter group, one AdamW."""
+"""Update of one iteration: minibatches, gradient accumulation, gradient clipping per parameter group, AdamW."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ GRAD_NORMS = ("optimizer/grad_norm", "optimizer/critic_grad_norm")
 
 
 class NonFiniteUpdate(UserError):
-    """Loss or gradient of an update that is not finite; `number` counts an iteration's updates from 1, `rows` are its
-    minibatch.
+    """Loss or gradient that is not finite.
+
+    `number` is the update's number in its iteration, from 1; `rows` are the rows of its minibatch.
     """
 
     def __init__(self, message: str, number: int, rows: Tensor):
@@ -38,7 +39,7 @@ class NonFiniteUpdate(UserError):
 
 
 def raise_fault(error: NonFiniteUpdate) -> None:
-    """Raise the error, which ends the run: the default fault handler."""
+    """Raise the error, which ends the run (the default fault handler)."""
     raise error
 
 
@@ -88,7 +89,7 @@ def split_into_minibatches(run: RunSettings, iteration: int) -> Iterator[Tensor]
 def split_into_microbatches(batch: Batch | Rollout, size: int, world: World = SINGLE_PROCESS) -> tuple[Tensor, ...]:
     """Return the rows of each microbatch of this rank: sequences of similar length, `size` at a time.
 
-    The ranks take turns in the order of lengths, so that each has as much to compute.
+    The ranks take turns in the order of lengths, so that they have similar work.
     """
     order = (batch.prompt_mask.sum(-1) + batch.mask.sum(-1)).argsort(stable=True)
     return order[world.rank :: world.size].split(size)
@@ -113,11 +114,11 @@ class StepMetrics:
     maxima: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, value: float) -> None:
-        """Add to a sum."""
+        """Add `value` to the sum `name`."""
         self.sums[name] = self.sums.get(name, 0.0) + value
 
     def raise_maximum(self, name: str, value: float) -> None:
-        """Raise a maximum to `value` if it is lower."""
+        """Set the maximum `name` to `value` if it is lower."""
         self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
 
     def list_nonfinite(self) -> list[str]:
@@ -148,7 +149,7 @@ def average_over_steps(steps: Sequence[StepMetrics]) -> dict[str, float]:
 
 @dataclass
 class Updater:
-    """Training of the models on one prepared rollout batch."""
+    """Optimizer steps on one prepared rollout batch at a time."""
 
     algorithm: Algorithm
     model: nn.Module
@@ -180,7 +181,7 @@ class Updater:
             self.set_learning_rates((iteration - 1) * self.steps_per_iteration + number)
             minibatch = self.algorithm.prepare_minibatch(batch.select_rows(rows))
             share = self.accumulate_gradients(minibatch, is_first=number == 0)
-            # Equal on every rank, so not part of the share that is summed over ranks.
+            # These metrics are equal on every rank, so they are not part of the share that is summed over ranks.
             common = StepMetrics({**minibatch.metrics, **self.clip_gradients()})
             if all(math.isfinite(common.sums[name]) for name in GRAD_NORMS if name in common.sums):
                 self.step_optimizer(iteration)
@@ -220,8 +221,8 @@ class Updater:
     def run_backward(self, minibatch: Batch, microbatches: Sequence[Tensor], is_first: bool) -> StepMetrics:
         """Run one backward pass per microbatch; the last one averages the gradients over the ranks.
 
-        Before the first step of an iteration the trained policy is the one that sampled, so the difference of their
-        log-probs is rounding: policy/sampler_gap. With old log-probs the trainer takes it from those.
+        Before the first step of an iteration the trained policy is the policy that sampled, so their log-probs differ
+        by rounding only: policy/sampler_gap. With old log-probs the trainer computes the gap from those.
         """
         counts = {name: max(int(mask.sum()), 1) for name, mask in minibatch.masks.items()}
         share = StepMetrics()
@@ -261,7 +262,7 @@ class Updater:
         """Return the scalar whose gradients, summed over microbatches and averaged over ranks, are the loss's.
 
         It is the sum of the loss terms over `rows`, divided by the minibatch's mask `counts` and multiplied by the
-        world size. Adds the metrics to `share`, policy/sampler_gap as a sum over `gap_count` tokens (0: left out).
+        world size. Also add the metrics to `share`; policy/sampler_gap is divided by `gap_count` (0: left out).
         """
         micro = move_batch_to_device(rows, self.device)
         with autocast_to(self.device, self.dtype):
@@ -288,7 +289,7 @@ class Updater:
         return objective * self.world.size
 
     def clip_gradients(self) -> dict[str, float]:
-        """Clip each group's gradient to `max_grad_norm`; return the norms before, which are the same on every rank."""
+        """Clip each group's gradient to `max_grad_norm`; return the norms before clipping, the same on every rank."""
         limit, groups = self.settings.max_grad_norm, self.optimizer.param_groups
         return {
             name: float(gather_full_tensor(nn.utils.clip_grad_norm_(group["params"], limit)))
@@ -296,7 +297,7 @@ class Updater:
         }
 
     def step_optimizer(self, iteration: int) -> None:
-        """Step the optimizer; during the critics' warm-up the policy stays. Raises UserError if memory runs out."""
+        """Step the optimizer, during the critics' warm-up without the policy. Raise UserError if memory runs out."""
         if iteration <= self.settings.critic_warmup_iterations:
             for parameter in self.optimizer.param_groups[0]["params"]:
                 parameter.grad = None

@@ -37,7 +37,7 @@ def test_memory_of_a_hub_model_without_the_hub():
 
 def test_models_may_fill_the_memory():
     check_memory({"policy": 6.0, "reward": 4.0}, 10.0, torch.device("cpu"))
-    with pytest.raises(UserError, match="most of it by the policy"):
+    with pytest.raises(UserError, match="most of it for the policy"):
         check_memory({"policy": 6.0, "reward": 4.0}, 9.0, torch.device("cpu"))
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
-from apa_cli.config.hydra_api import find_config_dir, expand_sweep
+from apa_cli.config.hydra_api import expand_sweep, find_config_dir
 from apa_cli.errors import ConfigError
 
 CONF = find_config_dir()

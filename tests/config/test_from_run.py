@@ -46,7 +46,9 @@ def test_groups_replace_sections_and_keys_change_them(record_run):
     overrides = ["reward.target=b.py:g", "sampling.temperature=0.5"]
     config = build_config(compose_from_run([f"run={run}", *overrides]))
     assert (config.reward.target, config.sampling.temperature, config.sampling.max_new_tokens) == ("b.py:g", 0.5, 9)
-    config = build_config(compose_from_run([f"run={run}", "dataset.data_seed=3", "dataset=story_openings", "reward=vader"]))
+    config = build_config(
+        compose_from_run([f"run={run}", "dataset.data_seed=3", "dataset=story_openings", "reward=vader"])
+    )
     assert config.dataset.data_seed == 3 and type(config.dataset).__name__ == "StoryOpenings"
     assert config.sampling.stop_strings == [] and config.reward.target.endswith("vader:compound")
     run = record_run("sampling.stop_strings=[x]", name="own", policy="x", reward="y")
@@ -101,7 +103,9 @@ def test_the_folder_of_a_sweeps_job_is_read_and_no_heavy_package_loaded(record_r
 )
 def test_a_wrong_override_is_one_line(overrides, parts, new_run):
     with pytest.raises(ConfigError) as error:
-        build_config(compose_from_run([override.format(run=new_run) for override in overrides], uses_reward=lambda cfg: False))
+        build_config(
+            compose_from_run([override.format(run=new_run) for override in overrides], uses_reward=lambda cfg: False)
+        )
     message = str(error.value)
     assert "\n" not in message and all(part in message for part in parts)
 

@@ -188,7 +188,7 @@ def test_the_published_reward_models_pickle_runs_nothing(tiny, tmp_path):
     torch.save({"v_head.weight": Spring(tmp_path / "sprung")}, tmp_path / "hf_ckpt.pt")
     sizes = {"vocab_size": 600, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
     reward = GPTJReward(str(tmp_path), "hf_ckpt.pt", str(tiny), sizes, None, 8, 64)
-    with pytest.raises(UserError, match=r"^reward\.file: .* is no file of tensors") as caught:
+    with pytest.raises(UserError, match=r"^reward\.file: .* is not a file of tensors") as caught:
         reward.load(Placement("cpu", "float32"))
     assert "\n" not in str(caught.value) and not (tmp_path / "sprung").exists()
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import pytest
 
 from apa_cli.datasets import embedded
-from apa_cli.datasets.embedded import EmbeddedDataset, parse_prompt, parse_reply, compute_quality
+from apa_cli.datasets.embedded import EmbeddedDataset, compute_quality, parse_prompt, parse_reply
 from apa_cli.datasets.embedded_phrases import CLOSINGS, OPENINGS, PARTS, QUESTIONS, TOPICS
 from apa_cli.errors import UserError
 

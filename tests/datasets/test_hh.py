@@ -157,7 +157,7 @@ def test_no_real_training_prompt_is_held_out(real):
     assert (len(train), len(held_out)) == (3747 - 1, 398)
     assert messages[0].startswith("dataset: 3747 train rows; left out: ")
     assert "12 pairs with different prompts" in messages[0] and "5 pairs with an empty reply" in messages[0]
-    assert messages[2].startswith("dataset: 1 held-out prompts were in train too")
+    assert messages[2].startswith("dataset: 1 held-out prompts are also in train")
 
 
 def test_every_real_dialogue_survives_parsing_and_formatting(real):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from apa_cli.datasets.story_openings import NAMES, STORY_TEMPLATES, PLACES, StoryOpenings
+from apa_cli.datasets.story_openings import NAMES, PLACES, STORY_TEMPLATES, StoryOpenings
 from apa_cli.errors import UserError
 
 TOTAL = len(NAMES) * len(STORY_TEMPLATES) * len(PLACES)

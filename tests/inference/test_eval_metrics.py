@@ -6,7 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apa_cli.inference.eval_metrics import RESPONSE_METRICS, compare_with_sft, compute_best_of_n, compute_unpaired_metrics
+from apa_cli.inference.eval_metrics import (
+    RESPONSE_METRICS,
+    compare_with_sft,
+    compute_best_of_n,
+    compute_unpaired_metrics,
+)
 from apa_cli.kl import best_of_n_bound
 from apa_cli.training.evaluator import ScoredResponses
 

@@ -32,7 +32,7 @@ def test_the_card_has_the_runs_settings_and_results(run, records):
     first, _, last = [row for row in records(run / "metrics.jsonl") if "eval/reward_mean" in row]
     tables = parse_tables(card)
     assert tables["score"] == [f"{first['eval/reward_mean']:.4g}", f"{last['eval/reward_mean']:.4g}"]
-    assert tables["exact KL to the SFT model, nats per reply"][1] == f"{last['eval/kl_exact']:.4g}"
+    assert tables["exact KL to the SFT model, nats per response"][1] == f"{last['eval/kl_exact']:.4g}"
     assert tables["responses sampled"] == ["16"] and tables["iterations"] == ["2 of 2"] and tables["seed"] == ["0"]
     assert tables["reward"] == ["FunctionReward `vowels.py:vowels` (local)"]
     assert tables["trained from"] == ["`tiny` (local)"] and tables["prompts"] == ["StoryOpenings"]
@@ -79,7 +79,7 @@ def test_the_card_has_the_report_of_apa_eval_on_this_policy(run, tmp_path):
     assert "on 99 held-out prompts" in card
     tables = parse_tables(card.split("`apa-eval`")[1])
     assert tables["score"] == ["0.25 ± 0.12"] and tables["gain in size"] == ["2 ± 0.5"]
-    assert tables["score of the SFT model's best of 4 replies"] == ["3 ± 0.75"]
+    assert tables["score of the SFT model's best of 4 responses"] == ["3 ± 0.75"]
 
 
 def test_the_cards_program_runs(run, tmp_path, monkeypatch, capsys):

@@ -170,7 +170,7 @@ def test_unloadable_settings_are_one_line_errors_naming_the_key(tokenizer_path, 
     (tmp_path / "hf_ckpt.pt").write_text("no tensors")
     assert get_load_error(tmp_path, tokenizer_path, texts).startswith("reward.file: ")
     torch.save([torch.zeros(1)], tmp_path / "hf_ckpt.pt")
-    assert "no file of tensors by name" in get_load_error(tmp_path, tokenizer_path, texts)
+    assert "not a file of tensors by name" in get_load_error(tmp_path, tokenizer_path, texts)
 
 
 def test_pickled_code_in_a_checkpoint_is_not_run(tokenizer_path, texts, tmp_path):

@@ -81,7 +81,7 @@ def test_the_adapters_own_tokenizer_is_preferred(tiny, adapter, texts, tmp_path)
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny / name, base / name)
     folder = copy_adapter(adapter, tmp_path / "adapter", base_model_name_or_path=str(base))
-    assert get_load_error(folder, texts).endswith(f"{base} holds no tokenizer")
+    assert get_load_error(folder, texts).endswith(f"{base} contains no tokenizer")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
     assert score(folder, texts) == pytest.approx(compute_expected_scores(tiny, adapter, texts), rel=0, abs=1e-5)
 

@@ -121,7 +121,7 @@ def test_an_unknown_output_is_refused(output, classifier):
 
 def test_the_mean_is_subtracted_before_scaling(make_classifier):
     folder = make_classifier(num_labels=1)
-    assert "holds no score_mean" in get_load_error(folder, centered=True)
+    assert "has no score_mean" in get_load_error(folder, centered=True)
     plain = score_with(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "score_mean": 1.5, "score_std": 3.0}))

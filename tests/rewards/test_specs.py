@@ -91,7 +91,8 @@ WRONG = {
     "[{use: function}]": "reward.parts[0].target: a value is needed",
     "[{path: x}]": "reward.parts[0].use: a value is needed",
     "[3]": "reward.parts[0]: the name of a reward or {use: NAME, …} is needed, got 3",
-    "[{use: vader, name: a}, {use: model, name: a}]": "reward.parts: two rewards have the same name, a, a; give each its own",
+    "[{use: vader, name: a}, {use: model, name: a}]": "reward.parts: two rewards have the same name, a, a; give each "
+    "its own",
     "[]": "reward=sum: parts needs at least one reward",
     "vader": "reward.parts: 'vader' is not a list",
 }

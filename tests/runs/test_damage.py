@@ -168,7 +168,10 @@ def test_damaged_parquet_file(share, tmp_path):
 
 def test_prompt_longer_than_the_models_positions(run_train):
     message = error_message(lambda: run_train("sampling.max_prompt_tokens=120", "sampling.max_new_tokens=9"))
-    assert message == "sampling: max_prompt_tokens 120 + max_new_tokens 9 is more than the model's 128 positions"
+    assert (
+        message == "sampling: max_prompt_tokens 120 + max_new_tokens 9 is more than the model's 128 positions; "
+        "lower one of them"
+    )
 
 
 def test_tokenizer_with_ids_beyond_the_models_vocabulary(model, run_train):
@@ -177,7 +180,7 @@ def test_tokenizer_with_ids_beyond_the_models_vocabulary(model, run_train):
     tokenizer["model"]["vocab"]["<|padding|>"] = 700
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = error_message(lambda: run_train(f"model.path={model}"))
-    assert message == "model.tokenizer: its highest token is number 700, the model has 600"
+    assert message == "model.tokenizer: the highest token id is 700, but the model has 600 embeddings"
 
 
 def test_tokenizer_without_special_tokens(model, run_train):

@@ -185,7 +185,7 @@ def test_torchrun_with_two_nodes(single_process_run, small_overrides, assert_equ
 
 
 def test_a_minibatch_that_the_processes_do_not_divide_is_refused_before_loading(run_train, tmp_path):
-    with pytest.raises(ConfigError, match=r"minibatch_size: 4 is not a multiple of the 3 processes"):
+    with pytest.raises(ConfigError, match=r"minibatch_size: 4 is not a multiple of the number of processes, 3"):
         run_train("launch.processes=3", "model.path=/nowhere")
     assert not (tmp_path / "run").exists()
 
@@ -245,7 +245,11 @@ def test_out_of_memory_halves_the_microbatch_and_changes_no_result(
     run = run_train(*OVERRIDES)
     assert_equal_runs(run, expected)
     log = (run / "run.log").read_text()
-    assert log.count("microbatch_size: out of memory; 2") == log.count("microbatch_size: out of memory; 1") == 1
+    assert (
+        log.count("microbatch_size: out of memory; reduced to 2")
+        == log.count("microbatch_size: out of memory; reduced to 1")
+        == 1
+    )
     limit_memory(monkeypatch, 0)
     with pytest.raises(UserError, match="microbatch_size: out of memory with 1"):
         run_train(*OVERRIDES, name="none")

@@ -157,7 +157,7 @@ def test_run_directory_cannot_name_code_to_run(half_run, small_overrides):
         compose_continuation([f"resume={half_run}"], half_run)
     config["algo"]["_target_"] = "pathlib.Path"
     (half_run / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(ConfigError, match=r"^algo\._target_ in .*pathlib\.Path.*no yaml"):
+    with pytest.raises(ConfigError, match=r"^algo\._target_: .*pathlib\.Path.*no yaml"):
         compose_continuation([f"resume={half_run}", *small_overrides], half_run)
     assert find_code({"a": [{"use": "f", "target": "x"}], "model": {"trust_remote_code": True}, "target": None}) == [
         ("a", [{"use": "f", "target": "x"}]),
@@ -229,7 +229,7 @@ def test_auto_starts_resumes_and_ends_with_the_same_overrides(train, tmp_path, c
     weights = (run / "model" / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     train(run, *overrides)
-    assert capsys.readouterr().out == f"{run}: finished (4 iterations), nothing is left to do\n"
+    assert capsys.readouterr().out == f"{run}: finished (4 iterations); nothing is left to do\n"
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == weights
     checkpoints.remove_later_checkpoints(run / "checkpoints", 2)
     (run / "result.json").unlink()
@@ -306,7 +306,7 @@ def test_fork_continues_elsewhere_and_does_not_change_its_source(
 def test_overrides_that_contradict_a_fork_are_refused(run_copy):
     with pytest.raises(ConfigError, match=r"^fork: a fork is a new run"):
         find_continued_run([f"fork={run_copy}", f"resume={run_copy}"])
-    with pytest.raises(ConfigError, match=r"^fork: one run"):
+    with pytest.raises(ConfigError, match=r"^fork: .*-m"):
         check_job([f"fork={run_copy}", "seed=0"], Namespace(config_dir=None, multirun=True), ())
 
 
@@ -431,7 +431,7 @@ def test_stop_after_ends_the_run_with_its_own_status(run_in_iteration, train, ru
 
 def test_run_does_not_start_without_time_left(train, tmp_path, monkeypatch):
     monkeypatch.setattr(stopping, "START_TIME", stopping.time.monotonic() - 100)
-    with pytest.raises(RunStopped, match="no time is left to begin"):
+    with pytest.raises(RunStopped, match="no time is left to start"):
         train(tmp_path / "run", "stop_after=90s")
     assert not (tmp_path / "run").exists()
 

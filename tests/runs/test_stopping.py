@@ -67,7 +67,7 @@ def test_signal_is_recorded_as_reason(number, status, capfd):
         assert stop.reason == signal.Signals(number).name
         assert stop.exit_status == status
     assert signal.getsignal(number) is before
-    assert "a second signal stops at once" in capfd.readouterr().err
+    assert "a second signal ends the run at once" in capfd.readouterr().err
 
 
 def test_signal_before_listen_interrupts():

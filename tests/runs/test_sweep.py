@@ -95,7 +95,7 @@ def test_stopped_sweep_resumes_with_the_remaining_jobs(small_overrides, run_trai
     written = (jobs[0] / "model" / "model.safetensors").stat().st_mtime_ns
     process = subprocess.run(command, capture_output=True, check=False, **options)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("finished (30 iterations), nothing is left to do") == 1
+    assert process.stdout.count("finished (30 iterations); nothing is left to do") == 1
     assert (jobs[0] / "model" / "model.safetensors").stat().st_mtime_ns == written
     for seed, job in enumerate(sorted(sweep.glob("*seed=*"))):
         alone = run_train(*overrides[-3:], f"seed={seed}", name=f"alone_{seed}")

@@ -78,7 +78,7 @@ def test_runs_of_several_seeds_share_their_stages(make_config, tmp_path, capsys)
     for seed in (0, 1):
         start_training(make_config(*overrides, f"name=seed_{seed}", f"seed={seed}"), tmp_path / f"seed_{seed}", None)
     logs = [(tmp_path / f"seed_{seed}" / "run.log").read_text() for seed in (0, 1)]
-    for stage in ("building the SFT model", "training the reward model"):
+    for stage in ("training the SFT model", "training the reward model"):
         assert stage in logs[0] and stage not in logs[1]
     assert "sft model from the cache" in logs[1] and "reward model from the cache" in logs[1]
     folders = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.is_dir())

@@ -17,7 +17,7 @@ from apa_cli.runs.checkpoint import load_checkpoint
 from apa_cli.runs.stopping import RunStopped
 from apa_cli.settings import LRScheduler
 from apa_cli.stages import fitting
-from apa_cli.stages.fitting import fit, learning_rate_factor
+from apa_cli.stages.fitting import compute_stage_lr_factor, fit
 from apa_cli.training.launch import start_reward, start_sft
 from tests.builders import make_stage_context
 
@@ -42,7 +42,7 @@ def make_stage_settings(**changes):
 )
 def test_the_learning_rate_warms_up_and_then_follows_its_schedule(schedule, expected):
     stage = make_stage_settings(lr_scheduler=schedule, warmup_ratio=0.2)
-    assert [learning_rate_factor(stage, step, 10) for step in range(10)] == pytest.approx(expected)
+    assert [compute_stage_lr_factor(stage, step, 10) for step in range(10)] == pytest.approx(expected)
 
 
 # --- the best weights ---------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_signal_stops_a_stage_after_its_step_and_it_resumes(number, tiny, tmp_
     def signal_at_step_6(settings, step, total):
         if step == 6:
             os.kill(os.getpid(), number)
-        return learning_rate_factor(settings, step, total)
+        return compute_stage_lr_factor(settings, step, total)
 
     start_sft(compose_config(), tmp_path / "whole")
     with monkeypatch.context() as patch:

@@ -121,7 +121,10 @@ def test_critic_init_without_a_trunk_or_a_reward_model_is_a_one_line_error(other
     overrides = ["critic.init=reward"] if other is None else [*list_overrides(reward), *other]
     with pytest.raises(ConfigError) as error:
         make_trainer(*overrides)
-    assert str(error.value) == "critic.init: reward needs critic.kind=separate and a reward that is a model"
+    assert (
+        str(error.value)
+        == "critic.init: reward needs critic=separate and a reward that is a model; give policy instead"
+    )
 
 
 def test_an_algorithm_without_a_critic_builds_none(make_trainer):

@@ -99,7 +99,7 @@ def test_a_run_ends_at_stop_at_kl_with_its_results(run_train, records):
     assert len(kls) < 30 and kls[-1] >= 1.5 and max(kls[:-1]) < 1.5
     assert "eval/kl_exact" in rows[-1] and (run / "model" / "config.json").is_file()
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"iteration_{len(kls):06d}"]
-    assert f"the run ends with iteration {len(kls)}" in (run / "run.log").read_text()
+    assert f"the run ends after iteration {len(kls)}" in (run / "run.log").read_text()
     run_train(*overrides, "stop_at_kl=1.5", f"resume={run}")
     assert len(records(run / "metrics.jsonl")) == len(rows)  # it has ended already
     run_train(*overrides, f"stop_at_kl={kls[-1] + 0.01}", f"resume={run}")
