@@ -116,7 +116,7 @@ def run_command(
 
 
 def put_flags_first(overrides: list[str]) -> None:
-    """Reorder the command line for Hydra's own program, which takes flags before the overrides only."""
+    """Move the flags before the overrides in sys.argv, since Hydra's own program takes no flags after overrides."""
     flags = sys.argv[1:]
     for override in reversed(overrides):
         del flags[len(flags) - 1 - flags[::-1].index(override)]
@@ -185,7 +185,7 @@ def check_subject(config: Config, takes: tuple[str, ...]) -> None:
         raise ConfigError("run: this command does not take it; apa-train continues a run with resume=")
     given = {"run": config.run.run, "model.path": config.model.path}
     if takes and config.run.dry_run:
-        raise ConfigError("dry_run: this command has no dry run")
+        raise ConfigError("dry_run: this command has no dry run; leave it out")
     if takes and all(given[key] is None for key in takes):
         raise ConfigError(f"run: a model is needed; give {' or '.join(f'{key}=…' for key in takes)}")
 

@@ -62,7 +62,7 @@ EXAMPLES = {
 FLAGS = """\
   -m, --multirun      a sweep: every combination of comma-separated values is one run
   --cfg job           print the whole configuration and stop
-  --config-dir DIR    a folder with your own yaml files, laid out as conf/
+  --config-dir DIR    a folder with your own yaml files, laid out like conf/
   --help PAGE         print one of the pages below
   --version           print the version of apa-cli
   --hydra-help        all other flags"""
@@ -106,7 +106,7 @@ def print_help(command: str, extra_dir: str | None, arguments: list[str]) -> Non
             for text in _read_with_defaults(group, option, list_config_dirs(extra_dir)):
                 _print_keys("" if "# @package _global_" in text else f"{group}.", text, printed)
     print("\n the run")
-    _print_keys("", main.partition("\nhydra:")[0], printed)  # less what an option above has set
+    _print_keys("", main.partition("\nhydra:")[0], printed)  # without the keys that an option above sets
 
 
 def list_pages() -> list[str]:

@@ -87,7 +87,7 @@ def check_arithmetic(config: Config) -> None:
         if getattr(run, large) % getattr(run, small):
             raise ConfigError(f"{large}: {getattr(run, large)} is not a multiple of {small} {getattr(run, small)}")
     if config.model.path is None and "model_type" not in config.model.architecture:
-        raise ConfigError("model.path: a value is needed, give model.path=FOLDER_OR_HUB_ID")
+        raise ConfigError("model.path: a value is needed; give model.path=FOLDER_OR_HUB_ID")
     least = config.algo.needs().samples_per_prompt
     if run.samples_per_prompt < least:
         raise ConfigError(
@@ -117,7 +117,7 @@ def check_continuation(config: Config, cfg: DictConfig) -> None:
 def _resolve_value(node: DictConfig, key: Any, name: str) -> Any:
     """Return one value, resolved. Raise ConfigError if the value is missing or refers to nothing."""
     if OmegaConf.is_missing(node, key):
-        raise ConfigError(f"{name}: a value is needed, give {name}=…")
+        raise ConfigError(f"{name}: a value is needed; give {name}=…")
     try:
         value = node[key]
     except OmegaConfBaseException as error:

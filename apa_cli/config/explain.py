@@ -17,7 +17,7 @@ LAMBDA = "lambda"
 
 
 SHORT_LIST = 4
-"""Options up to which a group's are all named beside the nearest one."""
+"""Number of options up to which a message names all options of a group besides the nearest."""
 
 
 def explain_error(error: Exception, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:

@@ -33,7 +33,7 @@ def is_true(value: Any) -> bool:
 
 
 FIXED = ("algo", "lambda", "experiment", "critic", "lora", "resume", "fork")
-"""Keys and sections that a look at a run does not change."""
+"""Keys and sections that cannot be overridden with run=…"""
 
 
 def find_recorded_run(overrides: list[str]) -> RecordedRun | None:
@@ -59,7 +59,7 @@ def compose_from_run(
     assert run is not None, "an override run=… is needed"
     for override in parsed:
         if override.key_or_group.partition(".")[0] in FIXED:
-            raise ConfigError(f"{override.key_or_group}: a look at a run takes the run's; leave it out")
+            raise ConfigError(f"{override.key_or_group}: with {RUN}=… the run's own value applies; leave it out")
     config_file = run.directory / "config.yaml"
     recorded = copy.deepcopy(run.config)
     check_plain(recorded, config_file, (*SECTIONS, *TARGET_SECTIONS))

@@ -26,7 +26,7 @@ def make_run_name() -> str:
 
 def make_job_name(overrides: str) -> str:
     """Return the overrides of one job of a sweep as one directory name, without path separators."""
-    if "model.path=" in overrides:  # which implies model=local, see `compose.choose_local_model`
+    if "model.path=" in overrides:  # it implies model=local, see `compose.choose_local_model`
         overrides = re.sub(r"(?:^|(?<=,))model=local(?:,|$)", "", overrides).rstrip(",")
     name = re.sub(r"[/\\]", "_", overrides) or "default"
     if len(name.encode()) <= LONGEST_NAME:

@@ -104,7 +104,7 @@ def estimate_forward_work(cost: ModelCost, lengths: Sequence[int], outputs: int,
 def estimate_sampling_work(
     cost: ModelCost, prompts: Sequence[int], responses: Sequence[int], rows: int, itemsize: int
 ) -> Work:
-    """Return the work of sampling responses with a KV cache, at most `rows` side by side.
+    """Return the work of sampling responses with a KV cache, at most `rows` in parallel.
 
     A decode step reads all weights once. The number of steps is the larger of the longest response's length and the
     tokens divided by `rows`. Sampling token t + 1 reads the keys and values of the prompt and t tokens; each position's

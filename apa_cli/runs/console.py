@@ -128,7 +128,7 @@ class Console:
         except UnicodeEncodeError:  # a terminal without Unicode must not end a run
             encoding = stream.encoding or "ascii"
             print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
-        except BrokenPipeError:  # the reader of the output has gone; the run continues with run.log alone
+        except BrokenPipeError:  # the reader has closed the pipe; the run continues with run.log alone
             self._quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -57,7 +57,7 @@ class GracefulStop:
         """End of the time limit, in seconds of the monotonic clock; None without a limit."""
         self.stop_after = stop_after
         self.signal_name: str | None = None
-        """Name of the signal that asked the run to end; None so far."""
+        """Name of the signal that asked the run to end; None without a signal."""
         self.listening = False
         self.longest_iteration = 0.0
         """Seconds, evaluation included."""

@@ -58,7 +58,7 @@ class Evaluator:
     end_tokens: frozenset[int]
     seed: int
     sampling_batch: BatchSizeHalver
-    """Sequences sampled side by side."""
+    """Sequences sampled in parallel."""
     microbatch: BatchSizeHalver
     """Sequences per forward pass."""
     dtype: DType

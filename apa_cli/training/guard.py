@@ -29,8 +29,7 @@ def check_metrics(
     if settings.max_kl is not None and kl > settings.max_kl:
         warnings["max_kl"] = (
             f"kl/sequence is {kl:.3g} nats, above guard.max_kl {settings.max_kl:g}: the policy is far from its "
-            "reference, and its score may no longer mean anything. Try another lambda, a lower optimizer.lr, or "
-            "stop_at_kl"
+            "reference, and its score may be meaningless. Try another lambda, a lower optimizer.lr, or stop_at_kl"
         )
     if entropy < settings.min_entropy:
         warnings["min_entropy"] = (

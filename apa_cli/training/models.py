@@ -20,7 +20,7 @@ from apa_cli.randomness import Stream, derive_torch_seed
 from apa_cli.settings import Config, CriticInit, CriticKind, Quantization
 
 ADAPTER_KEY = 1000
-"""Key of the random numbers that initialize the policy's adapter; those of critics count from 0."""
+"""Key of the random numbers that initialize the policy's adapter; the critics' keys count from 0."""
 
 
 @dataclass

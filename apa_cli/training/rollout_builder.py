@@ -37,7 +37,7 @@ class RolloutBuilder:
     end_tokens: frozenset[int]
     examples: list[Example]
     sampling_batch: BatchSizeHalver
-    """Sequences sampled side by side."""
+    """Sequences sampled in parallel."""
     microbatch: BatchSizeHalver
     """Sequences per forward pass."""
     device: torch.device
@@ -48,12 +48,12 @@ class RolloutBuilder:
         run, settings = self.config.run, self.config.sampling
         prompts, truncated_rate = self.select_prompts(iteration)
         plan = self.config.algo.plan(iteration, make_generator(run.seed, Stream.plan, iteration))
-        share = [prompts[i] for i in self.world.shard_indices(len(prompts))]
+        shard = [prompts[i] for i in self.world.shard_indices(len(prompts))]
 
         def attempt(microbatch: int) -> Rollout:
             with autocast_to(self.device, self.config.model.dtype):
                 return collect_rollout(
-                    {"policy": self.models.sampler}, self.prompt_format.tokenizer, share,
+                    {"policy": self.models.sampler}, self.prompt_format.tokenizer, shard,
                     replace(settings, microbatch_size=microbatch), self.end_tokens, run.seed, Stream.rollout,
                     iteration, plan,
                 )  # fmt: skip

@@ -153,7 +153,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(body_and_head, token
     message = get_load_error(save_checkpoint(tensors, tmp_path / "all"), tokenizer_path, texts, n_layer=1)
     assert "unexpected transformer.h.1." in message and message.endswith("more") and "missing" not in message
     message = get_load_error(tmp_path / "all", tokenizer_path, texts, n_inner=96)
-    assert "transformer.h.0.mlp.fc_in.weight in hf_ckpt.pt is [128, 32]" in message and "[96, 32]" in message
+    assert "transformer.h.0.mlp.fc_in.weight in hf_ckpt.pt has shape [128, 32]" in message and "[96, 32]" in message
 
 
 def test_unloadable_settings_are_one_line_errors_naming_the_key(tokenizer_path, checkpoint, texts, tmp_path):

@@ -174,7 +174,7 @@ def test_a_signal_stops_a_stage_after_its_step_and_it_resumes(number, tiny, tmp_
 
     start_sft(compose_config(), tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(fitting, "learning_rate_factor", signal_at_step_6)
+        patch.setattr(fitting, "compute_stage_lr_factor", signal_at_step_6)
         with pytest.raises(RunStopped, match=r"after step 7 of 15, saved; continue with: apa-sft resume=") as error:
             start_sft(compose_config(), tmp_path / "stopped")
     assert error.value.status == 128 + number
