@@ -48,7 +48,7 @@ def request_status(url: str, timeout: float) -> int | None:
 
 
 @cache
-def is_hub_reachable() -> bool:
+def probe_hub() -> bool:
     """Return True if the model hub responds; checked once per process, before the first request to the hub.
 
     If the hub does not respond, `huggingface_hub` and `datasets` are switched to offline mode: they then use cached

@@ -55,6 +55,7 @@ def test_a_dry_run_builds_all_three(project):
     assert "reward: Answer" in done.stdout
 
 
+@pytest.mark.slow
 def test_all_three_train_together(project, tiny):
     line = re.sub(r"model\.path=\S+", f"model.path={tiny}", COMMANDS[1])
     done = run(line, project, *SMALL)

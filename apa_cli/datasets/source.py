@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from apa_cli.datasets.base import is_held_out
 from apa_cli.errors import UserError, get_first_line
-from apa_cli.network import is_hub_reachable
+from apa_cli.network import probe_hub
 from apa_cli.types import Example, Examples
 
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ class Source:
         elif not HUB_NAME.fullmatch(path):
             raise UserError(f"dataset.path: there is no folder {path}")
         if not local.is_dir():
-            is_hub_reachable()  # if not, it switches `datasets` to offline mode
+            probe_hub()  # if not, it switches `datasets` to offline mode
         with silence_logger("huggingface_hub"), self._translate_errors():
             import datasets
 

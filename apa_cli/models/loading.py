@@ -22,7 +22,7 @@ from transformers import (
 
 from apa_cli.errors import UserError, get_first_line
 from apa_cli.models.lora import find_lora_layers, is_adapter, merge_adapter_tensors, read_adapter_base, save_adapter
-from apa_cli.network import is_hub_reachable
+from apa_cli.network import probe_hub
 from apa_cli.settings import DType, ModelSettings, Quantization
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def resolve_model_source(path: str, key: str) -> str:
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
         raise UserError(f"{key}: there is no folder {folder}")
-    is_hub_reachable()  # if not, it switches to offline mode
+    probe_hub()  # switches to offline mode if the hub does not respond
     return path
 
 
@@ -66,10 +66,10 @@ def load_pretrained(load: Callable[..., T], path: str, key: str, **options: Any)
     except (
         Exception
     ) as error:  # `transformers`, safetensors, pickle, json, zipfile, the hub's client, … raise many types
-        advice = "" if Path(source).is_dir() else f"; or give a local folder with the hub's layout, {key}=FOLDER"
+        advice = "" if Path(source).is_dir() else f"; a local folder with the hub's layout works too, {key}=FOLDER"
         if "trust_remote_code" in str(error) and key == "model.path":
             advice = "; model.trust_remote_code=true runs the model's code"
-        raise UserError(f"{key}: cannot load {path}: {get_first_line(error)}{advice}") from error
+        raise UserError(f"{key}: cannot load {path}: {get_first_line(error).rstrip('.')}{advice}") from error
 
 
 def require_all_weights(load: Callable[..., Any]) -> Callable[..., PreTrainedModel]:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from apa_cli.errors import UserError, get_first_line
-from apa_cli.network import is_hub_reachable
+from apa_cli.network import probe_hub
 from apa_cli.settings import LoraSettings
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def is_hub_adapter(path: str) -> bool:
 
     Return False if the hub cannot be reached, since loading then reports the reason.
     """
-    is_hub_reachable()
+    probe_hub()
     try:
         return (
             cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False) is None

@@ -144,13 +144,18 @@ def test_version_is_the_packages(tmp_path):
     assert run("--version", cwd=tmp_path).stdout == f"apa-cli {version('apa-cli')}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("dry_run=true",), ("dry_run=true", "model.path=nothing/there")])
 def test_a_single_run_makes_no_directory_before_it_starts(words, tmp_path):
     run(*words, "launch.device=cpu", cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-PIPED = [("--help", 0), ("--cfg job", 0), ("dry_run=true launch.device=cpu", 141)]
+PIPED = [
+    ("--help", 0),
+    ("--cfg job", 0),
+    pytest.param("dry_run=true launch.device=cpu", 141, marks=pytest.mark.slow),  # loads the models' libraries
+]
 
 
 @pytest.mark.parametrize(("words", "status"), PIPED)
