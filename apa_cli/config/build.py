@@ -48,8 +48,8 @@ def build_config(cfg: DictConfig, extra_dir: str | None = None) -> Config:
     run = {f.name: _resolve_value(cfg, f.name, f.name) for f in fields(RunSettings) if f.name in cfg}
     sections: dict[str, Any] = {"run": _build_section(RunSettings, run, "", cfg)}
     for name in (*TARGET_SECTIONS, *SECTIONS):
-        if not isinstance(cfg.get(name), DictConfig):
-            raise ConfigError(f"{name}: a section with keys is needed, got {cfg.get(name)!r}")
+        if not _is_section(cfg, name):
+            raise ConfigError(f"{name}: a section with keys is needed, got {to_dict(cfg).get(name)!r}")
         values = {str(key): _resolve_value(cfg[name], key, f"{name}.{key}") for key in cfg[name]}
         kind = SECTIONS.get(name) or _import_target(values.pop("_target_", None), name)
         sections[name] = _build_section(kind, values, name, cfg, extra_dir)
@@ -60,10 +60,17 @@ def build_config(cfg: DictConfig, extra_dir: str | None = None) -> Config:
     return config
 
 
+def _is_section(cfg: DictConfig, name: str) -> bool:
+    """Return True if the key holds a section; False also for an interpolation that cannot be resolved."""
+    try:
+        return isinstance(cfg.get(name), DictConfig)
+    except OmegaConfBaseException:
+        return False
+
+
 def check_lambda(cfg: DictConfig) -> None:
     """Raise ConfigError if the algorithm has no λ, or if the key that `lambda` sets was set directly."""
-    algo = cfg.get("algo")
-    raw = to_dict(algo) if isinstance(algo, DictConfig) else {}
+    raw = to_dict(cfg["algo"]) if _is_section(cfg, "algo") else {}
     linked = f"${{{LAMBDA}}}" in raw.values()
     if LAMBDA in cfg and not linked:
         raise ConfigError(

@@ -176,11 +176,13 @@ def compute_logprobs_with_output(
         output = model(**options)
         logits = apply_temperature(output.logits, temperature)
         return pad_to_mask(token_logprobs(logits, padded.response_ids), mask), output, inputs
-    weight, bias = head.weight, head.bias
+    linear = head
 
     def compute_logprobs(states: Tensor) -> Tensor:
+        # The weights are read here, during the model's forward pass: FSDP gathers them when it begins.
         states, token_ids = inputs.select_response_outputs(states), padded.response_ids[padded.mask]
-        return scatter_to_mask(compute_head_logprobs(states, weight, bias, token_ids, temperature), padded.mask)
+        logprobs = compute_head_logprobs(states, linear.weight, linear.bias, token_ids, temperature)
+        return scatter_to_mask(logprobs, padded.mask)
 
     with override_forward(head, compute_logprobs):
         output = model(**options)
