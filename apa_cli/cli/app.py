@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from apa_cli.cli.help import print_help
 from apa_cli.config.build import build_config
-from apa_cli.config.compose import LOCAL_MODEL, check_choices, choose_local_model, compose
+from apa_cli.config.compose import LOCAL_MODEL, check_adapter_keys, check_group_keys, choose_local_model, compose
 from apa_cli.config.continuation import compose_continuation, find_continued_run
 from apa_cli.config.explain import suggest_for_flag
 from apa_cli.config.from_run import RUN, compose_from_run, find_recorded_run
@@ -160,13 +160,14 @@ def check_job(
         (text for text in overrides if text and "=" not in text and os.path.isdir(os.path.expanduser(text))), None
     )
     if folder is not None:
-        key = next(iter(takes), RESUME if not args.multirun else "name")
+        key = next(iter(takes), RESUME)
         raise ConfigError(f"{folder}: overrides have the form key=value; give {key}={folder}")
+    check_group_keys(overrides)
     source, run = None, None
     if RUN in takes and (run := find_recorded_run(overrides)) is not None:
         cfg = compose_from_run(overrides, extra_dir, uses_reward, run)
     elif takes or args.multirun or (source := find_continued_run(overrides)) is None:
-        check_choices(overrides, extra_dir)
+        check_adapter_keys(overrides, extra_dir)
         cfg = compose(overrides, extra_dir)
     else:
         cfg = compose_continuation(overrides, source, extra_dir)

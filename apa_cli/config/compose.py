@@ -40,12 +40,17 @@ def choose_local_model(overrides: list[str], extra_dir: str | None) -> list[str]
     return [LOCAL_MODEL, *overrides] if cfg.hydra.runtime.choices.model == "embedded" else overrides
 
 
-def check_choices(overrides: list[str], extra_dir: str | None) -> None:
-    """Raise ConfigError for a key that only a group's option sets, and for adapter settings without adapters."""
-    keys = [parse_override(override).key_or_group for override in overrides]
-    for key in keys:
+def check_group_keys(overrides: list[str]) -> None:
+    """Raise ConfigError for a key that only a group's option sets."""
+    for override in overrides:
+        key = parse_override(override).key_or_group
         if group := CHOSEN_BY_GROUP.get(key):
             raise ConfigError(f"{key}: only an option of the group sets it; give {group}=NAME")
+
+
+def check_adapter_keys(overrides: list[str], extra_dir: str | None) -> None:
+    """Raise ConfigError for adapter settings of a new run without adapters."""
+    keys = [parse_override(override).key_or_group for override in overrides]
     adapter_keys = [key for key in keys if key.startswith("lora.")]
     if adapter_keys and "lora" not in keys:
         others = [override for override, key in zip(overrides, keys, strict=True) if key not in adapter_keys]

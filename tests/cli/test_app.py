@@ -138,6 +138,13 @@ def test_help_knows_the_users_own_folder(tmp_path):
     assert "did you mean 'short'" in run("--config-dir", "mine", "--help", "reward=shrot", cwd=tmp_path).stderr
 
 
+@pytest.mark.parametrize("key", ["run", "resume", "fork"])
+def test_a_groups_key_is_refused_for_recorded_runs_too(key, tmp_path):
+    takes = ("run",) if key == "run" else ()
+    with pytest.raises(ConfigError, match=r"^critic\.kind: only an option of the group"):
+        check_job([f"{key}={tmp_path}", "critic.kind=head"], SINGLE, takes)
+
+
 def test_version_is_the_packages(tmp_path):
     from importlib.metadata import version
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from apa_cli.config.aliases import ALIASES, suggest_for_key, suggest_for_option
-from apa_cli.config.compose import check_choices, compose
+from apa_cli.config.compose import check_adapter_keys, check_group_keys, compose
 from apa_cli.config.explain import suggest_for_flag
 from apa_cli.config.hydra_api import list_groups, list_keys
 from apa_cli.errors import ConfigError
@@ -91,11 +91,13 @@ CHOICES = {
 @pytest.mark.parametrize("overrides", CHOICES)
 def test_a_choice_has_one_way(overrides):
     with pytest.raises(ConfigError, match=CHOICES[overrides]):
-        check_choices(list(overrides), None)
+        check_group_keys(list(overrides))
+        check_adapter_keys(list(overrides), None)
 
 
 @pytest.mark.parametrize(
     "overrides", [("lora=default", "lora.rank=8"), ("model=llama_7b", "lora.rank=8"), ("critic=head",)]
 )
 def test_settings_of_a_chosen_option_pass(overrides):
-    check_choices(list(overrides), None)
+    check_group_keys(list(overrides))
+    check_adapter_keys(list(overrides), None)
