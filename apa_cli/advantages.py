@@ -66,11 +66,42 @@ def group_mean(token_rewards: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
     token_rewards [N, T], groups [N] int64 (the prompt of each response), mask [N, T] → [N, T], 0 outside the mask.
     Raise ValueError if a prompt has only one response.
     """
-    # In float64, so that responses with equal scores get exactly 0.
     totals = token_rewards.where(mask, token_rewards.new_zeros(())).double().sum(-1)
-    same_prompt = (groups.unsqueeze(0) == groups.unsqueeze(1)).to(totals.dtype)
-    others = same_prompt.sum(-1) - 1
-    if bool((others < 1).any()):
-        raise ValueError("group_mean: at least two responses to every prompt are needed; raise samples_per_prompt")
-    baseline = (same_prompt @ totals - totals) / others
-    return (totals - baseline).to(token_rewards.dtype).unsqueeze(-1) * mask
+    return spread_over_tokens(subtract_mean_of_others(totals, groups).to(token_rewards.dtype), mask)
+
+
+def spread_over_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """Return each row's value on every true token, 0 elsewhere. values [N], mask [N, T] → [N, T]."""
+    return values.unsqueeze(-1) * mask
+
+
+def match_prompts(groups: Tensor) -> Tensor:
+    """Return 1 for each pair of responses to the same prompt, else 0. groups [N] int64 → [N, N] float64.
+
+    Sums of a group's scores, as products with this matrix, are in float64: of equal float32 scores they are exact, so
+    that equal scores differ from their mean by exactly 0. Raise ValueError if a prompt has only one response.
+    """
+    same_prompt = (groups.unsqueeze(0) == groups.unsqueeze(1)).double()
+    if bool((same_prompt.sum(-1) < 2).any()):
+        raise ValueError("samples_per_prompt: at least two responses to every prompt are needed; raise it")
+    return same_prompt
+
+
+def subtract_mean_of_others(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Return each response's reward minus the mean of the other responses to its prompt (RLOO, 2402.14740).
+
+    rewards [N], groups [N] → [N] float64. Raise ValueError if a prompt has only one response.
+    """
+    same_prompt, rewards = match_prompts(groups), rewards.double()
+    return rewards - (same_prompt @ rewards - rewards) / (same_prompt.sum(-1) - 1)
+
+
+def measure_groups(scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each response the mean and standard deviation (n − 1) of the scores of all responses to its prompt.
+
+    scores [N], groups [N] → two of [N] float64. Raise ValueError if a prompt has only one response.
+    """
+    same_prompt, scores = match_prompts(groups), scores.double()
+    count = same_prompt.sum(-1)
+    mean = same_prompt @ scores / count
+    return mean, (same_prompt @ (scores - mean) ** 2 / (count - 1)).sqrt()

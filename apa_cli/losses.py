@@ -1,7 +1,7 @@
-"""The losses, one value per token, reduced by the trainer.
+"""The losses, one value per token or per row, reduced by the trainer.
 
-Each is a pure function of [B, T] float32 tensors. ℓ is the log-probability of the sampled token under the policy
-being trained (θ), the behavior policy that sampled it (old) or the frozen reference (init).
+Each is a pure function of float32 tensors, [B, T] or, for a row, [B]. ℓ is the log-probability of the sampled token
+under the policy being trained (θ), the behavior policy that sampled it (old) or the frozen reference (init).
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""Bound on |log-ratio| before exp, in nats: without one, 0 · ∞ could arise. Beyond the bound there is no gradient."""
 
 
 def apa_loss(
@@ -43,21 +46,40 @@ def awr_loss(logprobs: Tensor, advantages: Tensor, lambda_: float, weight_clip: 
     return -exponent.exp() * logprobs
 
 
-def ppo_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+def exp_log_ratio(log_ratio: Tensor) -> Tensor:
+    """Return ρ = exp(log-ratio), with the log-ratio clamped to ±`MAX_LOG_RATIO`."""
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def ppo_loss(log_ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None) -> Tensor:
     """Return the negated clipped surrogate of Proximal Policy Optimization (1707.06347, equation 7).
 
-        max( −Â ρ , −Â clip(ρ, 1 − ε, 1 + ε) ),   ρ = exp(ℓ_θ − ℓ_old)
+        max( −Â ρ , −Â clip(ρ, 1 − ε, 1 + ε_high) ),   ρ = exp(ℓ_θ − ℓ_old)
 
-    Arguments [B, T]; ε = `clip_range` in (0, 1) → [B, T].
+    log_ratio = ℓ_θ − ℓ_old and Â: both [B, T], or [B] with the log-ratio of a whole response; ε = `clip_range` in
+    (0, 1); ε_high, by default ε, as in DAPO (2503.14476, equation 10) → of the arguments' shape.
     """
-    ratio = (logprobs - old_logprobs).exp()
-    return (-advantages * ratio).maximum(-advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+    ratio, high = exp_log_ratio(log_ratio), clip_range if clip_range_high is None else clip_range_high
+    return (-advantages * ratio).maximum(-advantages * ratio.clamp(1 - clip_range, 1 + high))
 
 
-def ppo_clip_mask(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
-    """Return 1 for tokens whose clipped branch in `ppo_loss` is the larger one (no gradient), else 0. Each [B, T]."""
-    ratio = (logprobs - old_logprobs).exp()
-    return ((ratio > 1 + clip_range) & (advantages > 0) | (ratio < 1 - clip_range) & (advantages < 0)).float()
+def ppo_clip_mask(
+    log_ratio: Tensor, advantages: Tensor, clip_range: float, clip_range_high: float | None = None
+) -> Tensor:
+    """Return 1 for tokens or rows whose clipped branch in `ppo_loss` is the larger one (no gradient), else 0."""
+    ratio, high = exp_log_ratio(log_ratio), clip_range if clip_range_high is None else clip_range_high
+    return ((ratio > 1 + high) & (advantages > 0) | (ratio < 1 - clip_range) & (advantages < 0)).float()
+
+
+def k3_loss(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return the estimate of KL(π_θ ‖ reference) that GRPO has in its loss (2402.03300, equation 4), in nats.
+
+        exp(d) − 1 − d,   d = ℓ_ref − ℓ_θ, clamped to ±`MAX_LOG_RATIO`
+
+    Never negative but for rounding; the gradient with respect to ℓ_θ is 1 − exp(d). Arguments [B, T] → [B, T].
+    """
+    difference = (ref_logprobs - logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return difference.expm1() - difference
 
 
 def critic_loss(values: Tensor, returns: Tensor, old_values: Tensor, value_clip_range: float | None) -> Tensor:

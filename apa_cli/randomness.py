@@ -27,6 +27,8 @@ class Stream(IntEnum):
     plan = 8
     roll_in_cut = 9
     held_out = 10
+    once_per_prompt = 11
+    process_rollout = 12
 
 
 def make_generator(seed: int, stream: Stream, *place: int) -> np.random.Generator:

@@ -1,6 +1,6 @@
 """The typed sections of the configuration: names, types and ranges. All values are in conf/.
 
-The type of the sections `algo`, `dataset` and `reward` is the dataclass that their `_target_` names.
+The type of the sections `algo`, `plan`, `dataset` and `reward` is the dataclass that their `_target_` names.
 The meaning and unit of a field are in the comment above its key in conf/.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
-from apa_cli.types import AtLeastOne, NonNegative, Positive, Range, UnitInterval
+from apa_cli.types import AtLeastOne, Needs, NonNegative, Positive, Range, UnitInterval
 
 if TYPE_CHECKING:
     from apa_cli.datasets.base import Dataset
@@ -210,6 +210,19 @@ class ReferenceSettings:
     """`reference`: the reference policy π_init."""
 
     refresh_every: Annotated[int, NonNegative]
+    log_kl: bool
+
+
+@dataclass(frozen=True)
+class GuideSettings:
+    """`guide`: a further policy that plans roll in or out, with sampling settings of its own."""
+
+    path: str | None
+    dtype: DType
+    trust_remote_code: bool
+    temperature: Annotated[float, Positive]
+    top_k: Annotated[int, NonNegative]
+    top_p: Annotated[float, PositiveProbability]
 
 
 @dataclass(frozen=True)
@@ -382,6 +395,7 @@ SECTIONS: dict[str, type] = {
     "lora": LoraSettings,
     "critic": CriticSettings,
     "reference": ReferenceSettings,
+    "guide": GuideSettings,
     "sampling": SamplingSettings,
     "optimizer": OptimizerSettings,
     "penalty": PenaltySettings,
@@ -399,7 +413,7 @@ SECTIONS: dict[str, type] = {
 }
 """The sections with a fixed type, by name."""
 
-TARGET_SECTIONS = ("algo", "dataset", "reward")
+TARGET_SECTIONS = ("algo", "plan", "dataset", "reward")
 """The sections whose type is the dataclass named by their `_target_`."""
 
 
@@ -410,6 +424,8 @@ class Config:
     run: RunSettings
     algo: Any
     """An `algorithms.base.Algorithm`; Any, because this module is below that package."""
+    plan: Any
+    """An `algorithms.plans.Plan`."""
     dataset: Dataset
     reward: Any
     """A `rewards.base.Reward`; Any, because this module is below that package."""
@@ -417,6 +433,7 @@ class Config:
     lora: LoraSettings
     critic: CriticSettings
     reference: ReferenceSettings
+    guide: GuideSettings
     sampling: SamplingSettings
     optimizer: OptimizerSettings
     penalty: PenaltySettings
@@ -432,3 +449,8 @@ class Config:
     chat: ChatSettings
     bench: BenchSettings
     raw: dict[str, Any]
+
+    @property
+    def needs(self) -> Needs:
+        """What the algorithm and the plan need together."""
+        return self.plan.needs(self.algo.needs())

@@ -13,6 +13,16 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     return x.where(mask, x.new_zeros(())).sum()
 
 
+def masked_row_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Return each row's sum of `x` over true tokens; values outside the mask do not enter. [B, T] each → [B]."""
+    return x.where(mask, x.new_zeros(())).sum(dim=-1)
+
+
+def masked_row_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Return each row's mean of `x` over true tokens, 0 for a row without one. x [B, T], mask [B, T] bool → [B]."""
+    return masked_row_sum(x, mask) / mask.sum(dim=-1).clamp(min=1)
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Return the mean of `x` over true tokens, 0 for an empty mask. x [B, T], mask [B, T] bool → scalar."""
     return masked_sum(x, mask) / mask.sum().clamp(min=1)
@@ -48,6 +58,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """Return the entropy of softmax(logits) in nats, in float32. [B, T, V] → [B, T]."""
+    """Return the entropy of softmax(logits) in nats, in float32; logits may be −∞. [B, T, V] → [B, T]."""
     logprobs = logits.float().log_softmax(dim=-1)
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+    probabilities = logprobs.exp()
+    return -(probabilities * logprobs.masked_fill(probabilities == 0, 0)).sum(dim=-1)

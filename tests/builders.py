@@ -26,7 +26,7 @@ from apa_cli.algorithms.awr import AWR
 from apa_cli.algorithms.base import ActorCritic, AdvantageEstimator, ScoreScaling, Whitening
 from apa_cli.algorithms.ppo import PPO, KLController
 from apa_cli.datasets.embedded import EmbeddedDataset
-from apa_cli.models.critic import Critic, build_critic
+from apa_cli.models.critic import CriticModule, build_critic
 from apa_cli.models.forward import PaddedInputs, build_padded_inputs
 from apa_cli.models.loading import build_policy, save_model, train_tokenizer
 from apa_cli.models.lora import POLICY_ADAPTER, add_adapter
@@ -42,7 +42,7 @@ from apa_cli.settings import (
     SamplingSettings,
 )
 from apa_cli.stages.fitting import StageContext
-from apa_cli.types import Batch, Rollout, Sequences
+from apa_cli.types import Batch, Critic, Rollout, Sequences
 
 # Models
 
@@ -99,10 +99,10 @@ def build_value_critic(
     seed: int = 0,
     source: PreTrainedModel | None = None,
     lora: LoraSettings | None = None,
-) -> Critic:
+) -> CriticModule:
     """Return a new critic `value`, which starts from `source`, by default the policy; it has no adapters by default."""
     settings = CriticSettings(kind=kind, init=CriticInit.policy, head=head)
-    return build_critic(policy, settings, lora or make_lora_settings(rank=0), "value", seed, source)
+    return build_critic(policy, Critic("value"), settings, lora or make_lora_settings(rank=0), seed, source)
 
 
 def save_dialogue_model(folder: Path) -> None:
@@ -166,11 +166,13 @@ def make_sequences(
     `left` and `right` are the numbers of further columns of padding.
     """
     before, after = max(map(len, prompts)) + left, max(map(len, responses)) + right
+    mask = make_mask(list(map(len, responses)), after)
     return Sequences(
         prompt_ids=torch.tensor([[junk] * (before - len(p)) + p for p in prompts]),
         prompt_mask=make_mask(list(map(len, prompts)), before).flip(1),
         response_ids=torch.tensor([r + [junk] * (after - len(r)) for r in responses]),
-        mask=make_mask(list(map(len, responses)), after),
+        mask=mask,
+        on_policy=mask,
     )
 
 
@@ -182,35 +184,42 @@ def make_padded_inputs(tokens: Sequences) -> PaddedInputs:
 def make_rollout(mask: Tensor, **fields: Any) -> Rollout:
     """Return a rollout of responses with this mask [N, T], each to a prompt of one token; scores etc. by `fields`.
 
-    By default tokens and the sampler's log-probs are 0, texts empty, and no response has a roll-in prefix.
+    By default tokens and the sampler's log-probs are 0, texts empty, and the policy sampled every token. `logprobs` adds
+    to or replaces the sampler's.
     """
     n = len(mask)
     neutral = {
         "prompt_ids": torch.zeros(n, 1, dtype=torch.int64),
         "prompt_mask": torch.ones(n, 1, dtype=torch.bool),
         "response_ids": torch.zeros(mask.shape, dtype=torch.int64),
-        "prefix_mask": torch.zeros_like(mask),
-        "sampler_logprobs": torch.zeros(mask.shape),
+        "on_policy": mask,
         "prompts": [""] * n,
         "responses": [""] * n,
         "endings": ["eos"] * n,
         "groups": torch.arange(n),
         "columns": [{} for _ in range(n)],
+        "example_index": torch.arange(n),
+        "plan_index": torch.zeros(n, dtype=torch.int64),
+        "masks": {"policy": mask},
     }
-    return Rollout(mask=mask, **{**neutral, **fields})
+    logprobs = {"sampler": torch.zeros(mask.shape), **fields.pop("logprobs", {})}
+    return Rollout(mask=mask, logprobs=logprobs, **{**neutral, **fields})
 
 
 def make_batch(tokens: Sequences, **fields: Any) -> Batch:
-    """Return a batch of these tokens with one mask, `tokens`; log-probs, advantages, values and returns are 0."""
+    """Return a batch of these tokens with the masks "policy" and "critic/value", equal to the tokens' mask.
+
+    Log-probs of the sampler, advantages, values and returns are 0; `logprobs` adds to or replaces the sampler's.
+    """
     zeros = torch.zeros(tokens.mask.shape)
     neutral = {
-        "masks": {"tokens": tokens.mask},
-        "sampler_logprobs": zeros,
+        "masks": {"policy": tokens.mask, "critic/value": tokens.mask},
         "advantages": zeros,
         "returns": {"value": zeros},
         "values": {"value": zeros},
     }
-    return Batch(**{**vars(tokens), **neutral, **fields})
+    logprobs = {"sampler": zeros, **fields.pop("logprobs", {})}
+    return Batch(**{**vars(tokens), **neutral, "logprobs": logprobs, **fields})
 
 
 # Settings and algorithms
@@ -226,7 +235,7 @@ def make_sampling_settings(**changes: Any) -> SamplingSettings:
 
 
 NEUTRAL_ALGORITHM = {
-    "gamma": 1.0, "gae_lambda": 1.0, "score_scaling": ScoreScaling.none, "score_clip": None,
+    "score_scaling": ScoreScaling.none, "score_clip": None, "gamma": 1.0, "gae_lambda": 1.0,
     "whitening": Whitening.none, "advantage_estimator": AdvantageEstimator.gae, "value_coef": 1.0,
     "value_clip_range": None,
 }  # fmt: skip
@@ -235,7 +244,7 @@ NEUTRAL_OF_ALGORITHM = {
     AWR: {"lambda_": 0.5, "weight_clip": 20.0},
     PPO: {
         "kl_coef": 0.1, "clip_range": 0.2, "kl_controller": KLController.fixed, "kl_target": 6.0,
-        "kl_horizon": 10_000,
+        "kl_horizon": 10_000, "entropy_coef": 0.0,
     },
 }  # fmt: skip
 

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from apa_cli.advantages import gae, group_mean, place_scores_at_end, update_moments
+from apa_cli.advantages import (
+    gae,
+    group_mean,
+    measure_groups,
+    place_scores_at_end,
+    spread_over_tokens,
+    subtract_mean_of_others,
+    update_moments,
+)
 from tests.builders import make_mask
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
@@ -142,10 +150,41 @@ def test_group_mean_counts_all_token_rewards_of_a_response_and_none_outside_the_
     assert_close(group_mean(rewards, torch.tensor([0, 0, 0]), mask), expected)
 
 
-def test_group_mean_refuses_a_prompt_with_a_single_response():
-    mask = make_mask([1, 1, 1])
-    with pytest.raises(ValueError, match="two responses"):
-        group_mean(torch.ones(3, 1), torch.tensor([0, 0, 1]), mask)
+def test_a_value_per_row_is_spread_over_its_true_tokens():
+    expected = torch.tensor([[2.0, 2.0, 0.0], [-1.0, -1.0, -1.0], [0.0, 0.0, 0.0]])
+    assert_close(spread_over_tokens(torch.tensor([2.0, -1.0, 5.0]), make_mask([2, 3, 0])), expected)
+
+
+def test_the_mean_of_the_other_responses_is_subtracted():
+    # prompt 3: 1 − (2 + 6)/2, 2 − (1 + 6)/2, 6 − (1 + 2)/2; prompt 8: 10 − 4, 4 − 10
+    rewards, groups = torch.tensor([1.0, 10.0, 2.0, 6.0, 4.0]), torch.tensor([3, 8, 3, 3, 8])
+    expected = torch.tensor([-3.0, 6.0, -1.5, 4.5, -6.0], dtype=torch.float64)
+    assert_close(subtract_mean_of_others(rewards, groups), expected)
+
+
+def test_mean_and_deviation_of_groups_by_hand():
+    # prompt 3, scores 1, 2, 6: mean 3, squares 4 + 1 + 9 = 14 over 3 − 1; prompt 8, scores 10, 4: mean 7, 18 over 1
+    mean, std = measure_groups(torch.tensor([1.0, 10.0, 2.0, 6.0, 4.0]), torch.tensor([3, 8, 3, 3, 8]))
+    assert_close(mean, torch.tensor([3.0, 7.0, 3.0, 3.0, 7.0], dtype=torch.float64))
+    assert_close(std, torch.tensor([7.0, 18.0, 7.0, 7.0, 18.0], dtype=torch.float64).sqrt())
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 7])
+def test_equal_float32_scores_have_exactly_their_mean_and_no_deviation(size):
+    # in float32, 0.1 + 0.1 + 0.1 over 3 would be another number than 0.1
+    scores = torch.tensor([0.1, 0.7, 1 / 3, -1e8]).repeat(size)
+    mean, std = measure_groups(scores, torch.arange(4).repeat(size))
+    assert mean.tolist() == scores.double().tolist()
+    assert not std.any()
+    assert not subtract_mean_of_others(scores, torch.arange(4).repeat(size)).any()
+
+
+@pytest.mark.parametrize("measure", [measure_groups, subtract_mean_of_others])
+def test_a_prompt_with_a_single_response_is_refused(measure):
+    with pytest.raises(ValueError, match=r"^samples_per_prompt: at least two responses to every prompt"):
+        measure(torch.ones(3), torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match=r"^samples_per_prompt: "):
+        group_mean(torch.ones(3, 1), torch.tensor([0, 0, 1]), make_mask([1, 1, 1]))
 
 
 def test_group_mean_of_equal_scores_is_0():

@@ -24,7 +24,7 @@ LEVELS = [
     ["models"],
     ["algorithms", "hardware"],
     ["settings", "datasets", "kl"],
-    ["types", "errors", "secrets", "losses", "advantages", "tensor_ops", "randomness", "network"],
+    ["types", "errors", "secrets", "losses", "advantages", "tensor_ops", "randomness", "network", "pool", "user_code"],
 ]
 """From the commands down. A package, or a module that lies flat in apa_cli, imports its own level and lower."""
 
@@ -61,8 +61,8 @@ def imported_rooms(tree: ast.Module) -> list[tuple[str, int]]:
 
 
 def algorithm_names() -> tuple[set[str], set[str]]:
-    """The modules in algorithms/ besides its contract, and the classes in them that are algorithms."""
-    files = [file for file in (PACKAGE / "algorithms").glob("*.py") if file.stem not in ("__init__", "base")]
+    """The modules in algorithms/ besides its contract and the plans, and the classes in them that are algorithms."""
+    files = [file for file in (PACKAGE / "algorithms").glob("*.py") if file.stem not in ("__init__", "base", "plans")]
     contract = {node.name for node in parsed(PACKAGE / "algorithms/base.py").body if isinstance(node, ast.ClassDef)}
     classes = {
         node.name

@@ -1,4 +1,4 @@
-"""The losses: values by hand, zeros, gradients, and independence of values outside the mask."""
+"""The losses: values by hand, zeros, gradients, bounds, and independence of values outside the mask."""
 
 import math
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from apa_cli.losses import apa_loss, awr_loss, critic_loss, ppo_clip_mask, ppo_loss
+from apa_cli.losses import MAX_LOG_RATIO, apa_loss, awr_loss, critic_loss, k3_loss, ppo_clip_mask, ppo_loss
 from apa_cli.tensor_ops import masked_mean, token_logprobs
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
@@ -113,29 +113,29 @@ def test_awr_without_advantages_is_imitation():
 def test_ppo_loss_by_hand(advantage, ratio, loss, slope, clipped):
     old, advantages = torch.tensor([-1.0]), torch.tensor([advantage])
     logprobs = (old + math.log(ratio)).requires_grad_()
-    value = ppo_loss(logprobs, old, advantages, 0.2)
+    value = ppo_loss(logprobs - old, advantages, 0.2)
     # exp(log(ratio)) in float32 has an error of a few 1e-7 relative
     torch.testing.assert_close(value, torch.tensor([loss]), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient(value, logprobs), torch.tensor([slope * ratio]), rtol=1e-6, atol=0)
-    assert ppo_clip_mask(logprobs, old, advantages, 0.2).item() == clipped
+    assert ppo_clip_mask(logprobs - old, advantages, 0.2).item() == clipped
 
 
 def test_clip_range_sets_both_bounds():
     # ratio 1.5, Â 1: clipped at 1 + 0.4; ratio 0.5, Â −1: at 1 − 0.4
     logprobs, old = torch.tensor([1.5, 0.5]).log(), torch.zeros(2)
     advantages = torch.tensor([1.0, -1.0])
-    assert_close(ppo_loss(logprobs, old, advantages, 0.4), torch.tensor([-1.4, 0.6]))
-    assert ppo_clip_mask(logprobs, old, advantages, 0.4).tolist() == [1, 1]
-    assert ppo_clip_mask(logprobs, old, advantages, 0.6).tolist() == [0, 0]
+    assert_close(ppo_loss(logprobs - old, advantages, 0.4), torch.tensor([-1.4, 0.6]))
+    assert ppo_clip_mask(logprobs - old, advantages, 0.4).tolist() == [1, 1]
+    assert ppo_clip_mask(logprobs - old, advantages, 0.6).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("log_ratio", "advantage"), [(0.25, 1.0), (-0.25, -1.0)])
 def test_a_ratio_on_the_bound_is_not_clipped(log_ratio, advantage):
     old, logprobs = torch.zeros(1), torch.tensor([log_ratio], requires_grad=True)
     edge = abs(float(logprobs.detach().exp()) - 1)
-    loss = ppo_loss(logprobs, old, torch.tensor([advantage]), edge)
+    loss = ppo_loss(logprobs - old, torch.tensor([advantage]), edge)
     assert_close(gradient(loss, logprobs), -torch.tensor([advantage]) * logprobs.detach().exp())
-    assert not ppo_clip_mask(logprobs, old, torch.tensor([advantage]), edge).any()
+    assert not ppo_clip_mask(logprobs - old, torch.tensor([advantage]), edge).any()
 
 
 def test_on_policy_gradient_of_ppo_is_reinforces():
@@ -143,20 +143,65 @@ def test_on_policy_gradient_of_ppo_is_reinforces():
     logits = torch.randn(4, 6, 9, requires_grad=True)
     tokens, advantages = torch.randint(0, 9, (4, 6)), torch.randn(4, 6)
     logprobs = token_logprobs(logits, tokens)
-    ppo_gradient = gradient(ppo_loss(logprobs, logprobs.detach(), advantages, 0.2), logits)
+    ppo_gradient = gradient(ppo_loss(logprobs - logprobs.detach(), advantages, 0.2), logits)
     reinforce_gradient = gradient(-advantages * token_logprobs(logits, tokens), logits)
     assert_close(ppo_gradient, reinforce_gradient)
-    assert not ppo_clip_mask(logprobs, logprobs, advantages, 0.2).any()
+    assert not ppo_clip_mask(logprobs - logprobs, advantages, 0.2).any()
 
 
 def test_clipped_tokens_are_those_without_a_gradient():
     torch.manual_seed(0)
     old, advantages = -torch.rand(1000), torch.randn(1000)
     logprobs = (old + 0.5 * torch.randn(1000)).requires_grad_()
-    slope = gradient(ppo_loss(logprobs, old, advantages, 0.2), logprobs)
-    clipped = ppo_clip_mask(logprobs, old, advantages, 0.2)
+    slope = gradient(ppo_loss(logprobs - old, advantages, 0.2), logprobs)
+    clipped = ppo_clip_mask(logprobs - old, advantages, 0.2)
     torch.testing.assert_close(clipped, (slope == 0).float(), rtol=0, atol=0)
     assert 100 < clipped.sum() < 900
+
+
+def test_the_upper_bound_may_be_another_than_the_lower():
+    # ε = 0.2, ε_high = 0.5. Â 1: ratio 1.4 is inside, 1.6 clipped at 1.5; Â −1: ratio 0.7 clipped at 0.8, 1.6 is not
+    log_ratio = torch.tensor([1.4, 1.6, 0.7, 1.6]).log()
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    assert_close(ppo_loss(log_ratio, advantages, 0.2, 0.5), torch.tensor([-1.4, -1.5, 0.8, 1.6]))
+    assert ppo_clip_mask(log_ratio, advantages, 0.2, 0.5).tolist() == [0, 1, 1, 0]
+
+
+def test_log_ratios_are_clamped_so_that_losses_and_gradients_stay_finite():
+    # exp(1000) is inf, and 0 · inf is NaN; beyond ±20 the loss is that of ±20, without a gradient
+    log_ratio = torch.tensor([1000.0, 1000.0, 1000.0, -1000.0], requires_grad=True)
+    advantages = torch.tensor([0.0, 1.0, -1.0, 1.0])
+    loss = ppo_loss(log_ratio, advantages, 0.2)
+    assert MAX_LOG_RATIO == 20
+    assert_close(loss, torch.tensor([0.0, -1.2, math.exp(20), -math.exp(-20)]), atol=0)
+    assert gradient(loss, log_ratio).tolist() == [0, 0, 0, 0]
+    assert ppo_clip_mask(log_ratio, advantages, 0.2).tolist() == [0, 1, 0, 0]
+
+
+def test_log_ratios_within_the_bound_are_not_changed():
+    # to the bit, value and gradient: −Â·exp(x) at Â = −1, ratios from e⁰ to e²⁰
+    log_ratio = torch.linspace(0, 20, 1001, requires_grad=True)
+    loss = ppo_loss(log_ratio, -torch.ones(1001), 0.2)
+    torch.testing.assert_close(loss, log_ratio.exp(), rtol=0, atol=0)
+    torch.testing.assert_close(gradient(loss, log_ratio), log_ratio.detach().exp(), rtol=0, atol=0)
+
+
+def test_k3_loss_by_hand():
+    # d = ℓ_ref − ℓ_θ = ln 2, −ln 2, 0: 2 − 1 − ln 2;  ½ − 1 + ln 2;  0. Gradient 1 − exp(d) = −1, ½, 0: a descent
+    # raises ℓ_θ below the reference, and lowers ℓ_θ above the reference
+    logprobs = torch.tensor([-2.0, -1.0, -0.5], requires_grad=True)
+    reference = torch.tensor([-2 + math.log(2), -1 - math.log(2), -0.5])
+    loss = k3_loss(logprobs, reference)
+    assert_close(loss, torch.tensor([1 - math.log(2), math.log(2) - 0.5, 0.0]), atol=1e-6)
+    assert_close(gradient(loss, logprobs), torch.tensor([-1.0, 0.5, 0.0]), atol=1e-6)
+
+
+def test_k3_loss_of_far_policies_is_finite():
+    # d clamped to ±20: e²⁰ − 21 and e⁻²⁰ + 19
+    logprobs = torch.tensor([-1000.0, 0.0], requires_grad=True)
+    loss = k3_loss(logprobs, torch.tensor([0.0, -1000.0]))
+    assert_close(loss, torch.tensor([math.exp(20) - 21, math.exp(-20) + 19]))
+    assert gradient(loss, logprobs).tolist() == [0, 0]
 
 
 # Critic
@@ -199,7 +244,8 @@ MASK = torch.tensor([[True, True, False], [True, False, False]])
 LOSSES = {
     "apa": lambda x, a, b: apa_loss(x, a, b, 0.5, 0.1),
     "awr": lambda x, a, b: awr_loss(x, a + b, 0.5, 20.0),
-    "ppo": lambda x, a, b: ppo_loss(x, a, b, 0.2),
+    "ppo": lambda x, a, b: ppo_loss(x - a, b, 0.2),
+    "k3": lambda x, a, b: k3_loss(x, a + b),
     "critic": lambda x, a, b: critic_loss(x, a, b, None),
     "critic, clipped": lambda x, a, b: critic_loss(x, a, b, 5.0),
 }

@@ -24,6 +24,8 @@ def test_streams_keep_their_numbers():
         "plan": 8,
         "roll_in_cut": 9,
         "held_out": 10,
+        "once_per_prompt": 11,
+        "process_rollout": 12,
     }
 
 

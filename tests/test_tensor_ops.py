@@ -8,6 +8,8 @@ import torch
 
 from apa_cli.tensor_ops import (
     masked_mean,
+    masked_row_mean,
+    masked_row_sum,
     masked_sum,
     masked_variance,
     token_entropy,
@@ -38,6 +40,16 @@ def test_gradients_of_sum_and_mean_are_the_mask_and_the_mask_over_its_count(x):
     assert_close(gradient, MASK.float())
     (gradient,) = torch.autograd.grad(masked_mean(x, MASK), x)
     assert_close(gradient, MASK / 3)
+
+
+@pytest.mark.parametrize("x", [CLEAN, JUNK])
+def test_sums_and_means_of_rows_are_over_their_true_tokens(x):
+    # 1 + 2 and 4; a third row without a true token has the sum and the mean 0
+    x, mask = torch.cat([x, x[:1]]).requires_grad_(), torch.cat([MASK, torch.zeros_like(MASK[:1])])
+    assert_close(masked_row_sum(x, mask), torch.tensor([3.0, 4.0, 0.0]))
+    assert_close(masked_row_mean(x, mask), torch.tensor([1.5, 4.0, 0.0]))
+    (gradient,) = torch.autograd.grad(masked_row_mean(x, mask).sum(), x)
+    assert_close(gradient, torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
 def test_mean_over_an_empty_mask_is_zero():

@@ -7,14 +7,29 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
-from apa_cli.algorithms.base import TOKEN_MASK, ActorCritic, Whitening
+from apa_cli.algorithms.base import POLICY_MASK, ActorCritic, Whitening
 from apa_cli.kl import k1
 from apa_cli.losses import apa_loss
 from apa_cli.tensor_ops import masked_mean
-from apa_cli.types import Batch, Loss, LossTerm, PolicyOutput, Positive, Rollout, State, require
+from apa_cli.types import (
+    REFERENCE,
+    SAMPLER,
+    Batch,
+    Loss,
+    LossTerm,
+    PolicyOutput,
+    Positive,
+    Rollout,
+    State,
+    require,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+LOG_NORMALIZER = "log_normalizer"
+"""Name in `Batch.extra` of log Z [N, T], which may be added to every token's residual."""
 
 
 class Normalizer(Enum):
@@ -48,22 +63,25 @@ class APA(ActorCritic):
     def add_log_z(self, batch: Batch) -> Batch:
         """Return the batch with the diagnostics of log Z and, if `normalizer` is batch, the constant for the target.
 
-        Diagnostics and constant are computed over the tokens over which Â was whitened.
+        Diagnostics and constant are computed over the on-policy tokens of the rollout batch, or of the minibatch if Â
+        is whitened there; without such a token there are none.
         """
-        log_ratio = k1(batch.sampler_logprobs, require(batch.ref_logprobs, "ref_logprobs"))
-        exponent = batch.advantages / self.lambda_ - log_ratio
-        diagnostics = log_z(exponent, batch.mask)
+        log_ratio = k1(batch.get_logprobs(SAMPLER), batch.get_logprobs(REFERENCE))
+        exponent = require(batch.advantages, "advantages") / self.lambda_ - log_ratio
+        mask = batch.on_policy & batch.masks[POLICY_MASK]
+        if not bool(mask.any()):
+            return batch
+        diagnostics = log_z(exponent, mask)
         batch = batch.replace(metrics={**batch.metrics, **diagnostics})
         if self.normalizer is Normalizer.none:
             return batch
         constant = exponent.new_full(exponent.shape, diagnostics["apa/log_z_lower"])
-        return batch.replace(log_normalizer=constant)
+        return batch.replace(extra={**batch.extra, LOG_NORMALIZER: constant})
 
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
-        constant = 0.0 if batch.log_normalizer is None else batch.log_normalizer
-        reference = require(batch.ref_logprobs, "ref_logprobs")
-        values = apa_loss(output.logprobs, reference, batch.advantages, self.lambda_, constant)
-        policy = LossTerm(name="policy", values=values, mask=TOKEN_MASK, weight=1.0)
+        advantages, constant = require(batch.advantages, "advantages"), batch.extra.get(LOG_NORMALIZER, 0.0)
+        values = apa_loss(output.logprobs, batch.get_logprobs(REFERENCE), advantages, self.lambda_, constant)
+        policy = LossTerm(name="policy", values=values, mask=POLICY_MASK, weight=1.0)
         return Loss([policy, *self.critic_terms(batch, output)])
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
-from apa_cli.algorithms.base import TOKEN_MASK, ActorCritic
+from apa_cli.algorithms.base import POLICY_MASK, ActorCritic
 from apa_cli.losses import awr_loss
-from apa_cli.types import Batch, Loss, LossTerm, Needs, PolicyOutput, Positive
+from apa_cli.types import Batch, Loss, LossTerm, PolicyOutput, Positive, require
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,9 @@ class AWR(ActorCritic):
     lambda_: Annotated[float, Positive]
     weight_clip: Annotated[float | None, Positive]
 
-    def needs(self) -> Needs:
-        return replace(super().needs(), reference=False)
+    passes = ()
 
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
-        values = awr_loss(output.logprobs, batch.advantages, self.lambda_, self.weight_clip)
-        policy = LossTerm(name="policy", values=values, mask=TOKEN_MASK, weight=1.0)
+        values = awr_loss(output.logprobs, require(batch.advantages, "advantages"), self.lambda_, self.weight_clip)
+        policy = LossTerm(name="policy", values=values, mask=POLICY_MASK, weight=1.0)
         return Loss([policy, *self.critic_terms(batch, output)])

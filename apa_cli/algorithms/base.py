@@ -1,8 +1,9 @@
-"""The contract of an algorithm, and the base of the actor-critic ones: scores → advantages → batch."""
+"""The contract of an algorithm, and the bases of those that scale scores and of those that have a critic."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -11,7 +12,12 @@ from apa_cli import advantages as estimators
 from apa_cli.losses import critic_loss
 from apa_cli.tensor_ops import masked_variance, whiten
 from apa_cli.types import (
+    REFERENCE,
+    RESPONSE,
     Batch,
+    Critic,
+    Encode,
+    Example,
     Loss,
     LossTerm,
     Needs,
@@ -19,9 +25,9 @@ from apa_cli.types import (
     PolicyOutput,
     Positive,
     Rollout,
-    RolloutPlan,
     State,
     UnitInterval,
+    critic_mask,
     require,
 )
 
@@ -29,11 +35,19 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+POLICY_MASK = "policy"
+"""Name of the mask of the policy's loss terms, which the plan gives: online every token of a response."""
+ROW_MASK = "row"
+"""Name of the mask [N] of loss terms per row: the rows with a token that trains the policy."""
+WHITENING_MASK = "whitening"
+"""Name of the mask of the tokens over which advantages are whitened, if a plan gives another than the policy's."""
+
 
 class Algorithm(ABC):
     """An algorithm: a frozen dataclass whose fields are its hyper-parameters and whose methods the trainer calls.
 
-    Every process calls `prepare` with the same whole rollout batch and gets the same result.
+    Every process calls `process_rollout` and `prepare` with the same whole rollout batch and gets the same result; an
+    algorithm never communicates.
     """
 
     label: ClassVar[str]
@@ -42,6 +56,8 @@ class Algorithm(ABC):
     """Color in plots, "#rrggbb", readable on white; default: a neutral gray."""
     lambda_meaning: ClassVar[str | None] = None
     """Meaning of λ in a few words, as in "lambda 0.05: price of KL"; None if the algorithm has no λ."""
+    plans: ClassVar[tuple[str, ...]] = ("online",)
+    """Names of the plans (`Plan.name`) on which the algorithm can train."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -49,20 +65,37 @@ class Algorithm(ABC):
             cls.label = cls.__name__
 
     def needs(self) -> Needs:
-        """Return the models and quantities that the trainer must load and compute."""
+        """Return the models and quantities that the trainer must load and compute; default: none."""
         return Needs()
 
     def initial_state(self) -> State:
-        """Return the state before the first iteration: plain numbers and tensors, saved in every checkpoint."""
+        """Return the state before the first iteration, saved in every checkpoint; see `State`."""
         return {}
 
-    def plan(self, step: int, rng: np.random.Generator) -> RolloutPlan:
-        """Return the models that sample the responses of iteration `step`, counted from 1."""
-        return RolloutPlan()
+    def instruct(self, example: Example, step: int | None) -> Example:
+        """Return the example whose prompt the policy reads in iteration `step` (None: in evaluation); default: as is.
+
+        Rewards, and π_init in the exact KL, read the prompt of the example as it was.
+        """
+        return example
+
+    def process_rollout(
+        self, rollout: Rollout, state: State, rng: np.random.Generator, encode: Encode
+    ) -> tuple[Rollout, State]:
+        """Return the rows to train on and the next state; default: all rows.
+
+        Called after scoring, before log-probs and values are computed. It may fold rows into pairs, relabel, filter, or
+        sample rows from a pool: the number of rows is free, 0 included. Rows that the present policy did not sample
+        must have `on_policy` false. `rng` is keyed by the run's seed and the iteration.
+        """
+        return rollout, state
 
     @abstractmethod
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
-        """Compute token rewards, advantages and returns, without gradient; return the batch and the next state."""
+        """Compute what the loss needs, without gradient; return the batch and the next state.
+
+        Not called for a rollout without rows.
+        """
 
     def prepare_minibatch(self, batch: Batch) -> Batch:
         """Return the minibatch of all ranks with the quantities that are computed over it; default: unchanged."""
@@ -70,7 +103,15 @@ class Algorithm(ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
-        """Return the per-token loss terms and metrics of a microbatch."""
+        """Return the loss terms, a value per token or per row each, and metrics of a microbatch."""
+
+    def adjust_logits(self, logits: Tensor, critic_outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits [n, V] of the decoded policy, in sampling and in the exact KL; default: the policy's own.
+
+        `critic_outputs` are those of the critics on the policy's trunk, "NAME/target" included: [n] of a state critic,
+        [n, V] of an action critic. Overridden by algorithms that decode with their critics.
+        """
+        return logits
 
 
 class ScoreScaling(Enum):
@@ -97,67 +138,15 @@ class AdvantageEstimator(Enum):
     group_mean = "group_mean"
 
 
-CRITIC = "value"
-"""Name of the critic."""
-TOKEN_MASK = "tokens"
-"""Name of the mask of all loss terms: every token that the policy sampled."""
-
-
 @dataclass(frozen=True)
-class ActorCritic(Algorithm):
-    """Base of APA, AWR and PPO; a subclass adds its policy loss, and overrides `token_rewards` to shape the rewards."""
+class ScoreScalingAlgorithm(Algorithm):
+    """Base of algorithms that divide scores by a standard deviation; its state holds the moments of all scores."""
 
-    gamma: Annotated[float, UnitInterval]
-    gae_lambda: Annotated[float, UnitInterval]
     score_scaling: ScoreScaling
     score_clip: Annotated[float | None, Positive]
-    whitening: Whitening
-    advantage_estimator: AdvantageEstimator
-    value_coef: Annotated[float, NonNegative]
-    value_clip_range: Annotated[float | None, Positive]
-
-    def needs(self) -> Needs:
-        if self.advantage_estimator is AdvantageEstimator.group_mean:
-            return Needs(critics=(), samples_per_prompt=2)
-        return Needs(critics=(CRITIC,))
 
     def initial_state(self) -> State:
         return {"score_moments": (0.0, 0.0, 0.0)}
-
-    def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
-        scores = require(rollout.scores, "scores")
-        moments = estimators.update_moments(state["score_moments"], scores)
-        token_rewards = self.token_rewards(rollout, self.scale_scores(scores, moments), state)
-        advantages, returns = self.estimate_advantages(rollout, token_rewards)
-        metrics = {"score/scale": self.score_scale(scores, moments)}
-        for name, target in returns.items():
-            error = masked_variance(target - rollout.values[name], rollout.mask)
-            spread = masked_variance(target, rollout.mask).clamp(min=1e-12)
-            metrics[f"{name}/explained_variance"] = 1 - float(error / spread)
-        batch = Batch(
-            prompt_ids=rollout.prompt_ids,
-            prompt_mask=rollout.prompt_mask,
-            response_ids=rollout.response_ids,
-            mask=rollout.mask,
-            masks={TOKEN_MASK: rollout.mask},
-            sampler_logprobs=rollout.sampler_logprobs,
-            advantages=advantages,
-            returns=returns,
-            values=dict(rollout.values),
-            ref_logprobs=rollout.ref_logprobs,
-            old_logprobs=rollout.old_logprobs,
-            metrics=metrics,
-        )
-        if self.whitening is Whitening.rollout:
-            batch = self.whiten_advantages(batch)
-        return batch, {**state, "score_moments": moments}
-
-    def prepare_minibatch(self, batch: Batch) -> Batch:
-        return self.whiten_advantages(batch) if self.whitening is Whitening.minibatch else batch
-
-    def whiten_advantages(self, batch: Batch) -> Batch:
-        """Return the batch with advantages of mean 0 and variance 1 over its true tokens."""
-        return batch.replace(advantages=whiten(batch.advantages, batch.mask))
 
     def score_scale(self, scores: Tensor, moments: estimators.Moments) -> float:
         """Return the divisor of the scores: a population standard deviation, at least 1e-8, or 1."""
@@ -168,10 +157,65 @@ class ActorCritic(Algorithm):
             return max(float(scores.double().std(correction=0)), 1e-8)
         return 1.0
 
-    def scale_scores(self, scores: Tensor, moments: estimators.Moments) -> Tensor:
-        """Return scores [N] in the unit of advantages and λ: divided, not centered, then clipped to ±score_clip."""
-        scores = scores / self.score_scale(scores, moments)
-        return scores if self.score_clip is None else scores.clamp(-self.score_clip, self.score_clip)
+    def scale_scores(self, rollout: Rollout, state: State) -> tuple[Tensor, dict[str, float], State]:
+        """Return the scores [N] in the unit of advantages and λ, the metric score/scale, and the next state.
+
+        Scores are divided, not centered, then clipped to ±score_clip.
+        """
+        scores = require(rollout.scores, "scores")
+        moments = estimators.update_moments(state["score_moments"], scores)
+        scale = self.score_scale(scores, moments)
+        scaled = scores / scale
+        scaled = scaled if self.score_clip is None else scaled.clamp(-self.score_clip, self.score_clip)
+        return scaled, {"score/scale": scale}, {**state, "score_moments": moments}
+
+
+CRITIC = "value"
+"""Name of the actor-critic algorithms' critic."""
+
+
+@dataclass(frozen=True)
+class ActorCritic(ScoreScalingAlgorithm):
+    """Base of APA, AWR and PPO; a subclass adds its policy loss, and overrides `token_rewards` to shape the rewards."""
+
+    gamma: Annotated[float, UnitInterval]
+    gae_lambda: Annotated[float, UnitInterval]
+    whitening: Whitening
+    advantage_estimator: AdvantageEstimator
+    value_coef: Annotated[float, NonNegative]
+    value_clip_range: Annotated[float | None, Positive]
+
+    passes: ClassVar[tuple[str, ...]] = (REFERENCE,)
+    """Log-probs that the loss or the token rewards read."""
+
+    def needs(self) -> Needs:
+        if self.advantage_estimator is AdvantageEstimator.group_mean:
+            return Needs(passes={RESPONSE: self.passes}, samples_per_prompt=2, least_samples=2)
+        return Needs(critics=(Critic(CRITIC),), passes={RESPONSE: (*self.passes, CRITIC)})
+
+    def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
+        scores, metrics, next_state = self.scale_scores(rollout, state)
+        token_rewards = self.token_rewards(rollout, scores, state)
+        advantages, returns = self.estimate_advantages(rollout, token_rewards)
+        masks = {**{critic_mask(name): rollout.masks[POLICY_MASK] for name in returns}, **rollout.masks}
+        for name, target in returns.items():
+            mask = masks[critic_mask(name)]
+            if bool(mask.any()):
+                error = masked_variance(target - rollout.values[name], mask)
+                spread = masked_variance(target, mask).clamp(min=1e-12)
+                metrics[f"{name}/explained_variance"] = 1 - float(error / spread)
+        batch = Batch.from_rollout(rollout, masks=masks, advantages=advantages, returns=returns, metrics=metrics)
+        if self.whitening is Whitening.rollout:
+            batch = self.whiten_advantages(batch)
+        return batch, next_state
+
+    def prepare_minibatch(self, batch: Batch) -> Batch:
+        return self.whiten_advantages(batch) if self.whitening is Whitening.minibatch else batch
+
+    def whiten_advantages(self, batch: Batch) -> Batch:
+        """Return the batch with advantages of mean 0 and variance 1 over the policy's tokens, or the whitening mask."""
+        mask = batch.masks.get(WHITENING_MASK, batch.masks[POLICY_MASK])
+        return batch.replace(advantages=whiten(require(batch.advantages, "advantages"), mask))
 
     def token_rewards(self, rollout: Rollout, scores: Tensor, state: State) -> Tensor:
         """Return the token rewards [N, T]: the scaled score on the last true token."""
@@ -193,8 +237,15 @@ class ActorCritic(Algorithm):
             LossTerm(
                 name=name,
                 values=critic_loss(output.values[name], target, batch.values[name], self.value_clip_range),
-                mask=TOKEN_MASK,
+                mask=critic_mask(name),
                 weight=self.value_coef,
             )
             for name, target in batch.returns.items()
         ]
+
+
+def entropy_terms(output: PolicyOutput, coef: float) -> list[LossTerm]:
+    """Return the term −coef · entropy over the policy's tokens, none if `coef` is 0; `Needs.entropy` must be true."""
+    if not coef:
+        return []
+    return [LossTerm("entropy", -require(output.entropy, "entropy"), mask=POLICY_MASK, weight=coef)]

@@ -6,10 +6,15 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
-from apa_cli.algorithms.base import TOKEN_MASK, ActorCritic
-from apa_cli.kl import adapt_kl_coef, k1, sequence_kl
+from apa_cli.algorithms.base import POLICY_MASK, ActorCritic, entropy_terms
+from apa_cli.kl import adapt_kl_coef, count_on_policy_sequences, k1, measure_sequence_kl
 from apa_cli.losses import ppo_clip_mask, ppo_loss
 from apa_cli.types import (
+    INIT,
+    OLD,
+    REFERENCE,
+    RESPONSE,
+    SAMPLER,
     AtLeastOne,
     Batch,
     Loss,
@@ -49,16 +54,22 @@ class PPO(ActorCritic):
     kl_controller: KLController
     kl_target: Annotated[float, Positive]
     kl_horizon: Annotated[int, AtLeastOne]
+    entropy_coef: Annotated[float, NonNegative]
+
+    passes = (REFERENCE, OLD)
 
     def needs(self) -> Needs:
-        return replace(super().needs(), old_logprobs=True)
+        needs = replace(super().needs(), entropy=self.entropy_coef > 0)
+        if self.kl_controller is KLController.adaptive:
+            needs = replace(needs, passes={RESPONSE: (*needs.passes[RESPONSE], INIT)})
+        return needs
 
     def initial_state(self) -> State:
         return {**super().initial_state(), "kl_coef": self.kl_coef}
 
     def token_rewards(self, rollout: Rollout, scores: Tensor, state: State) -> Tensor:
         """Return the token rewards [N, T]: −kl_coef · k1_t on true tokens, plus the scaled score on the last one."""
-        penalty = state["kl_coef"] * k1(rollout.sampler_logprobs, require(rollout.ref_logprobs, "ref_logprobs"))
+        penalty = state["kl_coef"] * k1(rollout.get_logprobs(SAMPLER), rollout.get_logprobs(REFERENCE))
         return super().token_rewards(rollout, scores, state) - penalty * rollout.mask
 
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
@@ -66,16 +77,15 @@ class PPO(ActorCritic):
         batch, new_state = super().prepare(rollout, state)
         batch = batch.replace(metrics={**batch.metrics, "ppo/kl_coef": state["kl_coef"]})
         if self.kl_controller is KLController.adaptive:
-            init_logprobs = require(rollout.init_logprobs, "init_logprobs")
-            kl = float(sequence_kl(rollout.sampler_logprobs, init_logprobs, rollout.mask))
-            new_state["kl_coef"] = adapt_kl_coef(
-                state["kl_coef"], kl, self.kl_target, n=len(rollout.mask), horizon=self.kl_horizon
-            )
+            kl, n = measure_sequence_kl(rollout, INIT), count_on_policy_sequences(rollout)
+            if kl is not None:
+                new_state["kl_coef"] = adapt_kl_coef(state["kl_coef"], kl, self.kl_target, n, self.kl_horizon)
         return batch, new_state
 
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
-        old_logprobs = require(batch.old_logprobs, "old_logprobs")
-        arguments = (output.logprobs, old_logprobs, batch.advantages, self.clip_range)
-        policy = LossTerm(name="policy", values=ppo_loss(*arguments), mask=TOKEN_MASK, weight=1.0)
-        clipped = Metric(ppo_clip_mask(*arguments).detach(), mask=TOKEN_MASK)
-        return Loss([policy, *self.critic_terms(batch, output)], {"policy/clip_fraction": clipped})
+        advantages = require(batch.advantages, "advantages")
+        arguments = (output.logprobs - batch.get_logprobs(OLD), advantages, self.clip_range)
+        policy = LossTerm(name="policy", values=ppo_loss(*arguments), mask=POLICY_MASK, weight=1.0)
+        clipped = Metric(ppo_clip_mask(*arguments).detach(), mask=POLICY_MASK)
+        terms = [policy, *self.critic_terms(batch, output), *entropy_terms(output, self.entropy_coef)]
+        return Loss(terms, {"policy/clip_fraction": clipped})

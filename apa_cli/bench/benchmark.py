@@ -126,7 +126,7 @@ def measure_phases(subject: Subject) -> dict[str, Any]:
         result = trainer.run_phases(number, stopwatch)
         times.append(time.perf_counter() - start_time)
         work = count_phase_work(subject, costs, result.rollout)
-        runs.append((stopwatch, {**work, "update": update.count_work(result.batch)}))
+        runs.append((stopwatch, {**work, "update": update.count_work(result.batch or result.rollout)}))
     observer = PhaseObserver(list_embeddings(subject), device)
     rollout = trainer.run_phases(first + settings.iterations, observer).rollout
     # The trainer's other phases are not passes through a model, or are the sum of several.
@@ -169,12 +169,12 @@ def describe_machine(trainer: Trainer, matrix: float, copy: float) -> dict[str, 
 
 def measure_phase_costs(subject: Subject) -> dict[str, ModelCost]:
     """Return the cost of a pass in each phase that an iteration may have, except the update."""
-    models, needs = subject.trainer.models, subject.trainer.config.algo.needs()
+    models, needs = subject.trainer.models, subject.trainer.config.needs
     policy = measure_policy_cost(models.policy)
     costs = {"sampling": policy, "reference": measure_policy_cost(models.reference), "old log-probs": policy}
     if models.moving_reference is not None:
         costs["moving reference"] = measure_policy_cost(models.moving_reference)
-    costs |= {f"critic {name}": measure_critic_cost(models.model, name) for name in needs.critics}
+    costs |= {f"critic {critic.name}": measure_critic_cost(models.model, critic.name) for critic in needs.critics}
     if subject.reward is not None:
         costs["reward"] = measure_classifier_cost(subject.reward)
     return costs

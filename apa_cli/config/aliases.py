@@ -39,6 +39,7 @@ ALIASES = {
     "frozen": "launch.frozen_placement",
     "fsdp": "launch.strategy=fsdp",
     "gradient_accumulation_steps": "microbatch_size (gradients accumulate over the microbatches of a minibatch)",
+    "guide_model": "guide=local guide.path=FOLDER_OR_HUB_ID",
     "init_kl_coef": KL,
     "kl_beta": KL,
     "kl_coef": KL,
@@ -76,7 +77,6 @@ ALIASES = {
     "num_train_epochs": RUN_LENGTH,
     "output_dir": "name (the run is written to outputs/NAME)",
     "per_device_train_batch_size": BATCHES,
-    "plan": "dry_run=true",
     "ppo_epochs": "update_epochs",
     "pretrain": MODEL,
     "pretrained": MODEL,
@@ -129,6 +129,12 @@ def suggest_for_option(group: str, option: str) -> str | None:
     suffix = Path(option).suffix
     if group == "model" and is_path:
         return f"model=local model.path={option}"
+    if group == "guide" and is_path:
+        return f"guide=local guide.path={option}"
+    if group == "plan" and option.lower() == "true":
+        return "dry_run=true"
+    if group in ("algo", "plan", "dataset") and ".py:" in option:
+        return f"--config-dir DIR with DIR/{group}/NAME.yaml, whose _target_ is {option}, and {group}=NAME"
     if group == "dataset" and suffix in (".jsonl", ".json"):
         return f"dataset=jsonl dataset.path={option}"
     if group == "dataset" and suffix == ".txt":

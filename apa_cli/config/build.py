@@ -11,27 +11,32 @@ import typing
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from apa_cli.algorithms.base import Algorithm
+from apa_cli.algorithms.plans import Plan
 from apa_cli.config.compose import compose
 from apa_cli.config.explain import LAMBDA, describe_missing_option, describe_unknown_key
 from apa_cli.config.hydra_api import list_groups, list_keys, to_dict
 from apa_cli.config.trust import check_references
+from apa_cli.datasets.base import Dataset
 from apa_cli.errors import ConfigError, get_first_line
-from apa_cli.rewards.base import NamedReward
+from apa_cli.rewards.base import NamedReward, Reward
 from apa_cli.runs.resume import AUTO, RESUME
 from apa_cli.runs.stopping import parse_duration
 from apa_cli.secrets import check_secrets
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, RewardSpecs, RewardSpecSettings, RunSettings
-from apa_cli.types import Range
+from apa_cli.types import Needs, Range
+from apa_cli.user_code import import_object
 
 LONGEST_FILE_NAME = 255
 """Bytes; the limit of common file systems."""
+BASES: dict[str, type] = {"algo": Algorithm, "plan": Plan, "dataset": Dataset}
+"""Section → the class from which its `_target_` must inherit; of all other places, rewards', it is `Reward`."""
 
 
 def build_config(cfg: DictConfig, extra_dir: str | None = None) -> Config:
@@ -45,19 +50,30 @@ def build_config(cfg: DictConfig, extra_dir: str | None = None) -> Config:
     for key in cfg:
         if key not in known:
             raise ConfigError(describe_unknown_key(str(key), cfg))
+    sections = {name: _build_named_section(cfg, name, extra_dir) for name in (*TARGET_SECTIONS, *SECTIONS)}
     run = {f.name: _resolve_value(cfg, f.name, f.name) for f in fields(RunSettings) if f.name in cfg}
-    sections: dict[str, Any] = {"run": _build_section(RunSettings, run, "", cfg)}
-    for name in (*TARGET_SECTIONS, *SECTIONS):
-        if not _is_section(cfg, name):
-            raise ConfigError(f"{name}: a section with keys is needed, got {to_dict(cfg).get(name)!r}")
-        values = {str(key): _resolve_value(cfg[name], key, f"{name}.{key}") for key in cfg[name]}
-        kind = SECTIONS.get(name) or _import_target(values.pop("_target_", None), name)
-        sections[name] = _build_section(kind, values, name, cfg, extra_dir)
-    config = Config(**sections, raw=to_dict(cfg, resolve=True))
+    if run.get("samples_per_prompt", 1) is None:
+        run["samples_per_prompt"] = sections["plan"].needs(sections["algo"].needs()).samples_per_prompt
+    raw = to_dict(cfg, resolve=True) | {"samples_per_prompt": run.get("samples_per_prompt")}
+    config = Config(run=_build_section(RunSettings, run, "", cfg), **sections, raw=raw)
     check_secrets(config.raw)
     check_arithmetic(config)
     check_continuation(config, cfg)
     return config
+
+
+def build_needs(cfg: DictConfig) -> Needs:
+    """Return what the algorithm and the plan of a composed configuration need together."""
+    return _build_named_section(cfg, "plan").needs(_build_named_section(cfg, "algo").needs())
+
+
+def _build_named_section(cfg: DictConfig, name: str, extra_dir: str | None = None) -> Any:
+    """Return the dataclass of one section. Raise ConfigError for anything wrong with it."""
+    if not _is_section(cfg, name):
+        raise ConfigError(f"{name}: a section with keys is needed, got {to_dict(cfg).get(name)!r}")
+    values = {str(key): _resolve_value(cfg[name], key, f"{name}.{key}") for key in cfg[name]}
+    kind = SECTIONS.get(name) or _import_target(values.pop("_target_", None), name)
+    return _build_section(kind, values, name, cfg, extra_dir)
 
 
 def _is_section(cfg: DictConfig, name: str) -> bool:
@@ -86,6 +102,7 @@ def check_arithmetic(config: Config) -> None:
         raise ConfigError(f"name: {run.name!r} is not a folder under outputs/")
     if any(len(part.encode()) > LONGEST_FILE_NAME for part in parts):
         raise ConfigError(f"name: {run.name[:40]!r}… exceeds {LONGEST_FILE_NAME} bytes, the longest folder name")
+    check_algorithm(config)
     for large, small in (
         ("rollout_batch_size", "minibatch_size"),
         ("minibatch_size", "microbatch_size"),
@@ -95,18 +112,32 @@ def check_arithmetic(config: Config) -> None:
             raise ConfigError(f"{large}: {getattr(run, large)} is not a multiple of {small} {getattr(run, small)}")
     if config.model.path is None and "model_type" not in config.model.architecture:
         raise ConfigError("model.path: a value is needed; give model.path=FOLDER_OR_HUB_ID")
-    least = config.algo.needs().samples_per_prompt
-    if run.samples_per_prompt < least:
-        raise ConfigError(
-            f"samples_per_prompt: the algorithm with these settings needs at least {least}, got "
-            f"{run.samples_per_prompt}"
-        )
     if not all(n >= 1 for n in config.evaluation.best_of):
         raise ConfigError(
             f"evaluation.best_of: whole numbers of at least 1 are needed, got {config.evaluation.best_of}"
         )
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: two numbers from 0 to below 1 are needed, got {config.optimizer.betas}")
+
+
+def check_algorithm(config: Config) -> None:
+    """Raise ConfigError if the algorithm cannot train with this plan, number of samples or without kl/*."""
+    plan, samples, needs = config.plan.name, config.run.samples_per_prompt, config.needs
+    if plan not in config.algo.plans:
+        options = " or ".join(f"plan={name}" for name in config.algo.plans)
+        raise ConfigError(f"plan: {config.algo.label} cannot train on {plan}; give {options}")
+    if samples < needs.least_samples:
+        raise ConfigError(
+            f"samples_per_prompt: the algorithm with these settings needs at least {needs.least_samples}, got {samples}"
+        )
+    if samples % needs.samples_multiple:
+        raise ConfigError(
+            f"samples_per_prompt: the algorithm needs a multiple of {needs.samples_multiple}, got {samples}"
+        )
+    if config.run.stop_at_kl is not None and not config.reference.log_kl:
+        raise ConfigError(
+            "stop_at_kl: kl/sequence is not measured with reference.log_kl=false; leave one of the two out"
+        )
 
 
 def check_continuation(config: Config, cfg: DictConfig) -> None:
@@ -136,14 +167,23 @@ def _resolve_value(node: DictConfig, key: Any, name: str) -> Any:
 
 
 def _import_target(path: Any, section: str) -> type:
-    """Return the dataclass that a section's `_target_` names. Raise ConfigError if there is none."""
-    module, _, name = str(path or "").rpartition(".")
+    """Return the dataclass that a section's `_target_` names. Raise ConfigError if there is none that can be used."""
+    if not isinstance(path, str):
+        raise ConfigError(f"{section}._target_: FILE.py:Class or package.module.Class is needed, got {path!r}")
     try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{section}._target_: cannot import {path!r} ({get_first_line(error)})") from error
+        found = import_object(path)
+    except ImportError as error:
+        raise ConfigError(f"{section}._target_: {error}") from error
     if not (isinstance(found, type) and is_dataclass(found)):
         raise ConfigError(f"{section}._target_: {path} is not a dataclass")
+    base = BASES.get(section, Reward)
+    if not issubclass(found, base):
+        raise ConfigError(f"{section}._target_: {path} is not a subclass of {base.__module__}.{base.__name__}")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if base is Plan and not hasattr(found, "name"):
+        missing.append("name")
+    if missing:
+        raise ConfigError(f"{section}._target_: {path} lacks {', '.join(missing)}")
     return found
 
 
@@ -159,13 +199,16 @@ def _build_section(
     kind: type, values: dict[str, Any], section: str, cfg: DictConfig, extra_dir: str | None = None
 ) -> Any:
     """Return an instance of the dataclass `kind`. Raise ConfigError naming a key that is unknown, missing or wrong."""
-    hints = typing.get_type_hints(kind, include_extras=True)
+    schema: Any
+    try:
+        hints, schema = typing.get_type_hints(kind, include_extras=True), _schema(kind)
+    except (NameError, TypeError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{section}._target_: the type of a field is unusable ({get_first_line(error)})") from error
     named = {f.name for f in fields(kind)}
     prefix = f"{section}." if section else ""
     for key in values:
         if key not in named:
             raise ConfigError(describe_unknown_key(f"{prefix}{key}", cfg, [f"{prefix}{name}" for name in named]))
-    schema: Any = _schema(kind)
     try:
         schema, apart = OmegaConf.merge(schema, values), False
     except OmegaConfBaseException:
@@ -180,7 +223,10 @@ def _build_section(
         except OmegaConfBaseException as error:
             raise ConfigError(f"{name}: {value!r} is not {_describe_type(hint)}") from error
         _check_range(name, schema[key], hint)
-    typed: Any = OmegaConf.to_object(schema)
+    try:
+        typed: Any = OmegaConf.to_object(schema)
+    except (TypeError, ValueError) as error:  # of the class's own __post_init__
+        raise ConfigError(f"{section}: {get_first_line(error)}") from error
     for key, hint in hints.items():
         if RewardSpecs in getattr(hint, "__metadata__", ()):
             typed = replace(typed, **{key: _build_parts(values[key], f"{prefix}{key}", cfg, extra_dir)})

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from apa_cli.config.build import build_needs
 from apa_cli.config.compose import compose
 from apa_cli.config.explain import LAMBDA
 from apa_cli.config.from_run import (
@@ -20,9 +21,9 @@ from apa_cli.config.from_run import (
     parse_single_values,
     refuse_code,
 )
-from apa_cli.config.hydra_api import list_config_dirs, list_groups, parse_override, to_dict
+from apa_cli.config.hydra_api import list_config_dirs, list_groups, list_overridden_groups, parse_override, to_dict
 from apa_cli.config.run_names import locate_run_directory
-from apa_cli.config.trust import check_plain
+from apa_cli.config.trust import TARGET, check_plain, list_offered_targets
 from apa_cli.errors import ConfigError
 from apa_cli.runs.files import read_config
 from apa_cli.runs.old_names import is_old
@@ -80,6 +81,8 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
     for section in TARGET_SECTIONS:
         recorded[section] = _restore_lambda_link(recorded[section], section, extra_dir)
     cfg = OmegaConf.create(_restore_links(recorded, defaults, OmegaConf.create(recorded)))
+    if any(override.key_or_group.partition(".")[0] in ("algo", "plan", "experiment") for override in parsed):
+        _restore_own_samples(cfg, extra_dir)
     code = list_unoffered_code(recorded, extra_dir)
     mark_missing(cfg, code)
     options = [override for override in parsed if override.key_or_group in groups]
@@ -101,10 +104,21 @@ def _restore_lambda_link(section: dict[str, Any], name: str, extra_dir: str | No
     for root in list_config_dirs(extra_dir):
         for file in sorted((root / name).rglob("*.yaml")):
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            keys = content.get(name, content)
-            if target is not None and keys.get("_target_") == target:
+            keys = content.get(name, content) if isinstance(content, dict) else None
+            if target is not None and isinstance(keys, dict) and keys.get("_target_") == target:
                 return section | {key: value for key, value in keys.items() if value == f"${{{LAMBDA}}}"}
     return section
+
+
+def _restore_own_samples(cfg: DictConfig, extra_dir: str | None) -> None:
+    """Set samples_per_prompt to null again if it is the algorithm's own number, so that another algorithm has its own.
+
+    The number stays if that needs the import of a class which only the run's directory names.
+    """
+    targets = {str(cfg[section].get(TARGET)) for section in ("algo", "plan")}
+    is_offered = targets <= list_offered_targets(list_config_dirs(extra_dir))
+    if is_offered and cfg.samples_per_prompt == build_needs(cfg).samples_per_prompt:
+        cfg.samples_per_prompt = None
 
 
 def _restore_links(settings: dict[str, Any], defaults: dict[str, Any], resolved: DictConfig) -> dict[str, Any]:
@@ -120,14 +134,16 @@ def _restore_links(settings: dict[str, Any], defaults: dict[str, Any], resolved:
 
 
 def _list_set_keys(override: Any, new: dict[str, Any], defaults: dict[str, Any], extra_dir: str | None) -> dict:
-    """Return the keys, nested, that group=option sets in a new run; None for the section that it sets as a whole.
+    """Return the keys, nested, that group=option sets in a new run; None for a section that it sets as a whole.
 
     An experiment's yaml has no section of its own name; its keys are those that differ from the defaults.
     """
     group = override.key_or_group
     if group not in new:
         return _list_different_keys(new, defaults)
-    return to_dict(compose([f"+{override.input_line}"], extra_dir, None)) | {group: None}
+    others = list_overridden_groups(group, override.value(), extra_dir)
+    base = [f"+{name}={option}" for name, option in others.items()]
+    return to_dict(compose([*base, f"+{override.input_line}"], extra_dir, None)) | dict.fromkeys([group, *others])
 
 
 def _list_different_keys(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:

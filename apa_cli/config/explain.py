@@ -31,6 +31,8 @@ def explain_error(error: Exception, overrides: list[str], extra_dir: str | None,
         if parsed.key_or_group in groups:
             options, option = groups[parsed.key_or_group], parsed.value()
             if not isinstance(option, str):
+                if suggestion := suggest_for_option(parsed.key_or_group, str(option)):
+                    return f"{parsed.key_or_group}: no {option}; give {suggestion}"
                 several = "; several options need -m (a sweep)" if parsed.is_sweep_override() else ""
                 return f"{parsed.key_or_group}: {override} names none of {', '.join(sorted(options))}{several}"
             if option not in options:
@@ -82,6 +84,8 @@ def describe_unknown_key(key: str, cfg: DictConfig, candidates: list[str] | None
 
     `candidates` are preferred over the keys of `cfg` if both are equally near.
     """
+    if not key:
+        return "'': a key is needed; overrides have the form key=value"
     if key == LAMBDA:
         return f"{LAMBDA}: the algorithm of this run has no λ; leave it out"
     keys = [name for name in [*(candidates or []), *list_keys(cfg)] if name != key]

@@ -32,7 +32,7 @@ def is_true(value: Any) -> bool:
         return True
 
 
-FIXED = ("algo", "lambda", "experiment", "critic", "lora", "resume", "fork")
+FIXED = ("algo", "plan", "lambda", "experiment", "critic", "lora", "resume", "fork")
 """Keys and sections that cannot be overridden with run=…"""
 
 
@@ -63,7 +63,8 @@ def compose_from_run(
     config_file = run.directory / "config.yaml"
     recorded = copy.deepcopy(run.config)
     check_plain(recorded, config_file, (*SECTIONS, *TARGET_SECTIONS))
-    recorded["model"]["trust_remote_code"] = False  # consent given to another run does not carry over
+    for section in (recorded["model"], recorded.get("guide", {})):
+        section["trust_remote_code"] = False  # consent given to another run does not carry over
     defaults = to_dict(compose([], extra_dir))
     cfg = OmegaConf.create(fill_missing(recorded, defaults))
     cfg.pop(LAMBDA, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from apa_cli.errors import ConfigError, get_first_line
 VERSION_BASE = "1.3"
 CONFIG_NAME = "config"
 """The primary configuration, conf/config.yaml."""
+OVERRIDE = re.compile(r"^\s*- override /(\w+): *([\w/]+)", re.MULTILINE)
+"""An entry of a yaml's defaults list that overrides another group."""
 SHARED = "_"
 """Prefix of yamls that other yamls of their group start from; such a yaml is not an option."""
 
@@ -83,6 +86,13 @@ def list_groups(extra_dir: str | None) -> dict[str, set[str]]:
                 group = file.relative_to(root).parts[0]
                 groups.setdefault(group, set()).add(str(file.with_suffix("").relative_to(root / group)))
     return groups
+
+
+def list_overridden_groups(group: str, option: str, extra_dir: str | None) -> dict[str, str]:
+    """Return the other groups that an option's yaml overrides in its defaults list, with the option of each."""
+    files = [folder / group / f"{option}.yaml" for folder in list_config_dirs(extra_dir)]
+    file = next(file for file in files if file.is_file())
+    return dict(OVERRIDE.findall(file.read_text(encoding="utf-8")))
 
 
 def list_keys(cfg: DictConfig, prefix: str = "") -> list[str]:

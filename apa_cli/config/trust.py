@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from apa_cli.errors import ConfigError
 from apa_cli.secrets import iterate_leaves
@@ -26,8 +29,13 @@ def list_offered_targets(folders: Iterable[Path], key: str = TARGET) -> set[str]
     targets: set[str] = set()
     for folder in folders:
         for file in folder.rglob("*.yaml"):
-            targets.update(re.findall(rf"\b{key}:\s*['\"]?([\w.:]+)", file.read_text(encoding="utf-8")))
-    return targets
+            text = file.read_text(encoding="utf-8")
+            if f"{key}:" not in text:  # parsing takes milliseconds
+                continue
+            with contextlib.suppress(yaml.YAMLError):  # such a file cannot be composed either
+                leaves = iterate_leaves(yaml.safe_load(text))
+                targets.update(str(leaf) for place, leaf in leaves if place.rpartition(".")[2] == key)
+    return targets - {"???"}
 
 
 def check_plain(recorded: dict[str, Any], file: Path, sections: Iterable[str]) -> None:
@@ -44,9 +52,11 @@ def check_targets(config: dict[str, Any], offered: set[str], file: Path) -> None
     """Raise ConfigError for a `_target_` that only the recorded configuration names: it is not imported."""
     for place, target in list_targets(config).items():
         if target not in offered:
+            is_fixed = place.partition(".")[0] in ("algo", "plan")  # run= refuses an override of these
+            override = "" if is_fixed else f", or {place}={target},"
             raise ConfigError(
                 f"{place}: {file} has {target!r}, which no yaml of conf/ or --config-dir names; give the --config-dir "
-                f"of the run, or {place}={target}, to import it"
+                f"of the run{override} to import it"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,15 @@ from apa_cli.types import Example, Range
 
 FILE_NAMES = {split: (f"{split}.jsonl", f"{split}.jsonl.gz") for split in ("train", "test")}
 FIELDS = ("prompt", "messages", "chosen", "rejected")
-"""The fields of a row that are read here; all others are columns."""
+"""The fields of a row that are read here only; all others are columns, `response` and `score` too."""
 
 
 @dataclass(frozen=True)
 class JSONLines(Dataset):
     """Rows {"prompt": text} or {"messages": [{"role", "content"}, …]}, optionally with "chosen" and "rejected".
 
-    A last message by the assistant is the chosen reply. Further fields are columns for reward functions. Plain texts
+    A last message by the assistant is the chosen reply. A text "response" is the logged response, a number "score" its
+    score; both are columns too. Further fields are columns for reward functions. Plain texts
     stay unchanged; a dialogue's prompt is its text in HH's format, and the replies get a leading space. Without a file
     of held-out rows, one distinct prompt in each `held_out_every` is held out with all its rows.
     """
@@ -120,7 +122,18 @@ def parse_row(row: object) -> Example:
         replies = {name: None if reply is None else f" {reply}" for name, reply in replies.items()}
     if replies["chosen"] is None and replies["rejected"] is not None:
         raise ValueError("rejected without chosen")
-    return Example(prompt, replies["chosen"], replies["rejected"], columns, messages)
+    response = row.get("response") if isinstance(row.get("response"), str) else None
+    response = f" {response}" if response and messages is not None else response
+    return Example(
+        prompt, replies["chosen"], replies["rejected"], columns, messages, response, get_number(row.get("score"))
+    )
+
+
+def get_number(value: object) -> float | None:
+    """Return a finite number as a float, None for any other value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) <= sys.float_info.max else None  # false for nan
 
 
 def get_reply(row: dict[str, Any], name: str) -> str | None:

@@ -12,18 +12,18 @@ from transformers import PreTrainedModel
 from apa_cli.datasets.dialogue import format_dialogue
 from apa_cli.errors import ConfigError
 from apa_cli.inference.trained_policy import PromptKind, load_trained_policy, read_first_prompt
-from apa_cli.models.forward import autocast_to
 from apa_cli.models.loading import find_end_token_ids, load_tokenizer
 from apa_cli.models.prompting import Messages, PromptFormat
 from apa_cli.randomness import Stream
 from apa_cli.rewards.base import CheckedScoreFunction
 from apa_cli.rollout.collect import collect_rollout
+from apa_cli.rollout.samplers import ModelSampler
 from apa_cli.runs.formatting import strip_control_characters
 from apa_cli.runs.records import RecordedRun
 from apa_cli.settings import Config
 from apa_cli.training.build import load_reward, make_placement, set_up_device
 from apa_cli.training.models import check_model_limits
-from apa_cli.types import Example
+from apa_cli.types import POLICY, Example
 
 CHAT_COMMANDS = "/reset starts a new dialogue, /quit ends the chat"
 
@@ -49,12 +49,13 @@ class Conversation:
         """Sample the response to the user's next message; return it with its score, None without a reward."""
         self.messages.append({"role": "user", "content": text})
         example, longest = self.build_example(), self.config.sampling.max_prompt_tokens
-        prompt, _ = self.prompt_format.encode_prompt(example, self.turn, 0, longest)
-        with autocast_to(self.policy.device, self.config.model.dtype):
-            rollout = collect_rollout(
-                {"policy": self.policy}, self.prompt_format.tokenizer, [prompt], self.config.sampling,
-                self.end_tokens, self.config.run.seed, Stream.rollout, iteration=0,
-            )  # fmt: skip
+        instructed = self.config.algo.instruct(example, None)
+        prompt, _ = self.prompt_format.encode_instructed(example, instructed, self.turn, 0, longest)
+        sampler = ModelSampler(self.policy, self.prompt_format.tokenizer, self.config.model.dtype)
+        rollout = collect_rollout(
+            {POLICY: sampler}, self.prompt_format.tokenizer, [prompt], self.config.sampling, self.end_tokens,
+            self.config.run.seed, Stream.rollout, iteration=0,
+        )  # fmt: skip
         self.turn += 1
         response = rollout.responses[0].strip()
         self.messages.append({"role": "assistant", "content": response})

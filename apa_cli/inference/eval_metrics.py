@@ -5,19 +5,21 @@ Every interval is the half width of the normal 95 % interval of the mean; differ
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from apa_cli.kl import best_of_n_bound
-from apa_cli.models.forward import autocast_to
 from apa_cli.randomness import Stream
 from apa_cli.rollout.collect import collect_rollout
 from apa_cli.rollout.engine import EOS, LENGTH, STOP
+from apa_cli.rollout.samplers import ModelSampler
 from apa_cli.rollout.statistics import confidence_half_width, distinct_n
 from apa_cli.tensor_ops import masked_mean
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses, compare_scores
-from apa_cli.types import Prompt
+from apa_cli.types import POLICY, Prompt
 
 SFT_SUFFIX = "_sft"
 """Suffix of the SFT model's metrics."""
@@ -85,12 +87,12 @@ def compare_with_sft(scores: list[float], sft_scores: list[float]) -> dict[str, 
 
 def score_many_responses(evaluator: Evaluator, model: PreTrainedModel, prompts: list[Prompt], count: int) -> Tensor:
     """Return the scores [P, count] of `count` responses to each prompt, sampled from the best-of-n random stream."""
-    many = [Prompt(p.text, p.token_ids, p.place, number, p.columns) for p in prompts for number in range(count)]
-    with autocast_to(model.device, evaluator.dtype):
-        rollout = collect_rollout(
-            {"policy": model}, evaluator.tokenizer, many, evaluator.sampling, evaluator.end_tokens,
-            evaluator.seed, Stream.best_of_n, iteration=0,
-        )  # fmt: skip
+    many = [replace(prompt, sample=number) for prompt in prompts for number in range(count)]
+    sampler = ModelSampler(model, evaluator.tokenizer, evaluator.dtype)
+    rollout = collect_rollout(
+        {POLICY: sampler}, evaluator.tokenizer, many, evaluator.sampling, evaluator.end_tokens,
+        evaluator.seed, Stream.best_of_n, iteration=0,
+    )  # fmt: skip
     scores = evaluator.scores[MAIN_REWARD](rollout.prompts, rollout.responses, rollout.columns).values
     return torch.tensor(scores).view(len(prompts), count)
 

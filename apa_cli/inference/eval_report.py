@@ -15,6 +15,7 @@ from apa_cli.inference.eval_tables import print_eval_report
 from apa_cli.inference.trained_policy import get_output_path, load_trained_policy
 from apa_cli.models.loading import TORCH_DTYPES, load_policy, load_tokenizer
 from apa_cli.models.structure import make_frozen_copy, move_to_device
+from apa_cli.rollout.samplers import ModelSampler
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory, replace_text
 from apa_cli.runs.environment import collect_environment
@@ -77,8 +78,8 @@ def build_report(config: Config, run: RecordedRun | None, console: Console) -> d
     inputs = load_inputs(config, train, held_out, policy, tokenizer, device)
     evaluator = build_evaluator(config, inputs, reference, *build_batch_sizes(config, console))
     console.say(f"{len(evaluator.prompts)} held-out prompts, evaluation.seed={config.evaluation.seed}")
-    policy_responses = evaluator.sample_and_score(policy)
-    sft_responses = None if is_alone else evaluator.sample_and_score(reference)
+    policy_responses = sample_and_score(evaluator, policy)
+    sft_responses = None if is_alone else sample_and_score(evaluator, reference)
     metrics = compute_eval_metrics(evaluator, policy_responses, sft_responses)
     metrics |= evaluate_best_of_n(config, evaluator, reference, policy_responses.scores[MAIN_REWARD], console)
     return {
@@ -91,6 +92,11 @@ def build_report(config: Config, run: RecordedRun | None, console: Console) -> d
         "metrics": metrics,
         "replies": build_response_rows(policy_responses, sft_responses),
     }
+
+
+def sample_and_score(evaluator: Evaluator, model: PreTrainedModel) -> ScoredResponses:
+    """Sample a model's own responses to the prompts, score them, and measure its KL and entropy on them."""
+    return evaluator.sample_and_score(ModelSampler(model, evaluator.tokenizer, evaluator.dtype), model)
 
 
 def load_reference(config: Config, path: str, device: torch.device) -> PreTrainedModel:

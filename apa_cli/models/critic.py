@@ -1,4 +1,4 @@
-"""Critics: a scalar head on a backbone, which is the critic's own or the policy's trunk."""
+"""Critics: a head on a backbone, which is the critic's own or the policy's trunk."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from apa_cli.models.lm_head import compute_head_statistics
 from apa_cli.models.lora import add_adapter
 from apa_cli.models.structure import get_trunk
 from apa_cli.settings import CriticKind, CriticSettings, HeadKind, LoraSettings
+from apa_cli.types import Critic
 
 
-def build_value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
-    """Return a head that maps hidden states [..., h] to values [..., 1], all of which are 0 at the start.
+def build_value_head(kind: HeadKind, hidden_size: int, outputs: int = 1) -> nn.Module:
+    """Return a head that maps hidden states [..., h] to values [..., outputs], all of which are 0 at the start.
 
-    linear: one layer, initialized to zero. mlp: h → 2h → 1 with ReLU, as in APA's published code; the last layer is
-    initialized to zero.
+    linear: one layer, initialized to zero. mlp: h → 2h → outputs with ReLU, as in APA's published code; the last layer
+    is initialized to zero.
     """
-    last = nn.Linear(hidden_size if kind is HeadKind.linear else 2 * hidden_size, 1)
+    last = nn.Linear(hidden_size if kind is HeadKind.linear else 2 * hidden_size, outputs)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     if kind is HeadKind.linear:
@@ -29,21 +31,25 @@ def build_value_head(kind: HeadKind, hidden_size: int) -> nn.Module:
     return nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.ReLU(), last)
 
 
-class Critic(nn.Module):
-    """V(s) at the positions before response tokens; the head is computed in float32.
+class CriticModule(nn.Module):
+    """V(s) at the positions before response tokens, or Q(s, ·) for every token; the head is computed in float32.
 
     A critic without a backbone reads the policy's trunk: under the critic's own LoRA adapter `adapter`, or, if that is
-    None, the hidden states of the policy itself.
+    None, the hidden states of the policy itself. `is_action` says that the head has an output for each token of the
+    vocabulary, Q, instead of one.
     """
 
     backbone: PreTrainedModel | None
     head: nn.Module
 
-    def __init__(self, backbone: PreTrainedModel | None, head: nn.Module, adapter: str | None = None):
+    def __init__(
+        self, backbone: PreTrainedModel | None, head: nn.Module, adapter: str | None = None, is_action: bool = False
+    ):
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.adapter = adapter
+        self.is_action = is_action
 
     @property
     def is_on_trunk(self) -> bool:
@@ -51,58 +57,82 @@ class Critic(nn.Module):
         return self.backbone is None and self.adapter is None
 
     def forward(
-        self, inputs: dict[str, Any], select: Callable[[Tensor], Tensor], trunk_states: Tensor | None = None
-    ) -> Tensor:
-        """Return the values [n] at the n positions that `select` takes from hidden states [B, S, h].
+        self,
+        inputs: dict[str, Any],
+        select: Callable[[Tensor], Tensor],
+        token_ids: Tensor,
+        trunk_states: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return V [n], or Q at token_ids [n] and the logsumexp of Q over the vocabulary [n].
 
-        The hidden states are the backbone's for `inputs`, or `trunk_states` if the critic has no backbone.
+        The n positions are those that `select` takes from hidden states [B, S, h]: the backbone's for `inputs`, or
+        `trunk_states` if the critic has no backbone.
         """
         if self.backbone is not None:
             trunk_states = self.backbone(**inputs, use_cache=False).last_hidden_state
         assert trunk_states is not None, "a critic without a backbone needs the trunk's hidden states"
-        with torch.autocast(trunk_states.device.type, enabled=False):
-            return self.head(select(trunk_states).float()).squeeze(-1)
+        states = select(trunk_states)
+        if not self.is_action:
+            return self.evaluate_states(states), None
+        *body, last = self.head if isinstance(self.head, nn.Sequential) else [self.head]
+        with torch.autocast(states.device.type, enabled=False):
+            states = states.float()
+            for layer in body:
+                states = layer(states)
+            last = cast(nn.Linear, last)
+            statistics = compute_head_statistics(states, last.weight, last.bias, token_ids, temperature=1.0)
+        return statistics.chosen, statistics.logsumexp
+
+    def evaluate_states(self, states: Tensor) -> Tensor:
+        """Return V [n], or Q for every token of the vocabulary [n, V], from hidden states [n, h]."""
+        with torch.autocast(states.device.type, enabled=False):
+            outputs = self.head(states.float())
+        return outputs if self.is_action else outputs.squeeze(-1)
 
 
 class CriticDict(nn.ModuleDict):
-    """Critics by name: a ModuleDict whose values have the type Critic."""
+    """Critics by name: a ModuleDict whose values have the type CriticModule."""
 
-    def __getitem__(self, name: str) -> Critic:
-        return cast(Critic, super().__getitem__(name))
+    def __getitem__(self, name: str) -> CriticModule:
+        return cast(CriticModule, super().__getitem__(name))
 
-    def items(self) -> ItemsView[str, Critic]:
-        return cast("ItemsView[str, Critic]", super().items())
+    def items(self) -> ItemsView[str, CriticModule]:
+        return cast("ItemsView[str, CriticModule]", super().items())
 
-    def values(self) -> ValuesView[Critic]:
-        return cast("ValuesView[Critic]", super().values())
+    def values(self) -> ValuesView[CriticModule]:
+        return cast("ValuesView[CriticModule]", super().values())
 
 
 def build_critic(
     policy: PreTrainedModel,
+    spec: Critic,
     settings: CriticSettings,
     lora: LoraSettings,
-    name: str,
     seed: int,
     source: PreTrainedModel | None,
-) -> Critic:
-    """Build a critic of `settings.kind`: on a copy of `source`'s trunk (None: the policy's) or on the policy's own.
+) -> CriticModule:
+    """Build the critic `spec` on a copy of `source`'s trunk (None: the policy's) or on the policy's own.
 
-    With LoRA the copy keeps its dtype and only adapters on it are trained; the policy must not have its own adapter
-    yet if its trunk is copied. A critic of kind `adapter` adds its adapter to the policy. The head depends on `seed`
-    alone.
+    `settings.kind` says which, unless the critic must be on the policy's trunk. With LoRA the copy keeps its dtype and
+    only adapters on it are trained; the policy must not have its own adapter yet if its trunk is copied. A critic of
+    kind `adapter` adds its adapter to the policy. The head depends on `seed` alone.
     """
+    kind = CriticKind.head if spec.on == "trunk" else settings.kind
+    head_kind = settings.head if spec.head is None else HeadKind(spec.head)
+    is_action = spec.kind == "action"
+    outputs = cast(nn.Linear, policy.get_output_embeddings()).out_features if is_action else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = build_value_head(settings.head, policy.config.hidden_size)
-    if settings.kind is CriticKind.head:
-        return Critic(None, head)
-    if settings.kind is CriticKind.adapter:
-        adapter = f"critic_{name}"
+        head = build_value_head(head_kind, policy.config.hidden_size, outputs)
+    if kind is CriticKind.head:
+        return CriticModule(None, head, is_action=is_action)
+    if kind is CriticKind.adapter:
+        adapter = f"critic_{spec.name}"
         add_adapter(policy, lora, adapter, seed)
-        return Critic(None, head, adapter)
+        return CriticModule(None, head, adapter, is_action)
     backbone = copy.deepcopy(get_trunk(source or policy))
     if lora.rank:
         add_adapter(backbone, lora, "critic", seed)
     else:
         backbone = backbone.float().requires_grad_(True)
-    return Critic(backbone, head)
+    return CriticModule(backbone, head, is_action=is_action)

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from apa_cli.hardware.roofline import ModelCost
-from apa_cli.models.critic import Critic
+from apa_cli.models.critic import CriticModule
 from apa_cli.models.forward import TrainingModel
 from apa_cli.models.lora import AdapterDisabledModel, unwrap_model, use_adapter
 from apa_cli.models.structure import get_trunk
@@ -33,24 +33,30 @@ def measure_classifier_cost(model: PreTrainedModel) -> ModelCost:
 
 
 def measure_critic_cost(model: TrainingModel, name: str) -> ModelCost:
-    """Return the cost of one critic's values alone: of its backbone or the policy's trunk, and of its head."""
-    critic = model.critics[name]
+    """Return the cost of one critic's values alone: of its backbone or the policy's trunk, and of its head.
+
+    "NAME/target" is a critic's Polyak copy.
+    """
+    critic = model.get_critic(name)
     trunk = get_trunk(model.policy) if critic.backbone is None else critic.backbone
     with nullcontext() if critic.adapter is None else use_adapter(model.policy, critic.adapter):
         trunk_cost = measure_cost(trunk, lambda inputs: trunk(**inputs, use_cache=False))
     return trunk_cost + compute_value_head_cost(critic)
 
 
-def compute_value_head_cost(critic: Critic) -> ModelCost:
-    """Return the cost of a critic's head at each response token: 2 FLOPs per weight forward, 4 backward."""
-    weights = sum(count_weights(layer) for layer in critic.head.modules() if isinstance(layer, nn.Linear))
-    return ModelCost(0, 0, 0, 0, 2 * weights, 4 * weights, weights, 0)
+def compute_value_head_cost(critic: CriticModule) -> ModelCost:
+    """Return the cost of a critic's head at each response token: 2 FLOPs per weight forward, 4 backward if trained."""
+    layers = [layer for layer in critic.head.modules() if isinstance(layer, nn.Linear)]
+    weights = sum(map(count_weights, layers))
+    backward = 4 * weights if layers[0].weight.requires_grad else 0
+    return ModelCost(0, 0, 0, 0, 2 * weights, backward, weights, 0)
 
 
 def measure_training_cost(model: TrainingModel) -> ModelCost:
     """Return the cost of the update's pass: policy and critics; a head on the policy's trunk shares its pass."""
     cost = measure_policy_cost(model.policy)
-    for name, critic in model.critics.items():
+    for name in model.list_critics():
+        critic = model.get_critic(name)
         cost = cost + (compute_value_head_cost(critic) if critic.is_on_trunk else measure_critic_cost(model, name))
     return cost
 

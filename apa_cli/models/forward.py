@@ -1,13 +1,14 @@
-"""Forward passes over prompts and responses: log-probs, values and logits at the response positions.
+"""Forward passes over prompts and responses: log-probs, entropy, values and logits at the response positions.
 
 The outputs for response token t come from the position before it; for the first token, the last prompt token.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,14 +16,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apa_cli.models.critic import Critic, CriticDict
-from apa_cli.models.lm_head import compute_head_logprobs, find_linear_head, override_forward
+from apa_cli.errors import ConfigError
+from apa_cli.models.critic import CriticDict, CriticModule
+from apa_cli.models.lm_head import (
+    compute_head_logprobs,
+    compute_head_statistics,
+    find_linear_head,
+    override_forward,
+)
 from apa_cli.models.lora import AdapterDisabledModel, find_lora_layers, get_active_adapter, use_adapter
 from apa_cli.models.sequence_packing import MIN_PADDING_PER_SEQUENCE, can_pack, pack_inputs
 from apa_cli.models.structure import get_trunk
 from apa_cli.settings import DType
-from apa_cli.tensor_ops import apply_temperature, token_logprobs
-from apa_cli.types import Batch, PolicyOutput, Sequences
+from apa_cli.tensor_ops import apply_temperature, token_entropy, token_logprobs
+from apa_cli.types import POLICY, RESPONSE, TARGET, Batch, Critic, PolicyOutput, Rollout, Sequences
+
+LOGPROBS, ENTROPY, MEAN_LOGPROB = "logprobs", "entropy", "mean_logprob"
+"""Statistics of the policy's distribution and a response token; see `PolicyOutput`."""
 
 
 @contextmanager
@@ -120,10 +130,13 @@ def scatter_to_mask(values: Tensor, mask: Tensor) -> Tensor:
 def build_padded_inputs(prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor, mask: Tensor) -> PaddedInputs:
     """Join prompts [B, P], padded on the left, and responses [B, T], padded on the right, with their masks.
 
-    The last response token is left out of the input, since nothing is predicted from it.
+    The last response token is left out of the input, since nothing is predicted from it. If no response has a token,
+    even if T is 0, one column stays, false in the mask.
     """
+    if not mask.shape[1]:
+        response_ids, mask = nn.functional.pad(response_ids, (0, 1)), nn.functional.pad(mask, (0, 1))
     start = int(prompt_mask.any(0).long().argmax())
-    length = max(int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 1, 1)
+    length = int(mask.any(0).nonzero().max()) + 1 if bool(mask.any()) else 1
     prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
     response_ids = response_ids[:, :length]
     attention = torch.cat([prompt_mask, torch.ones_like(response_ids[:, 1:], dtype=torch.bool)], dim=1)
@@ -155,18 +168,20 @@ def compute_response_logprobs(
 ) -> Tensor:
     """Return log π of each response token, [B, T] float32, 0 outside the mask."""
     padded = build_padded_inputs(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-    return compute_logprobs_with_output(model, padded, batch.mask, temperature)[0]
+    return compute_statistics_with_output(model, padded, batch.mask, temperature, [LOGPROBS])[0][LOGPROBS]
 
 
-def compute_logprobs_with_output(
+def compute_statistics_with_output(
     model: PreTrainedModel | AdapterDisabledModel,
     padded: PaddedInputs,
     mask: Tensor,
     temperature: float,
+    names: list[str],
     **options: Any,
-) -> tuple[Tensor, Any, PaddedInputs | PackedInputs]:
-    """Return log π of each response token, [B, T] float32, 0 outside the mask [B, T]; the output; and its inputs.
+) -> tuple[dict[str, Tensor], Any, PaddedInputs | PackedInputs]:
+    """Return the named statistics of each response token, the model's output, and the inputs that it had.
 
+    The names are LOGPROBS, ENTROPY and MEAN_LOGPROB; the statistics are [B, T] float32, 0 outside the mask [B, T].
     Only positions of the mask reach a linear output head, see `find_linear_head`. `options` are passed to the model.
     """
     head = find_linear_head(model)
@@ -175,18 +190,31 @@ def compute_logprobs_with_output(
     if head is None:
         output = model(**options)
         logits = apply_temperature(output.logits, temperature)
-        return pad_to_mask(token_logprobs(logits, padded.response_ids), mask), output, inputs
-    linear = head
+        statistics = [compute_logit_statistic(name, logits, padded.response_ids) for name in names]
+    else:
 
-    def compute_logprobs(states: Tensor) -> Tensor:
-        # The weights are read here, during the model's forward pass: FSDP gathers them when it begins.
-        states, token_ids = inputs.select_response_outputs(states), padded.response_ids[padded.mask]
-        logprobs = compute_head_logprobs(states, linear.weight, linear.bias, token_ids, temperature)
-        return scatter_to_mask(logprobs, padded.mask)
+        def compute_statistics(states: Tensor) -> Tensor:
+            # The weights are read here, during the model's forward pass: FSDP gathers them when it begins.
+            head_inputs = (inputs.select_response_outputs(states), head.weight, head.bias)
+            token_ids = padded.response_ids[padded.mask]
+            if names == [LOGPROBS]:
+                rows = [compute_head_logprobs(*head_inputs, token_ids, temperature)]
+            else:
+                every = compute_head_statistics(*head_inputs, token_ids, temperature)
+                rows = [getattr(every, name) for name in names]
+            return torch.stack([scatter_to_mask(row, padded.mask) for row in rows], dim=-1)
 
-    with override_forward(head, compute_logprobs):
-        output = model(**options)
-    return pad_to_mask(output.logits, mask), output, inputs
+        with override_forward(head, compute_statistics):
+            output = model(**options)
+        statistics = list(output.logits.unbind(-1))
+    return {name: pad_to_mask(x, mask) for name, x in zip(names, statistics, strict=True)}, output, inputs
+
+
+def compute_logit_statistic(name: str, logits: Tensor, token_ids: Tensor) -> Tensor:
+    """Return one statistic [B, T'] of logits [B, T', V] and token_ids [B, T']; see `compute_statistics_with_output`."""
+    if name == ENTROPY:
+        return token_entropy(logits)
+    return logits.log_softmax(dim=-1).mean(dim=-1) if name == MEAN_LOGPROB else token_logprobs(logits, token_ids)
 
 
 def compute_head_inputs(
@@ -211,33 +239,84 @@ class TrainingModel(nn.Module):
 
     policy: PreTrainedModel
     critics: CriticDict
+    targets: CriticDict
+    """Polyak copies of critics, frozen, by the critic's name."""
 
-    def __init__(self, policy: PreTrainedModel, critics: dict[str, Critic], temperature: float):
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        critics: dict[str, CriticModule],
+        temperature: float,
+        specs: Iterable[Critic] = (),
+    ):
+        """Take policy and critics as they are, and copy the critics for which `specs` ask for a Polyak copy.
+
+        Raise ConfigError for a copy of a critic that is an adapter on the policy.
+        """
         super().__init__()
         self.policy = policy
         self.critics = CriticDict(critics)
         self.temperature = temperature
+        self.polyak = {spec.name: (spec.polyak, spec.polyak_every) for spec in specs if spec.polyak is not None}
+        """Critic name → rate τ of its copy and optimizer steps between updates."""
+        for name in self.polyak:
+            if critics[name].adapter is not None:
+                raise ConfigError(
+                    f"critic=adapter: the critic {name} needs a Polyak copy, which an adapter cannot have; "
+                    "give critic=separate or critic=head"
+                )
+        self.targets = CriticDict({name: copy.deepcopy(critics[name]).requires_grad_(False) for name in self.polyak})
 
     def forward(
-        self, batch: Batch | Sequences, with_policy: bool = True, critics: Collection[str] | None = None
+        self,
+        batch: Sequences,
+        with_policy: bool = True,
+        critics: Collection[str] | None = None,
+        entropy: bool = False,
+        mean_logprob: bool = False,
     ) -> PolicyOutput:
-        """Return the responses' log-probs [B, T], and values [B, T] of the named critics (None: of all critics).
+        """Return the outputs for the rows' responses and, each by a pass of its own, for their related sequences.
 
-        Without the policy the log-probs are 0, and the policy's pass runs only if a critic reads its trunk.
+        `critics` names the critics that are computed, "NAME/target" their Polyak copies; None: all critics and copies.
+        Without the policy, its pass runs only if a critic reads its trunk; otherwise the log-probs are 0.
         """
-        names = [name for name in self.critics if critics is None or name in critics]
-        padded = build_padded_inputs(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-        needs_trunk = any(self.critics[name].is_on_trunk for name in names)
-        logprobs, trunk_states = torch.zeros(batch.mask.shape, device=batch.mask.device), None
+        names = [name for name in self.list_critics() if critics is None or name in critics]
+        statistics = [LOGPROBS, *([ENTROPY] if entropy else []), *([MEAN_LOGPROB] if mean_logprob else [])]
+        related = batch.related if isinstance(batch, Batch | Rollout) else {}
+        outputs = {
+            name: self.compute_outputs(sequences, with_policy, names, statistics)
+            for name, sequences in {RESPONSE: batch, **related}.items()
+        }
+        return replace(outputs.pop(RESPONSE), related=outputs)
+
+    def compute_outputs(
+        self, sequences: Sequences, with_policy: bool, critics: list[str], statistics: list[str]
+    ) -> PolicyOutput:
+        """Return the outputs for one sequence of each row, with the named critics and statistics."""
+        mask = sequences.mask
+        padded = build_padded_inputs(sequences.prompt_ids, sequences.prompt_mask, sequences.response_ids, mask)
+        needs_trunk = any(self.get_critic(name).is_on_trunk for name in critics)
+        computed, trunk_states = {LOGPROBS: torch.zeros(mask.shape, device=mask.device)}, None
         inputs: PaddedInputs | PackedInputs = padded
         if with_policy or needs_trunk:
             with checkpoint_activations(self.policy):
-                logprobs, output, inputs = compute_logprobs_with_output(
-                    self.policy, padded, batch.mask, self.temperature, output_hidden_states=needs_trunk
+                computed, output, inputs = compute_statistics_with_output(
+                    self.policy, padded, mask, self.temperature, statistics, output_hidden_states=needs_trunk
                 )
             trunk_states = output.hidden_states[-1] if needs_trunk else None
-        values = {name: self.compute_critic_values(name, padded, batch.mask, inputs, trunk_states) for name in names}
-        return PolicyOutput(logprobs=logprobs, values=values)
+        values, logsumexp = {}, {}
+        for name in critics:
+            with torch.no_grad() if name.endswith(TARGET) else nullcontext():
+                values[name], normalizer = self.compute_critic_values(name, padded, mask, inputs, trunk_states)
+            if normalizer is not None:
+                logsumexp[name] = normalizer
+        return PolicyOutput(
+            logprobs=computed[LOGPROBS],
+            values=values,
+            logsumexp=logsumexp,
+            entropy=computed.get(ENTROPY),
+            mean_logprob=computed.get(MEAN_LOGPROB),
+        )
 
     def compute_critic_values(
         self,
@@ -246,25 +325,51 @@ class TrainingModel(nn.Module):
         mask: Tensor,
         inputs: PaddedInputs | PackedInputs,
         trunk_states: Tensor | None,
-    ) -> Tensor:
-        """Return one critic's values [B, T], 0 outside the mask [B, T].
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return one critic's values and an action critic's logsumexp, [B, T], 0 outside the mask [B, T].
 
         `trunk_states` are the hidden states of the policy's own pass over `inputs`, for a critic on its trunk.
         """
-        critic = self.critics[name]
+        critic = self.get_critic(name)
         if critic.adapter is not None:
             inputs = pack_if_faster(self.policy, padded)
             with use_adapter(self.policy, critic.adapter), checkpoint_activations(self.policy):
                 trunk_states = get_trunk(self.policy)(**inputs.inputs, use_cache=False).last_hidden_state
         elif critic.backbone is not None:
             inputs = pack_if_faster(critic.backbone, padded)
+        token_ids = padded.response_ids[padded.mask]
         with checkpoint_activations(critic):
-            values = critic(inputs.inputs, inputs.select_response_outputs, trunk_states)
-            return pad_to_mask(scatter_to_mask(values, padded.mask), mask)
+            values, logsumexp = critic(inputs.inputs, inputs.select_response_outputs, token_ids, trunk_states)
+
+        def place(rows: Tensor) -> Tensor:
+            return pad_to_mask(scatter_to_mask(rows, padded.mask), mask)
+
+        return place(values), None if logsumexp is None else place(logsumexp)
+
+    def list_critics(self) -> list[str]:
+        """Return the names of the critics and, after them, of the Polyak copies: "NAME/target"."""
+        return [*self.critics, *(name + TARGET for name in self.targets)]
+
+    def get_critic(self, name: str) -> CriticModule:
+        """Return the critic of this name, or the Polyak copy "NAME/target"."""
+        return self.targets[name.removesuffix(TARGET)] if name.endswith(TARGET) else self.critics[name]
+
+    @torch.no_grad()
+    def update_targets(self, step: int) -> None:
+        """Move each Polyak copy towards its critic, copy ← (1 − τ) copy + τ critic, if `polyak_every` divides `step`.
+
+        `step` is the number of optimizer steps so far, the one just taken included.
+        """
+        for name, (rate, every) in self.polyak.items():
+            if step % every == 0:
+                pairs = zip(self.targets[name].parameters(), self.critics[name].parameters(), strict=True)
+                for target, parameter in pairs:
+                    target.lerp_(parameter, rate)
 
     def critic_backbones(self) -> list[PreTrainedModel]:
-        """Return the backbones of the critics, if any."""
-        return [critic.backbone for critic in self.critics.values() if critic.backbone is not None]
+        """Return the backbones of the critics and of their Polyak copies, if any."""
+        critics = [self.get_critic(name) for name in self.list_critics()]
+        return [critic.backbone for critic in critics if critic.backbone is not None]
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """Return the policy's trained parameters, without those of critics' adapters on its base."""
@@ -279,6 +384,18 @@ class TrainingModel(nn.Module):
         """Return all trained parameters that are not the policy's."""
         policy = {id(parameter) for parameter in self.policy_parameters()}
         return [p for p in self.parameters() if p.requires_grad and id(p) not in policy]
+
+    def list_output_parameters(self, output: str) -> list[nn.Parameter]:
+        """Return the trained parameters of one output: "policy", or a critic by its name.
+
+        A critic's are those of its own network or of its adapter on the policy, and of its head.
+        """
+        if output == POLICY:
+            return self.policy_parameters()
+        critic, parameters = self.critics[output], []
+        if critic.adapter is not None:
+            parameters = [p for name, p in self.policy.named_parameters() if f".{critic.adapter}." in name]
+        return [p for p in (*parameters, *critic.parameters()) if p.requires_grad]
 
 
 def enable_activation_checkpointing(model: PreTrainedModel) -> None:

@@ -85,12 +85,13 @@ def require_all_weights(load: Callable[..., Any]) -> Callable[..., PreTrainedMod
     return load_completely
 
 
-def load_tokenizer(settings: ModelSettings, path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: ModelSettings, path: str, path_key: str = "model.path") -> PreTrainedTokenizerBase:
     """Load `model.tokenizer`, or else the tokenizer of the model in `path`, and give it a pad token.
 
-    A LoRA adapter without a tokenizer uses the base model's. Raise UserError if no token can pad.
+    A LoRA adapter without a tokenizer uses the base model's. `path_key` is the key of `path`. Raise UserError if no
+    token can pad.
     """
-    key = "model.tokenizer" if settings.tokenizer else "model.path"
+    key = "model.tokenizer" if settings.tokenizer else path_key
     source = settings.tokenizer or path
     if is_adapter(source) and not (Path(source).expanduser() / "tokenizer_config.json").is_file():
         source = read_adapter_base(source)
@@ -112,11 +113,13 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
     return tokenizer
 
 
-def load_policy(settings: ModelSettings, path: str, frozen_base: bool = False) -> PreTrainedModel:
+def load_policy(
+    settings: ModelSettings, path: str, frozen_base: bool = False, key: str = "model.path"
+) -> PreTrainedModel:
     """Load a causal language model in evaluation mode (without dropout), all of its weights trainable float32.
 
     With `frozen_base` (for LoRA) the weights have the compute dtype, quantized if `model.quantization` says so. A LoRA
-    adapter is merged into its base model.
+    adapter is merged into its base model. `key` is the key of `path`.
     """
     options: dict[str, Any] = {
         "dtype": TORCH_DTYPES[settings.dtype] if frozen_base else torch.float32,
@@ -126,7 +129,7 @@ def load_policy(settings: ModelSettings, path: str, frozen_base: bool = False) -
     if settings.quantization is not Quantization.none:
         options["quantization_config"] = build_quantization_config(settings)
     load = require_all_weights(AutoModelForCausalLM.from_pretrained)
-    model = load_merged(load, path, "model.path", **options).eval()
+    model = load_merged(load, path, key, **options).eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # In evaluation mode bitsandbytes would repack a CPU's 4-bit weights into a form without gradients.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from jinja2 import TemplateError
@@ -55,27 +55,42 @@ class PromptFormat:
         ids = ids[-max_tokens:]
         return Prompt(self.decode_text(ids), ids, place, sample, example.columns), True
 
+    def encode_instructed(
+        self, example: Example, instructed: Example, place: int, sample: int, max_tokens: int
+    ) -> tuple[Prompt, bool]:
+        """Return the prompt of `instructed`, of which rewards read the text of `example`; True if it was truncated."""
+        prompt, is_truncated = self.encode_prompt(instructed, place, sample, max_tokens)
+        if instructed is not example:
+            plain, _ = self.encode_prompt(example, place, sample, max_tokens)
+            prompt = replace(prompt, text=plain.text, columns=plain.columns)
+        return prompt, is_truncated
+
+    def encode_response(self, example: Example, text: str, max_tokens: int) -> list[int]:
+        """Return the tokens of a response to a row's prompt with EOS, cut to `max_tokens` on the right."""
+        return [*self.split_target(example, text)[1], self.tokenizer.eos_token_id][:max_tokens]
+
     def encode_target(self, example: Example, max_tokens: int) -> tuple[list[int], list[bool]]:
         """Return the tokens of prompt + chosen reply + EOS, and for each True if it is the reply's or EOS.
 
         Beyond `max_tokens`, prompt tokens are cut off on the left; a reply that is too long by itself is cut off on the
         right, with its EOS.
         """
-        reply = example.chosen
-        assert reply is not None, "a target needs a chosen reply"
-        if self.is_chat(example):
-            prompt_ids = self.render_messages(build_messages(example))
-            reply_ids = self.tokenizer(reply.strip(), add_special_tokens=False)["input_ids"]
-        else:
-            prompt_ids = self.tokenizer(example.prompt)["input_ids"]
-            joined_ids = self.tokenizer(example.prompt + reply)["input_ids"]
-            if joined_ids[: len(prompt_ids)] == prompt_ids:
-                reply_ids = joined_ids[len(prompt_ids) :]
-            else:
-                reply_ids = self.tokenizer(reply, add_special_tokens=False)["input_ids"]
+        assert example.chosen is not None, "a target needs a chosen reply"
+        prompt_ids, reply_ids = self.split_target(example, example.chosen)
         reply_ids = [*reply_ids, self.tokenizer.eos_token_id][: max_tokens - 1]
         prompt_ids = prompt_ids[-(max_tokens - len(reply_ids)) :]
         return prompt_ids + reply_ids, [False] * len(prompt_ids) + [True] * len(reply_ids)
+
+    def split_target(self, example: Example, reply: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a row's prompt and of a reply to it, without EOS, neither cut."""
+        if self.is_chat(example):
+            prompt_ids = self.render_messages(build_messages(example))
+            return prompt_ids, self.tokenizer(reply.strip(), add_special_tokens=False)["input_ids"]
+        prompt_ids = self.tokenizer(example.prompt)["input_ids"]
+        joined_ids = self.tokenizer(example.prompt + reply)["input_ids"]
+        if joined_ids[: len(prompt_ids)] == prompt_ids:
+            return prompt_ids, joined_ids[len(prompt_ids) :]
+        return prompt_ids, self.tokenizer(reply, add_special_tokens=False)["input_ids"]
 
     def render_messages(self, messages: Messages) -> list[int]:
         """Return the chat template's tokens, up to the start of the reply. Raise UserError if the template fails."""

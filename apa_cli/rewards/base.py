@@ -20,6 +20,8 @@ class Scores:
     values: list[float]
     parts: Mapping[str, list[float]] = field(default_factory=dict)
     """Name of a part → its scores, unweighted."""
+    token_scores: list[list[float]] | None = None
+    """Scores per token of each response, [N] lists; None if the reward has none. Reserved: nothing uses them yet."""
 
 
 ScoreFunction = Callable[[list[str], list[str], list[dict[str, Any]]], "list[float] | Scores"]
@@ -99,13 +101,17 @@ class NamedReward:
 
 
 def add_score_check(score: ScoreFunction) -> CheckedScoreFunction:
-    """Return `score` with its result checked, parts included, by `to_finite_floats`."""
+    """Return `score` with its result checked: parts by `to_finite_floats`, token scores by `check_token_scores`."""
 
     def score_with_check(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
         result = score(prompts, responses, columns)
         parts = dict(result.parts) if isinstance(result, Scores) else {}
         scores = to_finite_floats(result.values if isinstance(result, Scores) else result, responses)
-        return Scores(scores, {name: to_finite_floats(values, responses) for name, values in parts.items()})
+        checked_parts = {name: to_finite_floats(values, responses) for name, values in parts.items()}
+        token_scores = result.token_scores if isinstance(result, Scores) else None
+        if token_scores is not None:
+            token_scores = check_token_scores(token_scores, responses)
+        return Scores(scores, checked_parts, token_scores)
 
     return score_with_check
 
@@ -123,6 +129,27 @@ def to_finite_floats(result: Any, responses: list[str]) -> list[float]:
         if not math.isfinite(score):
             raise UserError(f"reward: expected finite scores, got {score} for response {i}: {responses[i][:80]!r}")
     return scores
+
+
+def check_token_scores(rows: list[list[float]], responses: list[str]) -> list[list[float]]:
+    """Return `rows` as one list of finite floats per response. Raise UserError if there are fewer, more or others.
+
+    The trainer, which knows the tokens, checks the length of each list.
+    """
+    if len(rows) != len(responses):
+        raise UserError(
+            f"reward: expected one list of token scores per response, got {len(rows)} for {len(responses)} responses"
+        )
+    checked = []
+    for i, row in enumerate(rows):
+        try:
+            checked.append([float(value) for value in row])
+        except (TypeError, ValueError, OverflowError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"reward: expected a list of token scores for response {i} ({reason})") from error
+        if not all(map(math.isfinite, checked[-1])):
+            raise UserError(f"reward: expected finite token scores, got {row} for response {i}")
+    return checked
 
 
 class CallTimeout(Exception):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Annotated, Any
 from apa_cli.errors import UserError
 from apa_cli.rewards.base import CallTimeout, Placement, Reward, ScoreFunction, call_with_timeout
 from apa_cli.types import Positive
+from apa_cli.user_code import describe_exception, import_object
 
 
 @dataclass(frozen=True)
@@ -85,37 +83,12 @@ def import_function(target: str) -> Callable[..., Any]:
     if not separator or not source or not name:
         raise UserError(f"reward.target: {target!r} is not of the form FILE.py:NAME or package.module:NAME")
     try:
-        module = _import_file(Path(source).expanduser()) if source.endswith(".py") else _import_module(source)
-    except Exception as error:
-        raise UserError(f"reward.target: cannot import {source} ({describe_exception(error)})") from error
-    function = getattr(module, name, None)
+        function = import_object(target)
+    except ImportError as error:
+        raise UserError(f"reward.target: {error}") from error
     if not callable(function):
         raise UserError(f"reward.target: {source} has no function {name}")
     return function
-
-
-def describe_exception(error: BaseException) -> str:
-    """Return an exception's class and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _import_file(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}")
-    spec = importlib.util.spec_from_file_location(f"apa_reward_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _import_module(name: str) -> Any:
-    """Import a module by name, also from the working directory, which a console script does not search."""
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    return importlib.import_module(name)
 
 
 def _format_last_frame(error: BaseException) -> str:

@@ -16,6 +16,7 @@ class SumReward(Reward):
 
     The configuration holds a spec for each part, from which `config.build` builds a `NamedReward`. Each part's
     unweighted scores are returned with the sum, under the part's name; a part of a part is named NAME/NAME.
+    The parts' token scores are dropped.
     """
 
     parts: Annotated[list[Any], RewardSpecs]

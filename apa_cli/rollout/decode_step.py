@@ -40,6 +40,8 @@ class Decoder:
     """Positions of `input_ids`, of the same shape."""
     uniforms: Tensor
     """[B, T]; step t samples with column t."""
+    last_position: int | None
+    """Position at which `position_ids` stop; None: at no position."""
     logits: Tensor
     """Logits of the latest step, [B, V]."""
 
@@ -65,9 +67,10 @@ class EagerDecoder(Decoder):
         attention_mask: Tensor,
         uniforms: Tensor,
         settings: SamplingSettings,
+        last_position: int | None = None,
     ):
         """Start from prompts `input_ids` and `attention_mask` [B, P], padded on the left, and `uniforms` [B, T]."""
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.last_position = model, settings, last_position
         self.input_ids, self.attention_mask, self.uniforms = input_ids, attention_mask, uniforms
         self.position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         self.cache, self.cache_argument = build_kv_cache(model), find_cache_argument(model)
@@ -82,6 +85,8 @@ class EagerDecoder(Decoder):
         self.input_ids = tokens.unsqueeze(-1)
         self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(tokens), 1)], dim=1)
         self.position_ids = self.position_ids[:, -1:] + 1
+        if self.last_position is not None:
+            self.position_ids.clamp_(max=self.last_position)
         return tokens, logprobs
 
     def select_rows(self, rows: LongTensor) -> None:
@@ -104,7 +109,7 @@ class GraphDecoder(Decoder):
         Raise TypeError if the cache has layers without a static counterpart.
         """
         self.model, self.settings, self.uniforms = decoder.model, decoder.settings, decoder.uniforms
-        self.cache_argument = decoder.cache_argument
+        self.cache_argument, self.last_position = decoder.cache_argument, decoder.last_position
         device, steps = decoder.input_ids.device, self.uniforms.shape[1]
         cache_length = decoder.attention_mask.shape[1] - 1
         self.steps_left = steps - decoder.step_index
@@ -143,6 +148,8 @@ class GraphDecoder(Decoder):
         self.input_ids.copy_(self.tokens.unsqueeze(-1))
         for counter in (self.cache_position, self.step_index, self.position_ids):
             counter.add_(1)
+        if self.last_position is not None:
+            self.position_ids.clamp_(max=self.last_position)
 
     def select_rows(self, rows: LongTensor) -> None:
         """Keep only these rows of the batch; the new shapes need a new graph."""

@@ -100,7 +100,8 @@ def sample_microbatch(
 ) -> list[tuple[list[int], list[float], str]]:
     """Return each response's tokens, log-probs and ending.
 
-    Once half of the decoded rows have ended, decoding continues with the others alone.
+    A response ends at T tokens, its prefix included. Once half of the decoded rows have ended, decoding continues with
+    the others alone.
     """
     device, length = model.device, uniforms.shape[1]
     ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id, device)
@@ -111,8 +112,10 @@ def sample_microbatch(
     decoded_rows = list(range(len(prompts)))  # the prompt of each row of the decoder
     row_indices = torch.arange(len(prompts), device=device)  # the same on the device
     unfinished = set(decoded_rows)
+    # Rows that have ended are decoded on; after a long prefix they would pass the model's last position.
+    positions = getattr(model.config, "max_position_embeddings", None) if any(prefixes) else None
     decoder: EagerDecoder | GraphDecoder = EagerDecoder(
-        model, ids, attention_mask, torch.from_numpy(uniforms).to(device), settings
+        model, ids, attention_mask, torch.from_numpy(uniforms).to(device), settings, positions and positions - 1
     )
     pending: deque[tuple[list[int], Callable[[], list[int]]]] = deque()  # steps whose tokens are not read yet
     lookahead = LOOKAHEAD_STEPS.get(device.type, 0)
@@ -131,6 +134,8 @@ def sample_microbatch(
                 responses[i].append(token)
                 if token in end_tokens or stop_strings.has_match(prefixes[i] + responses[i]):
                     endings[i] = EOS if token in end_tokens else STOP
+                    unfinished.discard(i)
+                elif len(prefixes[i]) + len(responses[i]) == length:
                     unfinished.discard(i)
         if not unfinished:
             break

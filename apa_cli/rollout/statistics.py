@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from apa_cli.kl import sequence_kl, token_k3
+from apa_cli.kl import list_on_policy_sequences, measure_sequence_kl, measure_token_k3
 from apa_cli.rollout.engine import EOS, LENGTH
 from apa_cli.tensor_ops import masked_mean
-from apa_cli.types import Rollout
+from apa_cli.types import INIT, REFERENCE, SAMPLER, Rollout, require
 
 
 def distinct_n(token_ids: Tensor, mask: Tensor, n: int) -> float:
@@ -31,24 +31,32 @@ def compute_response_metrics(rollout: Rollout) -> dict[str, float]:
     }
 
 
-def compute_rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """Return reward/* of raw scores, response/*, kl/* before the update, and the sampler's entropy in nats per token.
+def compute_sampling_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return reward/*, response/*, and policy/entropy, the sampler's in nats per token, of the responses as sampled.
 
-    kl/sequence and kl/token_k3 are against π_init; kl/refreshed is against a moving reference.
+    The entropy is over the tokens that the present policy sampled; without such a token it is left out.
     """
-    scores, init, reference = rollout.scores, rollout.init_logprobs, rollout.ref_logprobs
-    assert scores is not None and init is not None and reference is not None
-    metrics = {
-        "reward/mean": float(scores.mean()),
-        "reward/std": float(scores.std(correction=0)),
-        "policy/entropy": -float(masked_mean(rollout.sampler_logprobs, rollout.mask)),
-        **compute_response_metrics(rollout),
-    }
-    metrics["kl/sequence"] = float(sequence_kl(rollout.sampler_logprobs, init, rollout.mask))
-    metrics["kl/token_k3"] = float(token_k3(rollout.sampler_logprobs, init, rollout.mask))
-    if reference is not init:
-        metrics["kl/refreshed"] = float(sequence_kl(rollout.sampler_logprobs, reference, rollout.mask))
-    return metrics
+    scores = require(rollout.scores, "scores")
+    metrics = {"reward/mean": float(scores.mean()), "reward/std": float(scores.std(correction=0))}
+    if bool(rollout.on_policy.any()):
+        metrics["policy/entropy"] = -float(masked_mean(rollout.get_logprobs(SAMPLER), rollout.on_policy))
+    return metrics | compute_response_metrics(rollout)
+
+
+def compute_kl_metrics(rollout: Rollout) -> dict[str, float]:
+    """Return kl/* before the update, over the tokens that the present policy sampled, related sequences included.
+
+    kl/sequence and kl/token_k3 are against π_init, if its log-probs were computed; kl/refreshed is against a reference
+    that is refreshed. Without such a token they are left out.
+    """
+    parts = [part.logprobs for part in list_on_policy_sequences(rollout)]
+    metrics: dict[str, float | None] = {}
+    if all(INIT in part for part in parts):
+        metrics["kl/sequence"] = measure_sequence_kl(rollout, INIT)
+        metrics["kl/token_k3"] = measure_token_k3(rollout, INIT)
+        if all(REFERENCE in part and part[REFERENCE] is not part[INIT] for part in parts):
+            metrics["kl/refreshed"] = measure_sequence_kl(rollout, REFERENCE)
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def confidence_half_width(values: Tensor) -> float:

@@ -17,10 +17,15 @@ from torch import Tensor, nn
 
 from apa_cli.errors import UserError, get_first_line
 from apa_cli.models.sharding import distribute_like, gather_full_tensor, get_storage_key
+from apa_cli.pool import Pool
 from apa_cli.runs.files import CHECKPOINT_NAME, CHECKPOINT_PATTERN, STATE, list_checkpoints, read_state
+from apa_cli.types import State
 
 MANIFEST = "manifest.json"
 """File of a checkpoint that maps the name of each other file to its SHA-256."""
+
+TENSOR, POOL, LENGTH = "__tensor__", "__pool__", "length"
+"""Keys of the objects in state.json that stand for a tensor, by its name, and a pool, by its name and length."""
 
 WRITE_ERRORS = (OSError, SafetensorError)
 """Errors of a full disk, a missing permission and the like."""
@@ -81,6 +86,66 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
         like = parameters[int(index)]
         state.setdefault(int(index), {})[name] = distribute_like(value, like) if value.shape == like.shape else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# --- nested state -------------------------------------------------------------------------------------------
+
+
+def split_state(state: State) -> tuple[State, dict[str, Tensor], dict[str, Pool]]:
+    """Return an algorithm's state as JSON data, and its tensors and pools, for which that data has markers.
+
+    Tensors and pools are named by their path in the state, such as "hindsight/pool". Raise ValueError naming the path
+    of an entry that a checkpoint cannot hold.
+    """
+    tensors: dict[str, Tensor] = {}
+    pools: dict[str, Pool] = {}
+
+    def split(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            if path in tensors:
+                raise ValueError(f"state {path}: two tensors have this path; leave / out of the keys")
+            tensors[path] = value
+            return {TENSOR: path}
+        if isinstance(value, Pool):
+            if path in pools or any(value is pool for pool in pools.values()):
+                raise ValueError(f"state {path}: the state has two pools of this path, or this pool twice")
+            if {"", ".", ".."} & set(path.split("/")):
+                raise ValueError(f"state {path}: a pool's path names its file and cannot be empty or have . or ..")
+            pools[path] = value
+            return {POOL: path, LENGTH: value.length}
+        if isinstance(value, dict):
+            for key in value:
+                if not isinstance(key, str) or key in (TENSOR, POOL):
+                    raise ValueError(f"state {path}: key {key!r} is not a string, or is reserved; give another key")
+            return {key: split(entry, f"{path}/{key}" if path else key) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [split(entry, f"{path}/{index}") for index, entry in enumerate(value)]
+        if value is None or isinstance(value, str | int | float):
+            return value
+        raise ValueError(f"state {path}: a checkpoint cannot hold a {type(value).__name__}; see apa_cli.types.State")
+
+    return split(state, ""), tensors, pools
+
+
+def join_state(values: Any, tensors: dict[str, Tensor], folder: Path) -> Any:
+    """Return what `split_state` split, or a part of it; its pools are read from `folder`.
+
+    Tensors return on the CPU, tuples as lists. Raise UserError if a pool's file lacks rows.
+    """
+    if isinstance(values, list):
+        return [join_state(entry, tensors, folder) for entry in values]
+    if not isinstance(values, dict):
+        return values
+    if TENSOR in values:
+        return tensors[values[TENSOR]]
+    if POOL in values:
+        return Pool.read(get_pool_file(folder, values[POOL]), values[LENGTH])
+    return {key: join_state(entry, tensors, folder) for key, entry in values.items()}
+
+
+def get_pool_file(folder: Path, name: str) -> Path:
+    """Return the file of a pool in a run's folder of pools."""
+    return folder / f"{name}.jsonl"
 
 
 # --- one checkpoint -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ class RunDirectory:
         self.result = path / RESULT
         """The last figures; written when the run finishes."""
         self.checkpoints = path / "checkpoints"
+        self.pools = path / "pools"
+        """Files of the pools in the training state, of which each checkpoint stores the length."""
 
     # --- claiming -------------------------------------------------------------------------------------------
 
@@ -81,6 +84,7 @@ class RunDirectory:
         """Remove the files of a run that was killed before its first checkpoint, so that it can start again."""
         for name in (CONFIG, ENVIRONMENT, METRICS, SAMPLES, RESULT):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.pools, ignore_errors=True)
 
     # --- resuming -------------------------------------------------------------------------------------------
 

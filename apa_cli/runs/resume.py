@@ -16,6 +16,9 @@ MAY_DIFFER = (
 MUST_MATCH = ("evaluation.seed",)
 """Keys of these sections that must not change: evaluations of one run are compared on the same random numbers."""
 
+ADDED_KEYS = ("plan", "guide", "reference.log_kl")
+"""Keys and sections that runs of earlier versions lack; to lack one is no difference."""
+
 RESUME, FORK, AUTO = "resume", "fork", "auto"
 
 CODE_KEYS = ("target", "trust_remote_code")
@@ -82,6 +85,7 @@ def find_differences(old: dict[str, Any], new: dict[str, Any]) -> list[Differenc
         (key, before, after)
         for key, before, after in differences
         if not (is_within(key, "algo") and (before, after) == of_lambda)
+        and not (before is None and key in ADDED_KEYS)
     ]
 
 

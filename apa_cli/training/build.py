@@ -39,7 +39,14 @@ from apa_cli.stages.cache import fill_model_paths, find_or_train_reward_model
 from apa_cli.training.dry_run import describe_run
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator
 from apa_cli.training.mfu import UpdateMeter, measure_run_matrix_rate
-from apa_cli.training.models import RunModels, build_training_model, check_model_limits, check_training_options
+from apa_cli.training.models import (
+    RunModels,
+    build_samplers,
+    build_training_model,
+    check_model_limits,
+    check_training_options,
+    load_guide,
+)
 from apa_cli.training.rollout_builder import RolloutBuilder
 from apa_cli.training.trainer import Trainer
 from apa_cli.training.updater import Updater, build_optimizer
@@ -90,8 +97,8 @@ def build_trainer(
         tracker = start_tracker(config, path, group, wandb_id, console)
         write_environment(config, directory, device, world)
     trainer = construct_trainer(config, inputs, models, update_meter, directory, console, tracker, device, world)
-    if checkpoint is not None:
-        trainer.restore_checkpoint(*checkpoint)
+    if resume is not None and checkpoint is not None:
+        trainer.restore_checkpoint(*checkpoint, RunDirectory(resume.parent.parent))
     return trainer
 
 
@@ -184,10 +191,11 @@ def prepare_models(
     """Return the models of a run, whole on `device`. Raise ConfigError if the policy does not fit the tokenizer."""
     check_model_limits(config, policy, tokenizer)
     move_to_device(policy, device)
+    guide = load_guide(config, policy, tokenizer)
     model, reference = build_training_model(config, policy)
     model.to(device)
     moving_reference = copy_policy(config, policy) if config.reference.refresh_every else None
-    return RunModels(model, model, sampler=policy, reference=reference, moving_reference=moving_reference)
+    return RunModels(model, model, policy, reference, moving_reference, guide)
 
 
 def build_update_meter(
@@ -317,13 +325,13 @@ def construct_trainer(
         tracker=tracker,
         models=models,
         rollout_builder=RolloutBuilder(
-            config, models, inputs.prompt_format, inputs.end_tokens, inputs.train, sampling_batch, microbatch, device,
-            world,
+            config, models, build_samplers(config, models, inputs.prompt_format.tokenizer), inputs.prompt_format,
+            inputs.end_tokens, inputs.train, sampling_batch, microbatch, device, world,
         ),
         score=inputs.score,
         updater=Updater(
-            config.algo, models.trained, optimizer, config.run, config.optimizer, config.model.dtype, device,
-            microbatch, world,
+            config.algo, config.needs, models.trained, optimizer, config.run, config.optimizer, config.model.dtype,
+            device, microbatch, world,
         ),
         evaluator=build_evaluator(config, inputs, models.reference, microbatch, sampling_batch, world),
         update_meter=update_meter,
@@ -359,8 +367,13 @@ def build_evaluator(
     examples, longest = inputs.held_out[: config.evaluation.prompts], config.sampling.max_prompt_tokens
     further = {part.name: part.load(inputs.placement) for part in config.evaluation.rewards}
     prompt_format = inputs.prompt_format
+    instructed = [config.algo.instruct(example, None) for example in examples]
     return Evaluator(
-        prompts=[prompt_format.encode_prompt(example, place, 0, longest)[0] for place, example in enumerate(examples)],
+        prompts=[
+            prompt_format.encode_instructed(example, read, place, 0, longest)[0]
+            for place, (example, read) in enumerate(zip(examples, instructed, strict=True))
+        ],
+        plain_prompt_ids=[prompt_format.encode_prompt(example, 0, 0, longest)[0].token_ids for example in examples],
         sources=[example.prompt for example in examples],
         tokenizer=prompt_format.tokenizer,
         reference=reference,

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from apa_cli.models.loading import TORCH_DTYPES, load_model_config
 from apa_cli.models.lora import POLICY_ADAPTER, add_adapter
 from apa_cli.models.structure import count_parameters, freeze_all_but_top
+from apa_cli.randomness import Stream, make_generator
 from apa_cli.rewards.base import NamedReward
 from apa_cli.settings import Config, CriticKind, Quantization
+from apa_cli.types import INIT, OLD, REFERENCE, Critic
 
 TRAINED_BYTES = 16
 """Bytes per trained parameter: weight, gradient and AdamW's two moments in float32."""
@@ -27,6 +29,7 @@ def describe_run(config: Config, world_size: int = 1) -> list[str]:
     """Return the lines that describe the run in `world_size` processes."""
     return [
         *describe_batches(config, world_size),
+        *describe_plans(config),
         describe_learning_rates(config),
         *describe_lambda(config),
         f"responses: up to {config.sampling.max_new_tokens} tokens after prompts of up to "
@@ -54,10 +57,22 @@ def describe_batches(config: Config, world_size: int) -> list[str]:
     ]
 
 
+def describe_plans(config: Config) -> list[str]:
+    """Return a line for each rollout plan of the first iteration that samples once per prompt."""
+    rng = make_generator(config.run.seed, Stream.plan, 1)
+    plans = config.plan.rollout(1, rng, config.algo.initial_state())
+    return [
+        f"plan: {plan.samples or config.run.samples_per_prompt} further responses of {plan.roll_in} to each prompt, "
+        "sampled the first time that it comes up and kept"
+        for plan in plans
+        if plan.once_per_prompt
+    ]
+
+
 def describe_learning_rates(config: Config) -> str:
     """Return the learning rates with their schedule, the critic's if there is a critic."""
     settings = config.optimizer
-    critic = f", critic {settings.critic_lr:g}" if config.algo.needs().critics else ""
+    critic = f", critic {settings.critic_lr:g}" if config.needs.critics else ""
     schedule = f"{settings.lr_scheduler.value}, warm-up {settings.warmup_ratio * 100:g} % of the steps"
     return f"learning rates: policy {settings.lr:g}{critic} ({schedule})"
 
@@ -65,21 +80,24 @@ def describe_learning_rates(config: Config) -> str:
 def describe_lambda(config: Config) -> list[str]:
     """Return a line with λ and its meaning in this algorithm; none if the algorithm has no λ."""
     meaning, value = config.algo.lambda_meaning, config.raw.get("lambda")
-    if meaning is None or value is None:
+    if value is None:
         return []
     gae_lambda = getattr(config.algo, "gae_lambda", None)
     note = "" if gae_lambda is None else f" (GAE's λ is algo.gae_lambda, {gae_lambda:g})"
-    return [f"lambda {value:g}: {meaning}{note}"]
+    return [f"lambda {value:g}{f': {meaning}' if meaning else ''}{note}"]
 
 
 def describe_passes(config: Config) -> str:
     """Return how many sequences go through each model in one iteration."""
-    n, needs, epochs = config.run.rollout_batch_size, config.algo.needs(), config.run.update_epochs
-    before = [f"reference {n}", *(f"critic {n}" for _ in needs.critics)]
-    if needs.old_logprobs:
+    n, needs, epochs = config.run.rollout_batch_size, config.needs, config.run.update_epochs
+    passes = {name for names in needs.passes.values() for name in names}
+    has_reference = config.reference.log_kl or bool(passes & {INIT, REFERENCE})
+    before = [f"reference {n}"] if has_reference else []
+    before += [f"critic {n}" for critic in needs.critics if critic.name in passes]
+    if OLD in passes:
         before.append(f"old log-probs {n}")
     return (
-        f"passes per iteration: sampling {n} sequences, reward {n}, {', '.join(before)}, then {epochs} × {n} "
+        f"passes per iteration: {', '.join([f'sampling {n} sequences', f'reward {n}', *before])}, then {epochs} × {n} "
         f"forward and backward through policy{' and critic' if needs.critics else ''}"
     )
 
@@ -131,11 +149,12 @@ def estimate_model_bytes(config: Config, size: ModelSize) -> dict[str, float]:
 
     adapter = size.trained if config.lora.rank else 0
     sizes = {"policy": add_up(size.whole + adapter, size.trained)}
-    for name in config.algo.needs().critics:
-        if config.critic.kind is CriticKind.separate:
-            sizes[f"critic {name}"] = add_up(count_critic_parameters(config, size), size.trained_trunk)
-        elif config.critic.kind is CriticKind.adapter:
-            sizes[f"critic {name}"] = size.trained * TRAINED_BYTES
+    for critic in config.needs.critics:
+        kind = CriticKind.head if critic.on == "trunk" else config.critic.kind
+        if kind is CriticKind.separate:
+            sizes[f"critic {critic.name}"] = add_up(count_critic_parameters(config, size), size.trained_trunk)
+        elif kind is CriticKind.adapter:
+            sizes[f"critic {critic.name}"] = size.trained * TRAINED_BYTES
     if not config.lora.rank:
         sizes["reference"] = size.whole * itemsize
     if config.reference.refresh_every:
@@ -151,7 +170,7 @@ def describe_models(config: Config) -> list[str]:
     source = config.model.path or "built by the SFT stage"
     policy = describe_trained(size.whole, size.trained, memory["policy"])
     lines = [f"policy: {architecture.model_type}, {policy} ({source})"]
-    lines += [describe_critic(config, f"critic {name}", size, memory) for name in config.algo.needs().critics]
+    lines += [describe_critic(config, critic, size, memory) for critic in config.needs.critics]
     whole = format_count(size.whole)
     if config.lora.rank:
         lines.append("reference: the policy's base without its adapter")
@@ -172,12 +191,13 @@ def describe_trained(whole: int, trained: int, memory: str) -> str:
     return f"{format_count(whole)} parameters, {format_count(trained)} of them trained, {memory} with optimizer"
 
 
-def describe_critic(config: Config, name: str, size: ModelSize, memory: dict[str, str]) -> str:
+def describe_critic(config: Config, critic: Critic, size: ModelSize, memory: dict[str, str]) -> str:
     """Return a critic's line."""
-    if config.critic.kind is CriticKind.separate:
-        critic = describe_trained(count_critic_parameters(config, size), size.trained_trunk, memory[name])
-        return f"{name}: {critic} (a network of its own)"
-    if config.critic.kind is CriticKind.adapter:
+    name, kind = f"critic {critic.name}", CriticKind.head if critic.on == "trunk" else config.critic.kind
+    if kind is CriticKind.separate:
+        parameters = describe_trained(count_critic_parameters(config, size), size.trained_trunk, memory[name])
+        return f"{name}: {parameters} (a network of its own)"
+    if kind is CriticKind.adapter:
         return f"{name}: an adapter on the policy's base, {format_count(size.trained)} parameters, {memory[name]}"
     return f"{name}: a head on the policy's trunk"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,16 @@ from apa_cli.models.lm_head import split_into_chunks
 from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.randomness import Stream
 from apa_cli.rewards.base import CheckedScoreFunction
-from apa_cli.rollout.collect import collect_rollout, concatenate_rollouts, pad_to_width
+from apa_cli.rollout.collect import collect_rollout, concatenate_sequences, pad_to_width
+from apa_cli.rollout.engine import pad_left
+from apa_cli.rollout.samplers import Sampler
 from apa_cli.rollout.statistics import compute_response_metrics, confidence_half_width
 from apa_cli.settings import DType, SamplingSettings
 from apa_cli.tensor_ops import apply_temperature, masked_mean, token_entropy
-from apa_cli.types import Prompt, Rollout
+from apa_cli.types import POLICY, Prompt, Rollout
 
+Decoding = Callable[[], AbstractContextManager[object]]
+"""Context in which a model's logits are those of the decoded policy."""
 MAIN_REWARD = ""
 """Key of the run's own reward among the rewards of an evaluation; further rewards have their names as keys."""
 
@@ -46,6 +51,8 @@ class Evaluator:
     """Evaluation on the same prompts with the same random numbers each time, so that runs can be paired."""
 
     prompts: list[Prompt]
+    plain_prompt_ids: list[list[int]]
+    """Tokens that π_init reads in the exact KL: those of the prompts without the algorithm's instruction."""
     sources: list[str]
     """Texts of the prompts in the data set, before truncation."""
     tokenizer: PreTrainedTokenizerBase
@@ -65,15 +72,20 @@ class Evaluator:
     world: World = SINGLE_PROCESS
 
     def evaluate(
-        self, policy: PreTrainedModel, sft_scores: Mapping[str, list[float]]
+        self,
+        sampler: Sampler,
+        policy: PreTrainedModel,
+        sft_scores: Mapping[str, list[float]],
+        decoding: Decoding = nullcontext,
     ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
         """Return metrics under eval/, one row per prompt for the sample table, and the scores by reward.
 
+        Arguments as in `sample_and_score`.
         eval/win_rate_sft compares each score with `sft_scores`, the scores of the SFT model on the same prompts and
         random numbers; a tie counts half. Empty `sft_scores` mean that `policy` is the SFT model. Further rewards have
         eval/reward_mean/NAME and eval/win_rate_sft/NAME; the win rate is left out if `sft_scores` lacks NAME.
         """
-        responses = self.sample_and_score(policy)
+        responses = self.sample_and_score(sampler, policy, decoding)
         rollout, scores = responses.rollout, responses.scores
         rows = [
             {"prompt": prompt, "response": response, "score": score, "kl": float(kl), "ending": ending}
@@ -85,20 +97,30 @@ class Evaluator:
         return self.compute_metrics(responses, sft_scores or scores), rows, scores
 
     @torch.no_grad()
-    def sample_and_score(self, policy: PreTrainedModel | AdapterDisabledModel) -> ScoredResponses:
-        """Sample a model's responses to the prompts, score them by every reward, and measure KL and entropy."""
-        prompts = [self.prompts[i] for i in self.world.shard_indices(len(self.prompts))]
-        model = cast(PreTrainedModel, policy)  # an AdapterDisabledModel is called like a PreTrainedModel
+    def sample_and_score(
+        self,
+        sampler: Sampler,
+        policy: PreTrainedModel | AdapterDisabledModel,
+        decoding: Decoding = nullcontext,
+    ) -> ScoredResponses:
+        """Sample responses to the prompts, score them by every reward, and measure KL and entropy of `policy` on them.
+
+        Within `decoding()` the policy's logits are those of the decoded policy, which the sampler draws from.
+        """
+        indices = self.world.shard_indices(len(self.prompts))
+        prompts = [self.prompts[i] for i in indices]
 
         def sample(microbatch: int) -> Rollout:
-            with autocast_to(policy.device, self.dtype):
-                return collect_rollout(
-                    {"policy": model}, self.tokenizer, prompts, replace(self.sampling, microbatch_size=microbatch),
-                    self.end_tokens, self.seed, Stream.evaluation, iteration=0,
-                )  # fmt: skip
+            return collect_rollout(
+                {POLICY: sampler}, self.tokenizer, prompts, replace(self.sampling, microbatch_size=microbatch),
+                self.end_tokens, self.seed, Stream.evaluation, iteration=0,
+            )  # fmt: skip
 
         rollout = self.sampling_batch.run(sample)
-        kl, entropy = self.microbatch.run(lambda size: self.compute_kl_and_entropy(policy, rollout, size))
+        plain = [self.plain_prompt_ids[i] for i in indices]
+        kl, entropy = self.microbatch.run(
+            lambda size: self.compute_kl_and_entropy(policy, rollout, plain, size, decoding)
+        )
         texts = (rollout.prompts, rollout.responses, rollout.columns)
         scores = self.world.run_on_all_ranks(
             lambda: {name: score(*texts).values for name, score in self.scores.items()}
@@ -110,7 +132,8 @@ class Evaluator:
         if self.world.size == 1:
             return responses
         parts, count = self.world.all_gather(responses), len(self.prompts)
-        rollout = concatenate_rollouts([part.rollout for part in parts], self.tokenizer.pad_token_id, count)
+        rollout = concatenate_sequences([part.rollout for part in parts], self.tokenizer.pad_token_id)
+        rollout = rollout.select_rows(torch.arange(count))
         width = rollout.mask.shape[1]
         kl, entropy = (
             torch.cat([pad_to_width(getattr(part, name), width, left=False, fill=0) for part in parts])[:count]
@@ -144,21 +167,30 @@ class Evaluator:
         return metrics | {f"eval/{name}": value for name, value in figures.items()}
 
     def compute_kl_and_entropy(
-        self, policy: PreTrainedModel | AdapterDisabledModel, rollout: Rollout, microbatch: int
+        self,
+        policy: PreTrainedModel | AdapterDisabledModel,
+        rollout: Rollout,
+        plain: list[list[int]],
+        microbatch: int,
+        decoding: Decoding = nullcontext,
     ) -> tuple[Tensor, Tensor]:
-        """Return KL(π_θ ‖ π_init) and the entropy of π_θ, exact sums over the vocabulary in nats, each [N, T]."""
+        """Return KL(π_θ ‖ π_init) and the entropy of π_θ, exact sums over the vocabulary in nats, each [N, T].
+
+        π_init reads the prompts `plain` (token ids).
+        """
         kls, entropies = [], []
         device, temperature = policy.device, self.sampling.temperature
+        plain_ids, plain_mask = pad_left(plain, self.tokenizer.pad_token_id)
         for start in range(0, len(rollout.endings), microbatch):
             part = slice(start, start + microbatch)
             mask = rollout.mask[part].to(device)
-            rows = build_padded_inputs(
-                rollout.prompt_ids[part].to(device), rollout.prompt_mask[part].to(device),
-                rollout.response_ids[part].to(device), mask,
-            )  # fmt: skip
+            tokens = (rollout.response_ids[part].to(device), mask)
+            prompts = (rollout.prompt_ids[part].to(device), rollout.prompt_mask[part].to(device))
+            plain_prompts = (plain_ids[part].to(device), plain_mask[part].bool().to(device))
             with autocast_to(device, self.dtype):
-                states, head = compute_head_inputs(policy, rows)
-                ref_states, ref_head = compute_head_inputs(self.reference, rows)
+                with decoding():
+                    states, head = compute_head_inputs(policy, build_padded_inputs(*prompts, *tokens))
+                ref_states, ref_head = compute_head_inputs(self.reference, build_padded_inputs(*plain_prompts, *tokens))
                 values = torch.empty(2, len(states), device=device)
                 for piece in split_into_chunks(len(states), policy.config.get_text_config().vocab_size):
                     logits = apply_temperature(head(states[piece]).float(), temperature)

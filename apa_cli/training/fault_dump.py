@@ -13,13 +13,13 @@ from torch import Tensor
 
 from apa_cli.distributed.world import World
 from apa_cli.errors import UserError
-from apa_cli.types import Batch, Rollout
+from apa_cli.types import Batch, Rollout, Sequences
 
 MAX_DUMPS = 20
 """Number of dumps that a run writes; later faults are only reported."""
-MODEL_OUTPUTS = ("sampler_logprobs", "init_logprobs", "ref_logprobs", "old_logprobs", "values")
+MODEL_OUTPUTS = ("logprobs", "values")
 """Fields of a rollout that models compute."""
-ALGORITHM_OUTPUTS = ("advantages", "returns", "log_normalizer")
+ALGORITHM_OUTPUTS = ("advantages", "returns", "extra")
 """Fields of a batch that an algorithm computes from scores."""
 
 
@@ -53,23 +53,26 @@ class FaultDump:
         return "" if file is None else f"; the responses are in {file}"
 
 
-def find_nonfinite(part: Rollout | Batch, names: tuple[str, ...]) -> tuple[str, Tensor] | None:
-    """Return a description of the first number that is not finite in fields [N, T], and the rows [B] with such numbers.
+def find_nonfinite(part: Sequences, names: tuple[str, ...]) -> tuple[str, Tensor] | None:
+    """Return a description of the first number that is not finite in fields [N, T] or [N], and the rows [B] with such.
 
-    Return None if all numbers are finite. Positions outside the mask are ignored.
+    Tokens outside the mask do not count; related sequences do.
     """
-    for name, tensor in iterate_tensors(part):
-        if name.partition(".")[0] in names:
-            wrong = ~tensor.isfinite() & part.mask
-            if bool(wrong.any()):
-                row, token = wrong.nonzero()[0].tolist()
-                message = f"{name} is {float(tensor[row, token])} at token {token} of response {row}"
-                return message, wrong.any(-1).nonzero().squeeze(-1)
+    for prefix, sequences in {"": part, **getattr(part, "related", {})}.items():
+        for name, tensor in iterate_tensors(sequences):
+            if name.partition(".")[0] in names and tensor.is_floating_point():
+                wrong = ~tensor.isfinite()
+                wrong = wrong & sequences.mask if wrong.dim() == 2 else wrong
+                if bool(wrong.any()):
+                    row, *token = wrong.nonzero()[0].tolist()
+                    place = f"token {token[0]} of response {row}" if token else f"response {row}"
+                    message = f"{name}{f' of {prefix}' if prefix else ''} is {float(tensor[row, *token])} at {place}"
+                    return message, (wrong.any(-1) if wrong.dim() == 2 else wrong).nonzero().squeeze(-1)
     return None
 
 
-def iterate_tensors(part: Rollout | Batch) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor with its field's name; an entry of a mapping is named as in `values.value`."""
+def iterate_tensors(part: Sequences) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of rows with its field's name; an entry of a mapping is named as in `values.value`."""
     for field in fields(part):
         value = getattr(part, field.name)
         if isinstance(value, Tensor):
@@ -91,7 +94,11 @@ def write_dump(
     tensors: dict[str, Tensor] = {}
     for prefix, part in (("rollout", rollout), ("batch", batch)):
         if part is not None:
-            tensors |= {f"{prefix}.{key}": tensor[rows].cpu().contiguous() for key, tensor in iterate_tensors(part)}
+            for suffix, sequences in {"": part, **part.related}.items():
+                tensors |= {
+                    f"{prefix}.{suffix}{'.' if suffix else ''}{key}": tensor[rows].cpu().contiguous()
+                    for key, tensor in iterate_tensors(sequences)
+                }
     save_file(tensors, folder / f"{name}.safetensors")
     responses = [describe_response(rollout, row) for row in rows.tolist()]
     file = folder / f"{name}.json"

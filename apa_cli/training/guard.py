@@ -23,15 +23,15 @@ def check_metrics(
 ) -> tuple[dict[str, str], GuardState]:
     """Return a warning for each guard key whose bound an iteration's metrics exceed, and the state after it."""
     warnings = {}
-    kl, entropy = metrics["kl/sequence"], metrics["policy/entropy"]
+    kl, entropy = metrics.get("kl/sequence"), metrics.get("policy/entropy")
     explained = metrics.get("value/explained_variance")
     blind = state.blind + 1 if explained is not None and explained <= settings.min_explained_variance else 0
-    if settings.max_kl is not None and kl > settings.max_kl:
+    if settings.max_kl is not None and kl is not None and kl > settings.max_kl:
         warnings["max_kl"] = (
             f"kl/sequence is {kl:.3g} nats, above guard.max_kl {settings.max_kl:g}: the policy is far from its "
             "reference, and its score may be meaningless. Try another lambda, a lower optimizer.lr, or stop_at_kl"
         )
-    if entropy < settings.min_entropy:
+    if entropy is not None and entropy < settings.min_entropy:
         warnings["min_entropy"] = (
             f"policy/entropy is {entropy:.3f} nats, below guard.min_entropy {settings.min_entropy:g}: the policy "
             "samples nearly the same response every time, which leaves little to learn from. Try another lambda, or a "

@@ -231,7 +231,8 @@ def release_on_failure(directory: RunDirectory) -> Iterator[None]:
 def format_resume_command(command: str, config: Config, path: Path) -> str:
     """Return the command that continues the run in `path`."""
     overrides = build_resume_overrides(config.raw, path)
-    folders = [value for flag, value in itertools.pairwise(sys.argv) if flag in ("--config-dir", "-cd")]
+    words = [part for word in sys.argv for part in (word.split("=", 1) if word.startswith("--config-dir=") else [word])]
+    folders = [value for flag, value in itertools.pairwise(words) if flag in ("--config-dir", "-cd")]
     return shlex.join([command, *overrides, *(["--config-dir", folders[0]] if folders else [])])
 
 

@@ -98,5 +98,9 @@ def _cached_matrix_rate(device: torch.device, dtype: torch.dtype, threads: int) 
 
 
 def count_tokens(batch: Batch | Rollout) -> tuple[list[int], list[int]]:
-    """Return the number of tokens of each prompt and of each response."""
-    return batch.prompt_mask.sum(-1).tolist(), batch.mask.sum(-1).tolist()
+    """Return the number of tokens of each prompt and of each response, related sequences included."""
+    parts = (batch, *batch.related.values())
+    return (
+        [count for part in parts for count in part.prompt_mask.sum(-1).tolist()],
+        [count for part in parts for count in part.mask.sum(-1).tolist()],
+    )

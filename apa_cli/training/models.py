@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from apa_cli.algorithms.base import Algorithm
 from apa_cli.errors import ConfigError
-from apa_cli.models.critic import Critic, build_critic
+from apa_cli.models.adjusted_decoding import adjust_decoding
+from apa_cli.models.critic import CriticModule, build_critic
 from apa_cli.models.forward import TrainingModel, enable_activation_checkpointing
-from apa_cli.models.loading import TORCH_DTYPES, load_merged, load_tokenizer
+from apa_cli.models.loading import TORCH_DTYPES, load_merged, load_policy, load_tokenizer
 from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapter
 from apa_cli.models.sharding import copy_gathered_weights
-from apa_cli.models.structure import freeze_all_but_top, get_trunk, make_frozen_copy
+from apa_cli.models.structure import freeze_all_but_top, get_trunk, make_frozen_copy, move_to_device
 from apa_cli.randomness import Stream, derive_torch_seed
-from apa_cli.settings import Config, CriticInit, CriticKind, Quantization
+from apa_cli.rollout.engine import Sampled
+from apa_cli.rollout.samplers import DataSampler, Draws, ModelSampler, PolicySampler, Sampler
+from apa_cli.settings import Config, CriticInit, CriticKind, DType, Quantization, SamplingSettings
+from apa_cli.types import DATA, GUIDE, INIT, POLICY, REFERENCE, Prompt
 
 ADAPTER_KEY = 1000
 """Key of the random numbers that initialize the policy's adapter; the critics' keys count from 0."""
@@ -37,6 +44,8 @@ class RunModels:
     """π_init, frozen."""
     moving_reference: PreTrainedModel | None
     """The loss's reference if it is refreshed; kl/sequence and kl/token_k3 are still against `reference`."""
+    guide: PreTrainedModel | None = None
+    """The guide of `guide.path`, frozen; None if no guide is needed or if it is π_init."""
 
     @property
     def policy(self) -> PreTrainedModel:
@@ -81,6 +90,81 @@ class RunModels:
         return self.sampler
 
 
+@dataclass
+class ReferenceSampler(Sampler):
+    """π_init as a sampler; if it is sharded, it is gathered into the policy's copy for the time of a draw."""
+
+    models: RunModels
+    tokenizer: PreTrainedTokenizerBase
+    dtype: DType
+    """Compute precision."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling settings that replace those of the run."""
+
+    def draw(
+        self,
+        prompts: list[Prompt],
+        prefixes: list[list[int]],
+        draws: Draws,
+        settings: SamplingSettings,
+        end_tokens: frozenset[int],
+    ) -> Sampled:
+        model = cast(PreTrainedModel, self.models.borrow_reference_sampler())
+        try:
+            sampler = ModelSampler(model, self.tokenizer, self.dtype, self.changes)
+            return sampler.draw(prompts, prefixes, draws, settings, end_tokens)
+        finally:
+            self.models.refresh_sampler()
+
+
+def build_samplers(config: Config, models: RunModels, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sampler]:
+    """Return the samplers that algorithm and plan need, by name, the policy's among them."""
+    dtype = config.model.dtype
+    guide = {name: getattr(config.guide, name) for name in ("temperature", "top_k", "top_p")}
+    samplers: dict[str, Sampler] = {POLICY: build_policy_sampler(config, models, tokenizer)}
+    for name in config.needs.samplers:
+        if name == DATA:
+            samplers[name] = DataSampler()
+        elif name == GUIDE and models.guide is not None:
+            samplers[name] = ModelSampler(models.guide, tokenizer, config.guide.dtype, guide)
+        elif name == REFERENCE and models.moving_reference is not None:
+            samplers[name] = ModelSampler(models.moving_reference, tokenizer, dtype)
+        elif name in (INIT, REFERENCE, GUIDE):
+            samplers[name] = ReferenceSampler(models, tokenizer, dtype, guide if name == GUIDE else {})
+        elif name != POLICY:
+            raise ConfigError(f"plan: there is no sampler {name!r}; there are policy, init, reference, guide and data")
+    return samplers
+
+
+def build_policy_sampler(config: Config, models: RunModels, tokenizer: PreTrainedTokenizerBase) -> PolicySampler:
+    """Return the sampler of the policy, which decodes with the critics if the algorithm overrides `adjust_logits`."""
+    sampler = PolicySampler(models.sampler, tokenizer, config.model.dtype)
+    if type(config.algo).adjust_logits is not Algorithm.adjust_logits:
+        if models.sampler is not models.policy:
+            raise ConfigError("launch.strategy: fsdp cannot decode with critics; give launch.strategy=ddp")
+        sampler.decoding = partial(adjust_decoding, models.model, config.algo.adjust_logits)
+    return sampler
+
+
+def load_guide(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """Load the guide of `guide.path`, frozen, if algorithm or plan need one; None if it is the run's SFT model.
+
+    Its architecture is free. Raise ConfigError if its vocabulary is not the policy's.
+    """
+    needs, path = config.needs, config.guide.path
+    is_needed = GUIDE in needs.samplers or any(GUIDE in passes for passes in needs.passes.values())
+    if not is_needed or path is None:
+        return None
+    settings = replace(
+        config.model, path=path, tokenizer=None, dtype=config.guide.dtype, quantization=Quantization.none,
+        trust_remote_code=config.guide.trust_remote_code,
+    )  # fmt: skip
+    if load_tokenizer(settings, path, "guide.path").get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"guide.path: the vocabulary of {path} is not the policy's")
+    guide = load_policy(settings, path, frozen_base=True, key="guide.path").requires_grad_(False)
+    return move_to_device(guide, policy.device)
+
+
 def build_training_model(
     config: Config, policy: PreTrainedModel
 ) -> tuple[TrainingModel, PreTrainedModel | AdapterDisabledModel]:
@@ -104,23 +188,24 @@ def build_training_model(
     if config.model.gradient_checkpointing:
         for part in (policy, *(critic.backbone for critic in critics.values() if critic.backbone is not None)):
             enable_activation_checkpointing(part)
-    return TrainingModel(policy, critics, config.sampling.temperature), reference
+    return TrainingModel(policy, critics, config.sampling.temperature, config.needs.critics), reference
 
 
-def build_critics(config: Config, policy: PreTrainedModel) -> dict[str, Critic]:
-    """Return the critics that the algorithm needs, by name."""
-    names = config.algo.needs().critics
-    trunk = load_reward_trunk(config, policy) if names and config.critic.init is CriticInit.reward else None
+def build_critics(config: Config, policy: PreTrainedModel) -> dict[str, CriticModule]:
+    """Return the critics that algorithm and plan need, by name."""
+    specs = config.needs.critics
+    has_own_network = any(spec.on == "configured" for spec in specs)
+    trunk = load_reward_trunk(config, policy) if has_own_network and config.critic.init is CriticInit.reward else None
     return {
-        name: build_critic(
+        spec.name: build_critic(
             policy,
+            spec,
             config.critic,
             config.lora,
-            name,
             derive_torch_seed(config.run.seed, Stream.initialization, number),
             trunk,
         )
-        for number, name in enumerate(names)
+        for number, spec in enumerate(specs)
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apa_cli.models.forward import TrainingModel
+from apa_cli.pool import Pool
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.training.guard import GuardState
 from apa_cli.types import State
+
+KEPT = "kept"
+"""Name of the pool `Progress.kept`, which no pool in an algorithm's state may have."""
 
 SFT_SCORE_SECTIONS = ("dataset", "reward", "sampling", "model")
 """Sections that the SFT model's held-out scores depend on, besides evaluation.seed."""
@@ -28,7 +33,11 @@ class Progress:
     """Finished iterations."""
     samples: int = 0
     """Responses sampled so far."""
+    optimizer_steps: int = 0
+    """Optimizer steps so far."""
     algorithm: State = field(default_factory=dict)
+    kept: Pool = field(default_factory=Pool)
+    """Rows of the rollout plans whose rows are sampled once per prompt."""
     sft_scores: dict[str, list[float]] = field(default_factory=dict)
     """Scores of the SFT model on the held-out prompts, by reward, see `Evaluator.evaluate`; empty before the start."""
     measured_by: str | None = None
@@ -60,6 +69,23 @@ def digest_sft_settings(raw: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_state(state: State) -> None:
+    """Raise ValueError, naming the entry's path, if a checkpoint cannot hold an algorithm's state."""
+    _, _, pools = checkpoints.split_state(state)
+    if KEPT in pools:
+        raise ValueError(f"state {KEPT}: the trainer has a pool of this name; give the algorithm's pool another key")
+
+
+def save_pools(progress: Progress, folder: Path) -> None:
+    """Bring the files of the run's pools up to date; rank 0 calls this before it writes a checkpoint.
+
+    Raise UserError if a file cannot be written.
+    """
+    _, _, pools = checkpoints.split_state(progress.algorithm)
+    for name, pool in {**pools, KEPT: progress.kept}.items():
+        pool.save(checkpoints.get_pool_file(folder, name))
+
+
 def collect_state(
     progress: Progress,
     model: TrainingModel,
@@ -68,20 +94,28 @@ def collect_state(
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Return a checkpoint's tensors by file and name, and its plain values.
 
-    Sharded tensors are gathered, so every rank must call this.
+    Sharded tensors are gathered, so every rank must call this. Raise ValueError if the algorithm's state cannot be
+    saved, see `check_state`.
     """
+    check_state(progress.algorithm)
     tensors = {
         "policy": checkpoints.gather_module_tensors(model.policy, trained_only=True),
         "critics": checkpoints.gather_module_tensors(model.critics, trained_only=True),
         "optimizer": checkpoints.gather_optimizer_tensors(optimizer),
     }
+    if targets := checkpoints.gather_module_tensors(model.targets):
+        tensors["targets"] = targets
     if moving_reference is not None:
         tensors["moving_reference"] = checkpoints.gather_module_tensors(moving_reference)
-    values = dict(vars(progress))
-    algorithm = values.pop("algorithm")
-    values["algorithm"] = {name: value for name, value in algorithm.items() if not isinstance(value, Tensor)}
-    tensors["algorithm"] = {name: value for name, value in algorithm.items() if isinstance(value, Tensor)}
-    return tensors, values
+    algorithm, of_algorithm, _ = checkpoints.split_state(progress.algorithm)
+    kept, _, _ = checkpoints.split_state({KEPT: progress.kept})
+    tensors["algorithm"] = {name: copy_for_file(tensor) for name, tensor in of_algorithm.items()}
+    return tensors, {**vars(progress), "algorithm": algorithm, **kept}
+
+
+def copy_for_file(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor that safetensors can write: contiguous, and sharing no memory."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def restore_state(
@@ -91,15 +125,30 @@ def restore_state(
     model: TrainingModel,
     optimizer: torch.optim.Optimizer,
     moving_reference: PreTrainedModel | None,
+    pools: Path,
 ) -> Progress:
     """Load what `collect_state` returned into the models and the optimizer, and return the progress.
 
     `initial` supplies entries of the algorithm's state that the checkpoint lacks: a fork may change the algorithm.
+    `pools` is the folder of pools of the run that the checkpoint belongs to.
     """
     checkpoints.load_module(model.policy, tensors["policy"], trained_only=True)
     checkpoints.load_module(model.critics, tensors["critics"], trained_only=True)
+    restore_targets(model, tensors.get("targets"))
     checkpoints.load_optimizer(optimizer, tensors["optimizer"])
     if moving_reference is not None and "moving_reference" in tensors:  # a fork's reference may not have moved yet
         checkpoints.load_module(moving_reference, tensors["moving_reference"])
-    algorithm = {**initial, **values["algorithm"], **tensors["algorithm"]}
-    return Progress(**{**values, "algorithm": algorithm})
+    # Checkpoints from before nested states have the state's tensors in the file alone, without markers.
+    unmarked = {name: tensor for name, tensor in tensors["algorithm"].items() if "/" not in name}
+    values = checkpoints.join_state(values, tensors["algorithm"], pools)
+    return Progress(**{**values, "algorithm": {**initial, **unmarked, **values["algorithm"]}})
+
+
+def restore_targets(model: TrainingModel, saved: dict[str, Tensor] | None) -> None:
+    """Load the critics' Polyak copies, or copy the restored critics if the checkpoint has no copies."""
+    if not model.targets:
+        return
+    if saved is None:
+        tensors = checkpoints.gather_module_tensors(model.critics)
+        saved = {name: tensors[name] for name in checkpoints.collect_tensors(model.targets, trained_only=False)}
+    checkpoints.load_module(model.targets, saved)

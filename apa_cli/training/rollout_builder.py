@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,19 +14,48 @@ from transformers import PreTrainedModel
 
 from apa_cli.datasets.base import shuffle_rows
 from apa_cli.distributed.world import SINGLE_PROCESS, World
+from apa_cli.errors import UserError
 from apa_cli.hardware.oom import BatchSizeHalver
 from apa_cli.models.forward import autocast_to, compute_response_logprobs
 from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.randomness import Stream, make_generator
-from apa_cli.rollout.collect import collect_rollout, concatenate_rollouts
-from apa_cli.rollout.engine import LENGTH
+from apa_cli.rewards.base import CheckedScoreFunction, Scores
+from apa_cli.rollout.collect import collect_rollout, concatenate_sequences
+from apa_cli.rollout.engine import LENGTH, pad_left, pad_right
+from apa_cli.rollout.samplers import PolicySampler, Sampler
 from apa_cli.settings import Config, PenaltySettings
 from apa_cli.tensor_ops import masked_mean
 from apa_cli.training.mfu import PhaseHook
 from apa_cli.training.models import RunModels
+from apa_cli.training.responses_per_prompt import ResponsesPerPrompt
 from apa_cli.training.updater import split_into_microbatches
-from apa_cli.types import Example, Prompt, Rollout, Sequences
+from apa_cli.types import (
+    DATA,
+    GUIDE,
+    INIT,
+    OLD,
+    POLICY,
+    REFERENCE,
+    RESPONSE,
+    SAMPLER,
+    TARGET,
+    Example,
+    Prompt,
+    Rollout,
+    RolloutPlan,
+    Sequences,
+    State,
+)
+
+
+@dataclass(frozen=True)
+class RolloutShard:
+    """This rank's responses of an iteration, and their places among those of all ranks."""
+
+    rollout: Rollout
+    positions: Tensor
+    """[n] int64, place of each response in the rollout batch of all ranks; equal on two ranks if both sampled it."""
 
 
 @dataclass
@@ -33,6 +64,8 @@ class RolloutBuilder:
 
     config: Config
     models: RunModels
+    samplers: Mapping[str, Sampler]
+    """The samplers that plans may name, "policy" among them."""
     prompt_format: PromptFormat
     end_tokens: frozenset[int]
     examples: list[Example]
@@ -42,93 +75,300 @@ class RolloutBuilder:
     """Sequences per forward pass."""
     device: torch.device
     world: World = SINGLE_PROCESS
+    kept: ResponsesPerPrompt = field(default_factory=ResponsesPerPrompt)
+    """Responses of the plans that sample once per prompt."""
 
-    def sample(self, iteration: int) -> tuple[Rollout, float]:
-        """Sample this rank's shard of an iteration's responses; return it with the share of truncated prompts."""
+    @property
+    def policy_sampler(self) -> PolicySampler:
+        """The sampler of the policy under training."""
+        return cast(PolicySampler, self.samplers[POLICY])
+
+    # --- sampling -------------------------------------------------------------------------------------------
+
+    def sample(self, iteration: int, state: State) -> tuple[RolloutShard, float]:
+        """Sample this rank's shard of an iteration's responses; return it with the share of truncated prompts.
+
+        `state` is the algorithm's.
+        """
+        rng = make_generator(self.config.run.seed, Stream.plan, iteration)
+        plans = self.config.plan.rollout(iteration, rng, state)
+        parts, positions, start, number = [], [], 0, 0
+        truncated_rate = 0.0
+        for index, plan in enumerate(plans):
+            samples = plan.samples or self.config.run.samples_per_prompt
+            prompts, rate = self.select_prompts(iteration, plan, samples, first_sample=number)
+            truncated_rate = rate if index == 0 else truncated_rate
+            number += 0 if plan.once_per_prompt else samples
+            shard = self.world.shard_indices(len(prompts))
+            if shard:
+                rollout = self.sample_responses([prompts[i] for i in shard], iteration, plan)
+                parts.append(rollout.replace(plan_index=torch.full_like(rollout.plan_index, index)))
+                positions += [start + i for i in shard]
+            start += len(prompts)
+        pad = self.prompt_format.tokenizer.pad_token_id
+        rollout = concatenate_sequences(parts, pad).replace(plans=plans)
+        return RolloutShard(rollout, torch.tensor(positions)), truncated_rate
+
+    def sample_responses(self, prompts: list[Prompt], iteration: int, plan: RolloutPlan) -> Rollout:
+        """Return a response to each prompt under a plan."""
         run, settings = self.config.run, self.config.sampling
-        prompts, truncated_rate = self.select_prompts(iteration)
-        plan = self.config.algo.plan(iteration, make_generator(run.seed, Stream.plan, iteration))
-        shard = [prompts[i] for i in self.world.shard_indices(len(prompts))]
+        stream, number = (Stream.once_per_prompt, 0) if plan.once_per_prompt else (Stream.rollout, iteration)
 
         def attempt(microbatch: int) -> Rollout:
-            with autocast_to(self.device, self.config.model.dtype):
-                return collect_rollout(
-                    {"policy": self.models.sampler}, self.prompt_format.tokenizer, shard,
-                    replace(settings, microbatch_size=microbatch), self.end_tokens, run.seed, Stream.rollout,
-                    iteration, plan,
-                )  # fmt: skip
+            return collect_rollout(
+                self.samplers, self.prompt_format.tokenizer, prompts, replace(settings, microbatch_size=microbatch),
+                self.end_tokens, run.seed, stream, number, plan,
+            )  # fmt: skip
 
-        return self.sampling_batch.run(attempt), truncated_rate
+        return self.sampling_batch.run(attempt)
 
-    def select_prompts(self, iteration: int) -> tuple[list[Prompt], float]:
-        """Return an iteration's prompts, each `samples_per_prompt` times, and the share that was truncated."""
-        run, longest = self.config.run, self.config.sampling.max_prompt_tokens
-        count = run.rollout_batch_size // run.samples_per_prompt
-        rows = shuffle_rows((iteration - 1) * count, count, len(self.examples), run.seed)
+    def select_prompts(
+        self, iteration: int, plan: RolloutPlan, samples: int, first_sample: int = 0
+    ) -> tuple[list[Prompt], float]:
+        """Return an iteration's prompts, each `samples` times, and the share that was truncated.
+
+        Under a plan that samples once per prompt, only prompts without responses so far; their place is then the row of
+        the data set, so that the responses do not depend on when the prompt first comes up.
+        """
+        rows = self.list_rows(iteration)
+        places = list(enumerate(rows))
+        if plan.once_per_prompt:
+            places = [(row, row) for row in dict.fromkeys(rows) if not self.kept.has(plan, row)]
         prompts: list[Prompt] = []
         truncated = 0
-        for place, row in enumerate(rows):
-            for number in range(run.samples_per_prompt):
-                prompt, is_truncated = self.prompt_format.encode_prompt(self.examples[row], place, number, longest)
+        for place, row in places:
+            for number in range(first_sample, first_sample + samples):
+                prompt, is_truncated = self.encode_prompt(row, iteration, place, number)
                 prompts.append(prompt)
                 truncated += is_truncated
-        return prompts, truncated / len(prompts)
+        return prompts, truncated / len(prompts) if prompts else 0.0
+
+    def list_rows(self, iteration: int) -> list[int]:
+        """Return the rows of the data set whose prompts are those of an iteration."""
+        run = self.config.run
+        count = run.rollout_batch_size // run.samples_per_prompt
+        return shuffle_rows((iteration - 1) * count, count, len(self.examples), run.seed)
+
+    def encode_prompt(self, row: int, iteration: int, place: int, number: int) -> tuple[Prompt, bool]:
+        """Return the prompt of a row of the data set, with the logged response if one is needed, and if it was cut."""
+        example, longest = self.examples[row], self.config.sampling.max_prompt_tokens
+        instructed = self.config.algo.instruct(example, iteration)
+        prompt, is_truncated = self.prompt_format.encode_instructed(example, instructed, place, number, longest)
+        prompt = replace(prompt, example_index=row)
+        text = example.chosen if example.response is None else example.response
+        if DATA not in self.samplers or text is None:
+            return prompt, is_truncated
+        ids = self.prompt_format.encode_response(instructed, text, self.config.sampling.max_new_tokens)
+        return replace(prompt, response_ids=ids, score=example.score), is_truncated
+
+    # --- the whole rollout ----------------------------------------------------------------------------------
+
+    def score(self, rollout: Rollout, score: CheckedScoreFunction) -> Scores:
+        """Return the scores of this rank's responses: the reward's, or the data set's own of its logged responses.
+
+        If the data set gives some of them, there are no scores of the reward's parts and none per token.
+        """
+        logged = [self.find_logged_score(rollout, i) for i in range(len(rollout))]
+        rest = [i for i, value in enumerate(logged) if value is None]
+        if not rest:
+            return Scores([value for value in logged if value is not None])
+        prompts, responses = [rollout.prompts[i] for i in rest], [rollout.responses[i] for i in rest]
+        scores = score(prompts, responses, [rollout.columns[i] for i in rest])
+        if len(rest) == len(logged):
+            return scores
+        by_row = dict(zip(rest, scores.values, strict=True))
+        return Scores([by_row[i] if value is None else value for i, value in enumerate(logged)])
+
+    def find_logged_score(self, rollout: Rollout, row: int) -> float | None:
+        """Return the data set's score of a response, or None if it has none or the response is not all its own."""
+        plan = rollout.plans[int(rollout.plan_index[row])]
+        is_logged = plan.roll_in == DATA and plan.roll_out is None
+        return self.examples[int(rollout.example_index[row])].score if is_logged else None
+
+    def gather(self, shard: RolloutShard, scores: Scores) -> tuple[Rollout, Mapping[str, list[float]]]:
+        """Return the scored rollout of all ranks, and the scores of a reward's parts."""
+        rollout = shard.rollout.replace(
+            scores=torch.tensor(scores.values, dtype=torch.float32), token_scores=build_token_scores(scores, shard)
+        )
+        if self.world.size == 1:
+            return rollout, scores.parts
+        shards = self.world.all_gather((rollout, shard.positions, scores.parts))
+        pad = self.prompt_format.tokenizer.pad_token_id
+        positions = torch.cat([positions for _, positions, _ in shards])
+        order = positions.argsort(stable=True)
+        is_first = torch.ones_like(order, dtype=torch.bool)
+        is_first[1:] = positions[order][1:] != positions[order][:-1]
+        order = order[is_first]
+        parts = {name: [value for *_, part in shards for value in part[name]] for name in scores.parts}
+        return (
+            concatenate_sequences([rollout for rollout, *_ in shards], pad).select_rows(order),
+            {name: [values[i] for i in order.tolist()] for name, values in parts.items()},
+        )
+
+    def complete(self, iteration: int, rollout: Rollout) -> Rollout:
+        """Return the whole scored rollout with the kept responses to its prompts, the related texts and the masks."""
+        tokenizer = self.prompt_format.tokenizer
+        for index, plan in enumerate(rollout.plans):
+            if plan.once_per_prompt:
+                fresh = (rollout.plan_index == index).nonzero().squeeze(-1)
+                self.kept.add(plan, rollout.select_rows(fresh))
+                prompts = [
+                    self.encode_prompt(row, iteration, place, 0)[0]
+                    for place, row in enumerate(self.list_rows(iteration))
+                ]
+                again = self.kept.build_rollout(plan, prompts, tokenizer, self.config.sampling)
+                others = rollout.select_rows((rollout.plan_index != index).nonzero().squeeze(-1))
+                again = again.replace(
+                    plans=rollout.plans, plan_index=torch.full_like(again.plan_index, index),
+                )  # fmt: skip
+                rollout = concatenate_sequences([others, again], tokenizer.pad_token_id)
+        texts = {name: self.encode_texts(rollout, name, iteration) for name in self.config.needs.texts}
+        examples = [self.examples[row] for row in rollout.example_index.tolist()]
+        rollout = rollout.replace(related=texts, examples=examples)
+        return rollout.replace(masks=self.config.plan.masks(rollout))
+
+    def encode_texts(self, rollout: Rollout, name: str, iteration: int) -> Sequences:
+        """Return a column of texts of the data set as responses to the rows' prompts; no token if a row has none.
+
+        Raise UserError if no row of the rollout has the column.
+        """
+        examples = [self.examples[row] for row in rollout.example_index.tolist()]
+        texts = [getattr(example, name, None) or example.columns.get(name) for example in examples]
+        if not any(texts):
+            raise UserError(f"dataset: no row has {name!r}, which the algorithm needs")
+        longest = self.config.sampling.max_new_tokens
+        rows = [
+            self.prompt_format.encode_response(self.config.algo.instruct(example, iteration), str(text), longest)
+            if text
+            else []
+            for example, text in zip(examples, texts, strict=True)
+        ]
+        return self.build_sequences(rollout.prompt_ids, rollout.prompt_mask, rows)
+
+    def encode(self, example: Example, response_ids: list[int]) -> Sequences:
+        """Return one row: the example's prompt as the policy reads it and a response, off-policy (`types.Encode`)."""
+        longest = self.config.sampling.max_prompt_tokens
+        prompt, _ = self.prompt_format.encode_prompt(example, 0, 0, longest)
+        ids, mask = pad_left([prompt.token_ids], self.prompt_format.tokenizer.pad_token_id)
+        return self.build_sequences(ids, mask.bool(), [response_ids])
+
+    def build_sequences(self, prompt_ids: Tensor, prompt_mask: Tensor, responses: list[list[int]]) -> Sequences:
+        """Return off-policy rows of these prompts [N, P] and responses (token ids)."""
+        width = max(1, *map(len, responses))
+        mask = pad_right([[1] * len(row) for row in responses], 0, width, torch.bool)
+        return Sequences(
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            response_ids=pad_right(responses, self.prompt_format.tokenizer.pad_token_id, width, torch.int64),
+            mask=mask,
+            on_policy=torch.zeros_like(mask),
+        )
+
+    # --- forward passes -------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def run_forward_passes(self, rollout: Rollout, phase: PhaseHook = nullcontext) -> Rollout:
-        """Return the rollout with the references' log-probs, and the values and old log-probs that the algorithm needs.
+        """Return the whole rollout with the log-probs and values that the algorithm and kl/* need, on every rank.
 
-        The phases are "reference", "moving reference", "old log-probs" and "critic NAME".
+        Each rank computes a shard. The phases are "reference", "moving reference", "guide", "old log-probs" and
+        "critic NAME".
         """
-        models, needs = self.models, self.config.algo.needs()
-        with phase("reference"):
-            init = self.compute_logprobs(models.reference, rollout)
-        anchor, old, values = init, None, {}
-        if models.moving_reference is not None:
-            with phase("moving reference"):
-                anchor = self.compute_logprobs(models.moving_reference, rollout)
-        if needs.old_logprobs:
-            with phase("old log-probs"):
-                old = self.compute_per_token(rollout, lambda part: models.model(part, critics=()).logprobs)
-        for name in needs.critics:
-            with phase(f"critic {name}"):
-                values[name] = self.compute_values(name, rollout)
-        return rollout.replace(init_logprobs=init, ref_logprobs=anchor, old_logprobs=old, values=values)
+        if not len(rollout):
+            return rollout
+        shard = torch.tensor(self.world.shard_indices(len(rollout)))
+        names = {RESPONSE: rollout, **rollout.related}
+        computed = {
+            name: self.compute_passes(sequences, self.list_passes(name, sequences), shard, phase)
+            for name, sequences in names.items()
+        }
+        gathered = self.world.all_gather(computed)
+        complete: dict[str, Sequences] = {}
+        for name, sequences in names.items():
+            logprobs, values = dict(sequences.logprobs), dict(sequences.values)
+            for quantity in computed[name]:
+                tensor = torch.cat([rank[name][quantity] for rank in gathered])[: len(rollout)]
+                (logprobs if quantity in LOGPROBS else values)[quantity] = tensor
+            if self.models.moving_reference is None and INIT in logprobs and REFERENCE in logprobs:
+                logprobs[REFERENCE] = logprobs[INIT]  # `compute_kl_metrics` compares them by identity
+            complete[name] = sequences.replace(logprobs=logprobs, values=values)
+        own = complete.pop(RESPONSE)
+        return rollout.replace(logprobs=own.logprobs, values=own.values, related=complete)
 
-    def compute_logprobs(self, model: PreTrainedModel | AdapterDisabledModel, rollout: Rollout) -> Tensor:
+    def list_passes(self, name: str, sequences: Sequences) -> list[str]:
+        """Return what is computed for a sequence before the update: the algorithm's needs, and those of kl/*."""
+        passes = list(self.config.needs.passes.get(name, ()))
+        if self.config.reference.log_kl and bool(sequences.on_policy.any()):
+            passes += [INIT] if self.models.moving_reference is None else [INIT, REFERENCE]
+        return list(dict.fromkeys(passes))
+
+    def compute_passes(
+        self, sequences: Sequences, passes: list[str], rows: Tensor, phase: PhaseHook
+    ) -> dict[str, Tensor]:
+        """Return log-probs and values [n, T] float32 of the rows [n], by the names in `passes`."""
+        names = ("prompt_ids", "prompt_mask", "response_ids", "mask", "on_policy")
+        part = Sequences(**{name: getattr(sequences, name)[rows] for name in names})
+        models, computed = self.models, {}
+        if INIT in passes or (REFERENCE in passes and models.moving_reference is None):
+            with phase("reference"):
+                computed[INIT] = self.compute_logprobs(models.reference, part)
+        if REFERENCE in passes and models.moving_reference is None:
+            computed[REFERENCE] = computed[INIT]
+        elif REFERENCE in passes:
+            assert models.moving_reference is not None
+            with phase("moving reference"):
+                computed[REFERENCE] = self.compute_logprobs(models.moving_reference, part)
+        if GUIDE in passes:
+            with phase("guide"):
+                computed[GUIDE] = self.compute_logprobs(models.guide or models.reference, part)
+        if OLD in passes:
+            with phase("old log-probs"):
+                computed[OLD] = self.compute_per_token(part, lambda micro: models.model(micro, critics=()).logprobs)
+        for name in passes:
+            if name not in LOGPROBS:
+                with phase(f"critic {name}"):
+                    computed[name] = self.compute_per_token(part, partial(self.compute_values, name))
+        return {name: tensor for name, tensor in computed.items() if name in passes}
+
+    def compute_logprobs(self, model: PreTrainedModel | AdapterDisabledModel, sequences: Sequences) -> Tensor:
         """Return log π of a model for the response tokens, [N, T] float32."""
         temperature = self.config.sampling.temperature
-        return self.compute_per_token(rollout, lambda part: compute_response_logprobs(model, part, temperature))
+        return self.compute_per_token(sequences, lambda part: compute_response_logprobs(model, part, temperature))
 
-    def compute_values(self, critic: str, rollout: Rollout) -> Tensor:
-        """Return a critic's value before each response token, [N, T] float32."""
-        model = self.models.model
-        return self.compute_per_token(
-            rollout, lambda part: model(part, with_policy=False, critics=(critic,)).values[critic]
-        )
+    def compute_values(self, critic: str, part: Sequences) -> Tensor:
+        """Return the value of a critic, or of its Polyak copy, for each response token of a microbatch [B, T]."""
+        name = critic.removesuffix(TARGET)
+        return self.models.model(part, with_policy=False, critics=(name, critic)).values[critic]
 
-    def compute_per_token(self, rollout: Rollout, compute: Callable[[Sequences], Tensor]) -> Tensor:
+    def compute_per_token(self, sequences: Sequences, compute: Callable[[Sequences], Tensor]) -> Tensor:
         """Return a forward pass's result per token, [N, T] float32, computed in microbatches of similar length."""
-        tensors = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.mask)
 
         def attempt(microbatch: int) -> Tensor:
-            result = torch.zeros(rollout.mask.shape)
-            for rows in split_into_microbatches(rollout, microbatch):
+            result = torch.zeros(sequences.mask.shape)
+            for rows in split_into_microbatches(sequences, microbatch):
                 with autocast_to(self.device, self.config.model.dtype):
-                    part = Sequences(*(tensor[rows].to(self.device) for tensor in tensors))
+                    part = sequences.select_rows(rows).map_rows(lambda tensor: tensor.to(self.device))
                     result[rows] = compute(part).float().cpu()
             return result
 
         return self.microbatch.run(attempt)
 
-    def gather(self, rollout: Rollout, parts: Mapping[str, list[float]]) -> tuple[Rollout, Mapping[str, list[float]]]:
-        """Return the whole rollout, and the scores of a reward's parts, from the shards of all ranks."""
-        if self.world.size == 1:
-            return rollout, parts
-        rollouts, scores = zip(*self.world.all_gather((rollout, parts)), strict=True)
-        count = self.config.run.rollout_batch_size
-        all_parts = {name: [value for share in scores for value in share[name]][:count] for name in parts}
-        return concatenate_rollouts(list(rollouts), self.prompt_format.tokenizer.pad_token_id, count), all_parts
+
+LOGPROBS = (INIT, REFERENCE, GUIDE, OLD)
+"""The passes that compute log-probs; all others compute values of the critic of that name."""
+
+
+def build_token_scores(scores: Scores, shard: RolloutShard) -> Tensor | None:
+    """Return the scores per token [n, T] float32, 0 outside the mask; None if the reward gives none.
+
+    Raise UserError if a response has another number of them than of tokens.
+    """
+    if scores.token_scores is None:
+        return None
+    mask = shard.rollout.mask
+    for i, (row, length) in enumerate(zip(scores.token_scores, mask.sum(-1).tolist(), strict=True)):
+        if len(row) != length:
+            raise UserError(f"reward: response {i} has {length} tokens, but {len(row)} token_scores")
+    return pad_right(scores.token_scores, 0.0, mask.shape[1], torch.float32)
 
 
 def compute_penalties(rollout: Rollout, settings: PenaltySettings) -> Tensor | None:
@@ -149,9 +389,10 @@ def subtract_penalties(rollout: Rollout, penalties: Tensor | None) -> Rollout:
 def compute_sampler_gap(rollout: Rollout) -> dict[str, float]:
     """Return policy/sampler_gap, the mean |log-prob of the training forward pass − log-prob of the sampler|, in nats.
 
-    Return {} without old log-probs; the updater then measures the gap.
+    Over the tokens that the present policy sampled. Return {} without old log-probs; the updater then measures the gap.
     """
-    if rollout.old_logprobs is None:
+    old = rollout.logprobs.get(OLD)
+    if old is None or not bool(rollout.on_policy.any()):
         return {}
-    gap = (rollout.sampler_logprobs - rollout.old_logprobs).abs()
-    return {"policy/sampler_gap": float(masked_mean(gap, rollout.mask))}
+    gap = (rollout.get_logprobs(SAMPLER) - old).abs()
+    return {"policy/sampler_gap": float(masked_mean(gap, rollout.on_policy))}

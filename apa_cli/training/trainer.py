@@ -10,17 +10,20 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from apa_cli.distributed.world import SINGLE_PROCESS, RankLost, World
 from apa_cli.errors import UserError
 from apa_cli.hardware.machine import read_peak_memory
+from apa_cli.randomness import Stream, make_generator
 from apa_cli.rewards.base import CheckedScoreFunction
-from apa_cli.rollout.statistics import compute_rollout_metrics
+from apa_cli.rollout.samplers import ModelSampler
+from apa_cli.rollout.statistics import compute_kl_metrics, compute_sampling_metrics
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory
@@ -34,7 +37,15 @@ from apa_cli.training.fault_dump import FaultDump
 from apa_cli.training.guard import GuardState, check_metrics, select_new_warnings
 from apa_cli.training.mfu import PhaseHook, Stopwatch, UpdateMeter
 from apa_cli.training.models import RunModels
-from apa_cli.training.progress import Progress, collect_state, digest_sft_settings, restore_state
+from apa_cli.training.progress import (
+    Progress,
+    check_state,
+    collect_state,
+    digest_sft_settings,
+    restore_state,
+    save_pools,
+)
+from apa_cli.training.responses_per_prompt import ResponsesPerPrompt
 from apa_cli.training.results import plot_run, report_results, save_models
 from apa_cli.training.rollout_builder import RolloutBuilder, compute_penalties, compute_sampler_gap, subtract_penalties
 from apa_cli.training.updater import NonFiniteUpdate, Updater
@@ -48,8 +59,12 @@ PLOT_SECONDS = 30
 class IterationResult:
     """Data of a finished iteration, and its metrics except those of time and memory."""
 
+    sampled: Rollout
+    """The responses of the iteration as sampled and scored, before penalties and `process_rollout`."""
     rollout: Rollout
-    batch: Batch
+    """The rows to train on, with what was computed for them before the update."""
+    batch: Batch | None
+    """None if there was no row to train on."""
     metrics: dict[str, float]
 
 
@@ -88,7 +103,8 @@ class Trainer:
         """
         self.stopping.listen()
         if not self.progress.sft_scores:
-            self.progress.algorithm = self.config.algo.initial_state()
+            self.set_progress(replace(self.progress, algorithm=self.config.algo.initial_state()))
+            check_state(self.progress.algorithm)
             self.progress.measured_by = digest_sft_settings(self.config.raw)
             self.log(self.evaluate())
         if self.progress.unrecorded is not None:
@@ -97,8 +113,8 @@ class Trainer:
             start_time = time.monotonic()
             metrics = self.run_iteration(self.progress.iteration + 1)
             self.progress.iteration += 1
-            self.progress.samples = self.progress.iteration * self.config.run.rollout_batch_size
-            self.progress.kl = metrics["kl/sequence"]
+            self.progress.optimizer_steps = self.updater.steps
+            self.progress.kl = metrics.get("kl/sequence", self.progress.kl)
             self.finish_iteration(metrics, start_time)
         if not self.world.broadcast_from_main(self.has_current_evaluation):
             self.log(self.evaluate())
@@ -131,15 +147,14 @@ class Trainer:
             "time/prepare_s": seconds["prepare"],
             "time/update_s": seconds["update"] + seconds["refresh"],
         }
-        rollout, total = result.rollout, sum(times.values())
+        total, batch = sum(times.values()), result.batch
+        utilization = 0.0 if batch is None else self.update_meter.compute_utilization(batch, times["time/update_s"])
         return {
-            **compute_rollout_metrics(rollout),
             **result.metrics,
-            **compute_sampler_gap(rollout),
             **times,
-            "throughput/samples_per_s": len(rollout.endings) / total,
-            "throughput/tokens_per_s": int(rollout.mask.sum()) / total,
-            "throughput/mfu": self.update_meter.compute_utilization(result.batch, times["time/update_s"]),
+            "throughput/samples_per_s": len(result.sampled) / total,
+            "throughput/tokens_per_s": int(result.sampled.mask.sum()) / total,
+            "throughput/mfu": utilization,
             "memory/peak_gib": max(self.world.all_gather(read_peak_memory(self.device))) / 2**30,
         }
 
@@ -150,35 +165,58 @@ class Trainer:
         phase too, see `RolloutBuilder.run_forward_passes`.
         """
         with phase("sampling"):
-            rollout, truncated_rate = self.rollout_builder.sample(iteration)
+            shard, truncated_rate = self.rollout_builder.sample(iteration, self.progress.algorithm)
         with phase("reward"), self.save_on_reward_failure():
-            scores = self.world.run_on_all_ranks(
-                lambda: self.score(rollout.prompts, rollout.responses, rollout.columns)
-            )
-            rollout = rollout.replace(scores=torch.tensor(scores.values, dtype=torch.float32))
+            scores = self.world.run_on_all_ranks(lambda: self.rollout_builder.score(shard.rollout, self.score))
         with phase("prepare"):
-            rollout, parts = self.rollout_builder.gather(
-                self.rollout_builder.run_forward_passes(rollout, phase), scores.parts
-            )
+            sampled, parts = self.rollout_builder.gather(shard, scores)
+            rollout, penalties = self.process_rollout(iteration, sampled)
+            rollout = self.rollout_builder.run_forward_passes(rollout, phase)
             self.faults.check_rollout(iteration, rollout)
-            penalties = compute_penalties(rollout, self.config.penalty)
-            penalized = subtract_penalties(rollout, penalties)
-            batch, self.progress.algorithm = self.config.algo.prepare(penalized, self.progress.algorithm)
-            self.faults.check_batch(iteration, rollout, batch)
+            batch = self.prepare(iteration, rollout)
         with phase("update"):
-            update_metrics = self.update(iteration, rollout, batch)
+            update_metrics = {} if batch is None else self.update(iteration, rollout, batch)
         with phase("refresh"):
-            self.models.refresh_sampler()
+            self.refresh_samplers()
             if is_due(self.config.reference.refresh_every, iteration):
                 self.models.refresh_moving_reference()
+        rows = find_iteration_rows(sampled)
         metrics = {
-            **{f"reward/mean/{name}": sum(part) / len(part) for name, part in parts.items()},
-            **({} if penalties is None else {"reward/penalty": float(penalties.mean())}),
+            **compute_sampling_metrics(sampled.select_rows(rows)),
+            **compute_kl_metrics(rollout),
+            **{f"reward/mean/{name}": sum(part[i] for i in rows.tolist()) / len(rows) for name, part in parts.items()},
+            **({} if penalties is None else {"reward/penalty": float(penalties[rows].mean())}),
             "prompt/truncated_rate": truncated_rate,
-            **batch.metrics,
+            **({} if batch is None else batch.metrics),
             **update_metrics,
+            **compute_sampler_gap(rollout),
         }
-        return IterationResult(rollout, batch, metrics)
+        self.progress.samples += len(sampled)
+        return IterationResult(sampled, rollout, batch, metrics)
+
+    def process_rollout(self, iteration: int, sampled: Rollout) -> tuple[Rollout, Tensor | None]:
+        """Return the rows to train on, as the algorithm makes them of the scored responses, and the penalties [N]."""
+        algorithm, seed = self.config.algo, self.config.run.seed
+        penalties = compute_penalties(sampled, self.config.penalty)
+        rollout = self.rollout_builder.complete(iteration, subtract_penalties(sampled, penalties))
+        rng = make_generator(seed, Stream.process_rollout, iteration)
+        rollout, self.progress.algorithm = algorithm.process_rollout(
+            rollout, self.progress.algorithm, rng, self.rollout_builder.encode
+        )
+        return rollout, penalties
+
+    def prepare(self, iteration: int, rollout: Rollout) -> Batch | None:
+        """Return the batch to train on; None if there is no row."""
+        if not len(rollout):
+            return None
+        batch, self.progress.algorithm = self.config.algo.prepare(rollout, self.progress.algorithm)
+        self.faults.check_batch(iteration, rollout, batch)
+        return batch
+
+    def refresh_samplers(self) -> None:
+        """Let the samplers that depend on the model under training follow it."""
+        for sampler in self.rollout_builder.samplers.values():
+            sampler.refresh(self.models.model)
 
     def update(self, iteration: int, rollout: Rollout, batch: Batch) -> dict[str, float]:
         """Run the updates of an iteration and return their metrics.
@@ -237,7 +275,10 @@ class Trainer:
         if any(len(scores) != len(self.evaluator.prompts) for scores in self.progress.sft_scores.values()):
             self.rescore_sft_model()
         with self.save_on_reward_failure():
-            metrics, rows, scores = self.evaluator.evaluate(self.models.sampler, self.progress.sft_scores)
+            sampler = self.rollout_builder.policy_sampler
+            metrics, rows, scores = self.evaluator.evaluate(
+                sampler, sampler.model, self.progress.sft_scores, sampler.decoding
+            )
         if faults := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
             raise UserError(f"evaluation after iteration {self.progress.iteration}: {', '.join(faults)}")
         self.progress.sft_scores = self.progress.sft_scores or scores
@@ -252,8 +293,10 @@ class Trainer:
     def rescore_sft_model(self) -> None:
         """Score the SFT model again and forget the best score, after a resume with settings that change scores."""
         with self.save_on_reward_failure():
-            sampler = self.models.borrow_reference_sampler()
-            self.progress.sft_scores = self.evaluator.sample_and_score(sampler).scores
+            reference = self.models.borrow_reference_sampler()
+            tokenizer = self.rollout_builder.prompt_format.tokenizer
+            sampler = ModelSampler(cast(PreTrainedModel, reference), tokenizer, self.config.model.dtype)
+            self.progress.sft_scores = self.evaluator.sample_and_score(sampler, reference).scores
         self.models.refresh_sampler()
         self.progress.measured_by = digest_sft_settings(self.config.raw)
         self.progress.forget_best()
@@ -333,6 +376,12 @@ class Trainer:
         """Return the overrides that continue this run."""
         return shlex.join(build_resume_overrides(self.config.raw, self.directory.path))
 
+    def set_progress(self, progress: Progress) -> None:
+        """Set the progress of the run, in the parts of the trainer that share its state too."""
+        self.progress = progress
+        self.updater.steps = progress.optimizer_steps
+        self.rollout_builder.kept = ResponsesPerPrompt(progress.kept)
+
     # --- checkpoints and results ----------------------------------------------------------------------------
 
     def is_checkpoint_due(self) -> bool:
@@ -352,6 +401,7 @@ class Trainer:
         )
         if not self.world.is_main:
             return
+        save_pools(self.progress, self.directory.pools)
         values["wandb_id"] = self.tracker.wandb_id
         path = checkpoints.save_checkpoint(self.directory.checkpoints, self.progress.iteration, tensors, values)
         self.prune_checkpoints()
@@ -364,14 +414,17 @@ class Trainer:
         best = self.progress.best_iteration if settings.keep_best else None
         checkpoints.prune_checkpoints(self.directory.checkpoints, settings.keep_last, best)
 
-    def restore_checkpoint(self, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
-        """Restore the state that `save_checkpoint` saved."""
+    def restore_checkpoint(
+        self, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], directory: RunDirectory
+    ) -> None:
+        """Restore the state that `save_checkpoint` saved in the run of `directory`, of which this run may be a fork."""
         values = {name: value for name, value in values.items() if name != "wandb_id"}
-        self.progress = restore_state(
+        progress = restore_state(
             tensors, values, self.config.algo.initial_state(), self.models.model, self.updater.optimizer,
-            self.models.moving_reference,
+            self.models.moving_reference, directory.pools,
         )  # fmt: skip
-        self.models.refresh_sampler()
+        self.set_progress(progress)
+        self.refresh_samplers()
         if self.progress.measured_by != digest_sft_settings(self.config.raw):
             self.rescore_sft_model()
 
@@ -386,6 +439,12 @@ class Trainer:
         save_models(self.directory.path, policy, critics, self.models.model, tokenizer, self.config.model.resolved_path)
         plot_run(self.directory, self.console)
         report_results(self.directory, self.console, self.progress, self.config.evaluation.print_samples)
+
+
+def find_iteration_rows(rollout: Rollout) -> Tensor:
+    """Return the rows, int64 [n], of responses for this iteration alone, without those that are kept for later ones."""
+    is_kept = torch.tensor([plan.once_per_prompt for plan in rollout.plans])[rollout.plan_index]
+    return (~is_kept).nonzero().squeeze(-1)
 
 
 def is_due(every: int, iteration: int) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,24 @@ from apa_cli.models.sharding import gather_full_tensor
 from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.settings import DType, LRScheduler, OptimizerSettings, RunSettings, UpdateOrder
 from apa_cli.tensor_ops import masked_sum
-from apa_cli.types import Batch, Rollout
+from apa_cli.types import (
+    OLD,
+    POLICY,
+    RESPONSE,
+    SAMPLER,
+    Batch,
+    Loss,
+    LossTerm,
+    Metric,
+    Needs,
+    PolicyOutput,
+    Sequences,
+)
 
 GRAD_NORMS = ("optimizer/grad_norm", "optimizer/critic_grad_norm")
 """Metrics of the gradient norms of the optimizer's groups."""
+NO_MAXIMUM = -math.inf
+"""The maximum over no value."""
 
 
 class NonFiniteUpdate(UserError):
@@ -54,7 +68,7 @@ def build_optimizer(model: TrainingModel, settings: OptimizerSettings) -> torch.
     )
 
 
-def compute_lr_factor(settings: OptimizerSettings, step: int, total: int) -> float:
+def compute_lr_factor(settings: OptimizerSettings, step: float, total: int) -> float:
     """Return the factor of the learning rates at optimizer step `step`, counted from 0, of `total`."""
     warmup = round(settings.warmup_ratio * total)
     if step < warmup:
@@ -67,43 +81,118 @@ def compute_lr_factor(settings: OptimizerSettings, step: int, total: int) -> flo
     return 1.0
 
 
-def split_into_minibatches(run: RunSettings, iteration: int) -> Iterator[Tensor]:
-    """Yield the rows of each minibatch of an iteration, int64 [minibatch_size], in the order of `update_order`.
+def count_steps(rows: int, responses_per_row: int, minibatch_size: int) -> int:
+    """Return the number of optimizer steps of one pass over `rows` rows, of about `minibatch_size` responses each.
 
-    The shuffle is keyed by the seed, the iteration and the epoch.
+    At least one and at most one per row; 0 for no row.
     """
+    return min(rows, max(1, round(rows * responses_per_row / minibatch_size)))
+
+
+def split_into_minibatches(run: RunSettings, iteration: int, rows: int, responses_per_row: int = 1) -> list[Tensor]:
+    """Return the rows of each minibatch of an iteration, int64 [B] with nearly equal B, in the order of `update_order`.
+
+    No row is left out. The shuffle is keyed by the seed, the iteration and the epoch.
+    """
+    steps = count_steps(rows, responses_per_row, run.minibatch_size)
 
     def shuffle(epoch: int) -> list[Tensor]:
-        order = sample_permutation(run.rollout_batch_size, run.seed, Stream.minibatch_order, iteration, epoch)
-        return list(torch.from_numpy(order).split(run.minibatch_size))
+        order = sample_permutation(rows, run.seed, Stream.minibatch_order, iteration, epoch)
+        return list(torch.from_numpy(order).tensor_split(steps)) if steps else []
 
     if run.update_order is UpdateOrder.epochs:
-        for epoch in range(run.update_epochs):
-            yield from shuffle(epoch)
-    else:
-        for rows in shuffle(0):
-            for _ in range(run.update_epochs):
-                yield rows
+        return [part for epoch in range(run.update_epochs) for part in shuffle(epoch)]
+    return [part for part in shuffle(0) for _ in range(run.update_epochs)]
 
 
-def split_into_microbatches(batch: Batch | Rollout, size: int, world: World = SINGLE_PROCESS) -> tuple[Tensor, ...]:
-    """Return the rows of each microbatch of this rank: sequences of similar length, `size` at a time.
+def split_into_microbatches(batch: Sequences, size: int, world: World = SINGLE_PROCESS) -> list[Tensor]:
+    """Return the rows of each microbatch of this rank: rows of similar length, at most `size` sequences if possible.
 
-    The ranks take turns in the order of lengths, so that they have similar work.
+    The ranks take turns in the order of lengths, so that they have similar work. Each has the same number of
+    microbatches, the last of which may have no row.
     """
-    order = (batch.prompt_mask.sum(-1) + batch.mask.sum(-1)).argsort(stable=True)
-    return order[world.rank :: world.size].split(size)
+    related = getattr(batch, "related", {}).values()
+    lengths = batch.prompt_mask.sum(-1) + batch.mask.sum(-1)
+    for sequences in related:
+        lengths = lengths + sequences.prompt_mask.sum(-1) + sequences.mask.sum(-1)
+    rows = max(1, size // (1 + len(related)))
+    order = lengths.argsort(stable=True)
+    parts = list(order[world.rank :: world.size].split(rows))
+    count = math.ceil(math.ceil(len(order) / world.size) / rows)
+    return parts + [order[:0]] * (count - len(parts))
 
 
-def move_batch_to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch with its tensors on `device`."""
+def mask_out(batch: Batch) -> Batch:
+    """Return the batch with nothing that counts: the microbatch of a rank without rows."""
 
-    def move(value):
-        if isinstance(value, Tensor):
-            return value.to(device)
-        return {name: move(entry) for name, entry in value.items()} if isinstance(value, dict) else value
+    def clear(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(mask) for name, mask in masks.items()}
 
-    return batch.replace(**{name: move(value) for name, value in vars(batch).items() if name != "metrics"})
+    related = {
+        name: part.replace(**clear({"mask": part.mask, "on_policy": part.on_policy}))
+        for name, part in batch.related.items()
+    }
+    cleared = clear({"mask": batch.mask, "on_policy": batch.on_policy})
+    return batch.replace(**cleared, masks=clear(batch.masks), related=related)
+
+
+def find_outputs(values: Tensor, outputs: Mapping[str, list[Tensor]]) -> set[str]:
+    """Return the names of the outputs on which `values` depends, by the graph that autograd has recorded."""
+    nodes = {tensor.grad_fn: name for name, tensors in outputs.items() for tensor in tensors}
+    found, seen, queue = set(), set(), [values.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in nodes:
+            found.add(nodes[node])
+        else:
+            queue += [parent for parent, _ in node.next_functions]
+    return found
+
+
+def list_trained_outputs(output: PolicyOutput) -> dict[str, list[Tensor]]:
+    """Return the outputs that have a gradient, of related sequences too, by "policy" or the name of the critic."""
+    outputs: dict[str, list[Tensor | None]] = {}
+    for part in (output, *output.related.values()):
+        outputs.setdefault(POLICY, []).extend((part.logprobs, part.entropy, part.mean_logprob))
+        for name, tensor in (*part.values.items(), *part.logsumexp.items()):
+            outputs.setdefault(name, []).append(tensor)
+    return {
+        name: [tensor for tensor in tensors if tensor is not None and tensor.grad_fn is not None]
+        for name, tensors in outputs.items()
+    }
+
+
+def check_term(term: LossTerm | Metric, name: str, masks: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a loss term or metric names no mask, or if its values do not have the mask's shape."""
+    if term.mask not in masks:
+        raise ValueError(f"loss: {name} names the mask {term.mask!r}; there are {', '.join(sorted(masks))}")
+    if term.values.shape != masks[term.mask].shape:
+        raise ValueError(
+            f"loss: {name} has values of shape {list(term.values.shape)}, but its mask {term.mask!r} has shape "
+            f"{list(masks[term.mask].shape)}; return one value per token or row, not their mean"
+        )
+
+
+def list_ratio_differences(batch: Batch, output: PolicyOutput) -> list[Tensor]:
+    """Return ℓ_θ − ℓ_old of the tokens that the present policy sampled, [n] for each sequence, without gradient.
+
+    ℓ_old is that of the training forward pass if it was computed, else the sampler's.
+    """
+    differences = []
+    for name, part in {RESPONSE: batch, **batch.related}.items():
+        old = part.logprobs.get(OLD, part.logprobs.get(SAMPLER))
+        if old is not None:
+            logprobs = output.logprobs if name == RESPONSE else output.related[name].logprobs
+            differences.append((logprobs.detach() - old)[part.on_policy])
+    return differences
+
+
+def count_on_policy_tokens(batch: Batch) -> int:
+    """Return the number of tokens that the present policy sampled, those of related sequences included."""
+    return sum(int(part.on_policy.sum()) for part in (batch, *batch.related.values()))
 
 
 @dataclass
@@ -119,12 +208,12 @@ class StepMetrics:
 
     def raise_maximum(self, name: str, value: float) -> None:
         """Set the maximum `name` to `value` if it is lower."""
-        self.maxima[name] = max(self.maxima.get(name, -math.inf), value)
+        self.maxima[name] = max(self.maxima.get(name, NO_MAXIMUM), value)
 
     def list_nonfinite(self) -> list[str]:
         """Return "NAME is VALUE" for every number that is not finite."""
-        values = {**self.sums, **self.maxima}
-        return [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        maxima = {name: value for name, value in self.maxima.items() if value != NO_MAXIMUM}
+        return [f"{name} is {value}" for name, value in {**self.sums, **maxima}.items() if not math.isfinite(value)]
 
 
 def reduce_over_ranks(ranks: Sequence[StepMetrics]) -> StepMetrics:
@@ -136,7 +225,7 @@ def reduce_over_ranks(ranks: Sequence[StepMetrics]) -> StepMetrics:
 
 
 def average_over_steps(steps: Sequence[StepMetrics]) -> dict[str, float]:
-    """Return the mean of each sum over the steps that have it, and the largest of each maximum."""
+    """Return the mean of each sum over the steps that have it, and the largest of each maximum that there is."""
     total = StepMetrics()
     for step in steps:
         for name, value in step.sums.items():
@@ -144,7 +233,8 @@ def average_over_steps(steps: Sequence[StepMetrics]) -> dict[str, float]:
         for name, value in step.maxima.items():
             total.raise_maximum(name, value)
     counts = Counter(name for step in steps for name in step.sums)
-    return {name: value / counts[name] for name, value in total.sums.items()} | total.maxima
+    maxima = {name: value for name, value in total.maxima.items() if value != NO_MAXIMUM}
+    return {name: value / counts[name] for name, value in total.sums.items()} | maxima
 
 
 @dataclass
@@ -152,6 +242,8 @@ class Updater:
     """Optimizer steps on one prepared rollout batch at a time."""
 
     algorithm: Algorithm
+    needs: Needs
+    """What algorithm and plan need."""
     model: nn.Module
     """The `TrainingModel`, with several ranks under the wrapper that averages its gradients over them."""
     optimizer: torch.optim.AdamW
@@ -162,10 +254,17 @@ class Updater:
     microbatch: BatchSizeHalver
     """Sequences per forward pass and rank."""
     world: World = SINGLE_PROCESS
+    steps: int = 0
+    """Optimizer steps so far over the whole run, those left out excepted."""
+
+    @property
+    def training_model(self) -> TrainingModel:
+        """The `TrainingModel` without its wrapper."""
+        return cast(TrainingModel, getattr(self.model, "module", self.model))
 
     @property
     def steps_per_iteration(self) -> int:
-        """Optimizer steps per iteration."""
+        """Optimizer steps per iteration if it trains on `rollout_batch_size` responses."""
         return self.run.update_epochs * self.run.rollout_batch_size // self.run.minibatch_size
 
     def update(
@@ -177,8 +276,9 @@ class Updater:
         step is left out of the metrics and the next one follows.
         """
         rank_shares, common_metrics = [], []
-        for number, rows in enumerate(split_into_minibatches(self.run, iteration)):
-            self.set_learning_rates((iteration - 1) * self.steps_per_iteration + number)
+        minibatches = split_into_minibatches(self.run, iteration, len(batch), batch.responses_per_row)
+        for number, rows in enumerate(minibatches):
+            self.set_learning_rates(iteration - 1, number, len(minibatches))
             minibatch = self.algorithm.prepare_minibatch(batch.select_rows(rows))
             share = self.accumulate_gradients(minibatch, is_first=number == 0)
             # These metrics are equal on every rank, so they are not part of the share that is summed over ranks.
@@ -195,9 +295,14 @@ class Updater:
         metrics = average_over_steps(common_metrics) | average_over_steps(self.gather_steps(rank_shares))
         return metrics | {"optimizer/lr": self.optimizer.param_groups[0]["lr"]}
 
-    def set_learning_rates(self, step: int) -> None:
-        """Set the learning rates of optimizer step `step`, counted from 0 over the whole run."""
-        factor = compute_lr_factor(self.settings, step, self.run.iterations * self.steps_per_iteration)
+    def set_learning_rates(self, iterations: int, number: int, steps: int) -> None:
+        """Set the learning rates of step `number` of `steps`, counted from 0, after so many finished iterations.
+
+        The schedule goes by the share of the run, whatever the number of steps in each iteration.
+        """
+        nominal = self.steps_per_iteration
+        step = iterations * nominal + number * nominal / steps
+        factor = compute_lr_factor(self.settings, step, self.run.iterations * nominal)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
 
@@ -208,7 +313,8 @@ class Updater:
     def accumulate_gradients(self, minibatch: Batch, is_first: bool) -> StepMetrics:
         """Set the gradients of the whole minibatch, and return this rank's share of the step's metrics.
 
-        Each loss term is summed over microbatches and ranks and divided once by the count of its mask. If memory
+        Each loss term is summed over microbatches and ranks and divided once by the count of its mask. Parameters whose
+        terms have nothing that counts on any rank get no gradient, so that the optimizer does not move them. If memory
         runs out, the minibatch is repeated with smaller microbatches. `is_first`: no step of the iteration precedes.
         """
 
@@ -224,15 +330,17 @@ class Updater:
         Before the first step of an iteration the trained policy is the policy that sampled, so their log-probs differ
         by rounding only: policy/sampler_gap. With old log-probs the trainer computes the gap from those.
         """
-        counts = {name: max(int(mask.sum()), 1) for name, mask in minibatch.masks.items()}
-        share = StepMetrics()
-        gap_count = max(int(minibatch.mask.sum()), 1) if is_first and minibatch.old_logprobs is None else 0
+        objective = Objective(
+            self,
+            counts={name: int(mask.sum()) for name, mask in minibatch.masks.items()},
+            gap_count=count_on_policy_tokens(minibatch) if is_first and OLD not in minibatch.logprobs else 0,
+        )
         memory_error: RuntimeError | None = None
         try:
             for rows in microbatches[:-1]:
                 with self.skip_gradient_sync():
-                    self.compute_objective(minibatch.select_rows(rows), counts, gap_count, share).backward()
-            objective = self.compute_objective(minibatch.select_rows(microbatches[-1]), counts, gap_count, share)
+                    objective.compute(minibatch, rows).backward()
+            last = objective.compute(minibatch, microbatches[-1])
         except RuntimeError as error:
             if not is_out_of_memory(error) or self.microbatch.size <= self.microbatch.min_size:
                 raise
@@ -246,58 +354,50 @@ class Updater:
             finally:
                 memory_error = None  # its traceback holds this frame
         try:
-            objective.backward()
+            last.backward()
         except RuntimeError as error:
             if self.world.size > 1 and is_out_of_memory(error):  # the other ranks are exchanging gradients by now
                 raise self.microbatch.make_error() from error
             raise
-        return share
+        self.drop_idle_gradients(objective.active)
+        return objective.share
 
     def skip_gradient_sync(self) -> AbstractContextManager[None]:
         """Return a context in which backward passes leave gradients on their rank."""
         no_sync: Any = getattr(self.model, "no_sync", nullcontext)
         return no_sync()
 
-    def compute_objective(self, rows: Batch, counts: dict[str, int], gap_count: int, share: StepMetrics) -> Tensor:
-        """Return the scalar whose gradients, summed over microbatches and averaged over ranks, are the loss's.
+    def drop_idle_gradients(self, active: set[str]) -> None:
+        """Set to None the gradients of the policy or critics that are not `active` on any rank.
 
-        It is the sum of the loss terms over `rows`, divided by the minibatch's mask `counts` and multiplied by the
-        world size. Also add the metrics to `share`; policy/sampler_gap is divided by `gap_count` (0: left out).
+        A gradient of zero would still move them: by weight decay, and by AdamW's momentum.
         """
-        micro = move_batch_to_device(rows, self.device)
-        with autocast_to(self.device, self.dtype):
-            output = self.model(micro)
-        loss = self.algorithm.loss(micro, output)
-        objective = output.logprobs.new_zeros(())
-        for term in loss.terms:
-            value = masked_sum(term.values, micro.masks[term.mask]) / counts[term.mask]
-            objective = objective + term.weight * value
-            share.add(f"loss/{term.name}", float(value.detach()))
-        for name, metric in loss.metrics.items():
-            mask = micro.masks[metric.mask]
-            if metric.reduction == "max":
-                share.raise_maximum(name, float(metric.values[mask].max()) if bool(mask.any()) else -math.inf)
-            else:
-                share.add(name, float(masked_sum(metric.values, mask)) / counts[metric.mask])
-        old = micro.sampler_logprobs if micro.old_logprobs is None else micro.old_logprobs
-        difference = (output.logprobs.detach() - old)[micro.mask]
-        share.raise_maximum("policy/ratio_max", float(difference.max().exp()) if difference.numel() else -math.inf)
-        if gap_count:
-            share.add("policy/sampler_gap", float(difference.abs().sum()) / gap_count)
-        if not bool(objective.isfinite()):  # its gradient may be finite: make the norm NaN, which every rank sees
-            objective = objective * math.nan
-        return objective * self.world.size
+        model = self.training_model
+        if self.world.size > 1:
+            active = set().union(*self.world.all_gather(active))
+        if any(model.critics[name].is_on_trunk for name in active - {POLICY}):
+            active = active | {POLICY}
+        for name in {POLICY, *model.critics} - active:
+            for parameter in model.list_output_parameters(name):
+                parameter.grad = None
 
     def clip_gradients(self) -> dict[str, float]:
-        """Clip each group's gradient to `max_grad_norm`; return the norms before clipping, the same on every rank."""
+        """Clip each group's gradient to `max_grad_norm`; return the norms before clipping, the same on every rank.
+
+        A group without gradients has no norm.
+        """
         limit, groups = self.settings.max_grad_norm, self.optimizer.param_groups
         return {
             name: float(gather_full_tensor(nn.utils.clip_grad_norm_(group["params"], limit)))
             for name, group in zip(GRAD_NORMS, groups, strict=False)
+            if any(parameter.grad is not None for parameter in group["params"])
         }
 
     def step_optimizer(self, iteration: int) -> None:
-        """Step the optimizer, during the critics' warm-up without the policy. Raise UserError if memory runs out."""
+        """Step the optimizer, during the critics' warm-up without the policy, and update the critics' Polyak copies.
+
+        Raise UserError if memory runs out.
+        """
         if iteration <= self.settings.critic_warmup_iterations:
             for parameter in self.optimizer.param_groups[0]["params"]:
                 parameter.grad = None
@@ -307,3 +407,64 @@ class Updater:
             if is_out_of_memory(error):  # half a step cannot be repeated
                 raise UserError(f"iteration {iteration}: out of memory in the optimizer's step") from error
             raise
+        self.steps += 1
+        self.training_model.update_targets(self.steps)
+
+
+@dataclass
+class Objective:
+    """The objective of one optimizer step, computed in microbatches, with this rank's share of the step's metrics."""
+
+    updater: Updater
+    counts: dict[str, int]
+    """True elements of each mask in the minibatch of all ranks."""
+    gap_count: int
+    """Tokens over which policy/sampler_gap is a mean; 0: it is left out."""
+    share: StepMetrics = field(default_factory=StepMetrics)
+    active: set[str] = field(default_factory=set)
+    """The policy and the critics on which a term with something that counts depends."""
+
+    def compute(self, minibatch: Batch, rows: Tensor) -> Tensor:
+        """Return the scalar whose gradients, summed over microbatches and averaged over ranks, are the loss's.
+
+        It is the sum of the loss terms over `rows`, divided by the minibatch's mask counts and multiplied by the world
+        size. Every trained output enters it, if only as 0, so that no rank waits for a gradient.
+        """
+        updater, needs = self.updater, self.updater.needs
+        selected = minibatch.select_rows(rows) if len(rows) else mask_out(minibatch.select_rows(torch.tensor([0])))
+        micro = selected.map_rows(lambda tensor: tensor.to(updater.device))
+        with autocast_to(updater.device, updater.dtype):
+            output = updater.model(micro, entropy=needs.entropy, mean_logprob=needs.mean_logprob)
+        loss = updater.algorithm.loss(micro, output)
+        outputs, reached = list_trained_outputs(output), set()
+        objective = output.logprobs.new_zeros(())
+        for term in loss.terms:
+            check_term(term, f"the term {term.name!r}", micro.masks)
+            sources, count = find_outputs(term.values, outputs), self.counts[term.mask]
+            reached |= sources
+            value = masked_sum(term.values, micro.masks[term.mask]) / max(count, 1)
+            objective = objective + term.weight * value
+            if count:
+                self.active |= sources
+                self.share.add(f"loss/{term.name}", float(value.detach()))
+        for name in outputs.keys() - reached:
+            objective = objective + sum(0.0 * tensor.sum() for tensor in outputs[name])
+        self.add_metrics(loss, micro, output)
+        if not bool(objective.isfinite()):  # its gradient may be finite: make the norm NaN, which every rank sees
+            objective = objective * math.nan
+        return objective * updater.world.size
+
+    def add_metrics(self, loss: Loss, micro: Batch, output: PolicyOutput) -> None:
+        """Add the algorithm's metrics, policy/ratio_max and policy/sampler_gap; over nothing there is no metric."""
+        for name, metric in loss.metrics.items():
+            check_term(metric, f"the metric {name!r}", micro.masks)
+            mask, count = micro.masks[metric.mask], self.counts[metric.mask]
+            if metric.reduction == "max":
+                self.share.raise_maximum(name, float(metric.values[mask].max()) if bool(mask.any()) else NO_MAXIMUM)
+            elif count:
+                self.share.add(name, float(masked_sum(metric.values, mask)) / count)
+        for difference in list_ratio_differences(micro, output):
+            maximum = float(difference.max().exp()) if difference.numel() else NO_MAXIMUM
+            self.share.raise_maximum("policy/ratio_max", maximum)
+            if self.gap_count:
+                self.share.add("policy/sampler_gap", float(difference.abs().sum()) / self.gap_count)

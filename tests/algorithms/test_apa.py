@@ -8,7 +8,7 @@ import torch
 
 from apa_cli.algorithms.apa import APA, Normalizer, log_z
 from apa_cli.algorithms.base import Whitening
-from apa_cli.types import PolicyOutput, Rollout
+from apa_cli.types import Critic, Needs, PolicyOutput, Rollout
 from tests.builders import make_algorithm, make_mask, make_rollout
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
@@ -25,10 +25,12 @@ SCORES = torch.tensor([0.5 * 0.5, 0.5 * (math.log(2) - 0.25), 0.5 * (math.log(5)
 def make_responses(**fields) -> Rollout:
     """Return three responses of one token in two columns."""
     defaults = {
-        "sampler_logprobs": SAMPLER,
         "scores": SCORES,
-        "ref_logprobs": REFERENCE,
-        "init_logprobs": torch.full((3, 2), 99.0),  # kl/* are measured against it; the loss is not
+        "logprobs": {
+            "sampler": SAMPLER,
+            "reference": REFERENCE,
+            "init": torch.full((3, 2), 99.0),  # kl/* are measured against it; the loss is not
+        },
         "values": {"value": torch.zeros(3, 2)},
     }
     return make_rollout(make_mask([1, 1, 1], width=2), **{**defaults, **fields})
@@ -44,10 +46,7 @@ def policy_loss(algorithm: APA, batch, logprobs: torch.Tensor) -> torch.Tensor:
 
 def test_needs_are_a_reference_and_a_critic():
     needs = make_apa().needs()
-    assert needs.reference
-    assert needs.critics == ("value",)
-    assert not needs.old_logprobs
-    assert not needs.guide
+    assert needs == Needs(critics=(Critic("value"),), passes={"response": ("reference", "value")})
 
 
 def test_loss_by_hand():
@@ -75,7 +74,8 @@ def test_loss_and_gradient_vanish_at_log_ratio_advantage_over_lambda():
 def test_loss_does_not_depend_on_the_old_policy():
     algorithm = make_apa()
     one, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
-    other, _ = algorithm.prepare(make_responses(sampler_logprobs=SAMPLER - 3), algorithm.initial_state())
+    elsewhere = make_responses(logprobs={"sampler": SAMPLER - 3, "reference": REFERENCE})
+    other, _ = algorithm.prepare(elsewhere, algorithm.initial_state())
     logprobs = torch.tensor([[-0.5, 0.0], [-2.0, 0.0], [-1.0, 0.0]])
     assert_close(policy_loss(algorithm, one, logprobs), policy_loss(algorithm, other, logprobs))
 
@@ -92,7 +92,7 @@ def test_log_z_by_hand():
         "apa/log_z_ess": 64 / 30,
     }
     assert metrics == pytest.approx(expected, rel=1e-6)
-    assert batch.log_normalizer is None
+    assert batch.extra == {}
 
 
 def test_log_z_counts_true_tokens_only():
@@ -144,7 +144,7 @@ def test_batch_normalizer_is_the_lower_bound_added_to_the_residual():
     algorithm = make_apa(normalizer=Normalizer.batch)
     batch, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
     constant = math.log(10) / 3
-    assert_close(batch.log_normalizer, torch.full((3, 2), constant))
+    assert_close(batch.extra["log_normalizer"], torch.full((3, 2), constant))
     # on-policy: (−e + ln(10)/3)²
     expected = [(constant - e) ** 2 for e in (0.0, math.log(2), math.log(5))]
     assert_close(policy_loss(algorithm, batch, SAMPLER)[:, 0], torch.tensor(expected), atol=1e-6)
@@ -155,11 +155,12 @@ def test_batch_normalizer_minimises_the_on_policy_loss():
     batch, _ = algorithm.prepare(make_responses(), algorithm.initial_state())
 
     def loss(constant: torch.Tensor) -> float:
-        return float(policy_loss(algorithm, batch.replace(log_normalizer=constant), SAMPLER)[:, 0].mean())
+        return float(policy_loss(algorithm, batch.replace(extra={"log_normalizer": constant}), SAMPLER)[:, 0].mean())
 
-    least = loss(batch.log_normalizer)
-    assert loss(batch.log_normalizer + 0.01) == pytest.approx(least + 1e-4, rel=1e-4)  # a difference: 1e-4
-    assert loss(batch.log_normalizer - 0.01) == pytest.approx(least + 1e-4, rel=1e-4)
+    constant = batch.extra["log_normalizer"]
+    least = loss(constant)
+    assert loss(constant + 0.01) == pytest.approx(least + 1e-4, rel=1e-4)  # a difference: 1e-4
+    assert loss(constant - 0.01) == pytest.approx(least + 1e-4, rel=1e-4)
 
 
 @pytest.mark.parametrize("normalizer", list(Normalizer))
@@ -167,7 +168,7 @@ def test_with_minibatch_whitening_log_z_is_that_of_the_minibatch(normalizer):
     algorithm = make_apa(whitening=Whitening.minibatch, normalizer=normalizer)
     batch, _ = algorithm.prepare(make_responses(scores=torch.tensor([1.0, 7.0, 5.0])), algorithm.initial_state())
     assert not any(name.startswith("apa/") for name in batch.metrics)
-    assert batch.log_normalizer is None
+    assert batch.extra == {}
     minibatch = algorithm.prepare_minibatch(batch.select_rows(torch.tensor([2, 0])))
     # scores 5, 1 whiten to 1, −1; e = 1/0.5 − 0.25 = 1.75 and −1/0.5 − 0.5 = −2.5
     lower = (1.75 - 2.5) / 2
@@ -178,9 +179,9 @@ def test_with_minibatch_whitening_log_z_is_that_of_the_minibatch(normalizer):
     }
     assert minibatch.metrics == pytest.approx(expected, rel=1e-6)
     if normalizer is Normalizer.batch:
-        assert_close(minibatch.log_normalizer, torch.full((2, 2), lower))
+        assert_close(minibatch.extra["log_normalizer"], torch.full((2, 2), lower))
     else:
-        assert minibatch.log_normalizer is None
+        assert minibatch.extra == {}
 
 
 @pytest.mark.parametrize("whitening", [Whitening.none, Whitening.rollout])
@@ -191,7 +192,7 @@ def test_with_other_whitening_log_z_is_that_of_the_rollout_and_minibatches_keep_
     lower = (8 if whitening is Whitening.none else 0) - 1 / 6
     assert batch.metrics["apa/log_z_lower"] == pytest.approx(lower, rel=1e-6)
     minibatch = algorithm.prepare_minibatch(batch.select_rows(torch.tensor([1])))
-    assert_close(minibatch.log_normalizer, torch.full((1, 2), lower), rtol=2e-6)
+    assert_close(minibatch.extra["log_normalizer"], torch.full((1, 2), lower), rtol=2e-6)
     assert minibatch.metrics == {}
 
 
@@ -201,10 +202,36 @@ def test_values_outside_the_mask_change_neither_diagnostics_nor_constant():
     mask = make_responses().mask
     dirty, _ = algorithm.prepare(
         make_responses(
-            sampler_logprobs=SAMPLER.masked_fill(~mask, math.nan),
-            ref_logprobs=REFERENCE.masked_fill(~mask, -math.inf),
+            logprobs={
+                "sampler": SAMPLER.masked_fill(~mask, math.nan),
+                "reference": REFERENCE.masked_fill(~mask, -math.inf),
+            }
         ),
         algorithm.initial_state(),
     )
     assert dirty.metrics == clean.metrics
-    torch.testing.assert_close(dirty.log_normalizer, clean.log_normalizer, rtol=0, atol=0)
+    torch.testing.assert_close(dirty.extra["log_normalizer"], clean.extra["log_normalizer"], rtol=0, atol=0)
+
+
+def test_log_z_counts_the_policys_tokens_that_the_present_policy_sampled():
+    # the third response was sampled by another, the second does not train the policy: e = ln 1 alone
+    algorithm = make_apa(normalizer=Normalizer.batch)
+    responses = make_responses()
+    only = [torch.tensor([[row != left_out, False] for row in range(3)]) for left_out in (1, 2)]
+    responses = responses.replace(masks={"policy": only[0]}, on_policy=only[1])
+    batch, _ = algorithm.prepare(responses, algorithm.initial_state())
+    diagnostics = {name: value for name, value in batch.metrics.items() if name.startswith("apa/")}
+    assert diagnostics == pytest.approx({"apa/log_z": 0, "apa/log_z_lower": 0, "apa/log_z_ess": 1}, abs=1e-6)
+    assert_close(batch.extra["log_normalizer"], torch.zeros(3, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("normalizer", list(Normalizer))
+def test_without_an_on_policy_token_there_is_neither_diagnostic_nor_constant(normalizer):
+    algorithm = make_apa(normalizer=normalizer)
+    responses = make_responses(on_policy=torch.zeros(3, 2, dtype=torch.bool))
+    batch, _ = algorithm.prepare(responses, algorithm.initial_state())
+    assert not any(name.startswith("apa/") for name in batch.metrics)
+    assert batch.extra == {}
+    # the loss is that of log Z = 0: squares of e = ln 1, ln 2, ln 5
+    loss = policy_loss(algorithm, batch, SAMPLER)
+    assert_close(loss[:, 0], torch.tensor([0.0, math.log(2) ** 2, math.log(5) ** 2]), atol=1e-6)

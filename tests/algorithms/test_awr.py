@@ -8,7 +8,7 @@ import torch
 
 from apa_cli.algorithms.awr import AWR
 from apa_cli.algorithms.base import AdvantageEstimator, Whitening
-from apa_cli.types import PolicyOutput, Rollout
+from apa_cli.types import Critic, Needs, PolicyOutput, Rollout
 from tests.builders import make_algorithm, make_mask, make_rollout
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
@@ -19,7 +19,7 @@ def make_responses(scores: list[float], values: list[float]) -> Rollout:
     """Return responses of one token, without a reference."""
     mask = make_mask([1] * len(scores))
     values = {"value": torch.tensor(values).unsqueeze(1)}
-    return make_rollout(mask, sampler_logprobs=-1.0 * mask, scores=torch.tensor(scores), values=values)
+    return make_rollout(mask, logprobs={"sampler": -1.0 * mask}, scores=torch.tensor(scores), values=values)
 
 
 def weights(algorithm: AWR, scores: list[float], values: list[float]) -> list[float]:
@@ -31,13 +31,9 @@ def weights(algorithm: AWR, scores: list[float], values: list[float]) -> list[fl
 
 
 def test_needs_are_a_critic_and_no_reference():
-    needs = make_awr().needs()
-    assert not needs.reference
-    assert needs.critics == ("value",)
-    assert not needs.old_logprobs
+    assert make_awr().needs() == Needs(critics=(Critic("value"),), passes={"response": ("value",)})
     without_critic = make_awr(advantage_estimator=AdvantageEstimator.group_mean).needs()
-    assert not without_critic.reference
-    assert without_critic.critics == ()
+    assert without_critic == Needs(passes={"response": ()}, samples_per_prompt=2, least_samples=2)
 
 
 def test_weights_by_hand():

@@ -7,14 +7,22 @@ from functools import partial
 import pytest
 import torch
 
+from apa_cli.algorithms.a2po import A2PO
 from apa_cli.algorithms.apa import APA
 from apa_cli.algorithms.awr import AWR
 from apa_cli.algorithms.base import AdvantageEstimator, Algorithm, ScoreScaling, Whitening
+from apa_cli.algorithms.dpo import DPO
+from apa_cli.algorithms.grpo import GRPO
 from apa_cli.algorithms.ppo import PPO
-from apa_cli.types import Batch, Loss, Needs, PolicyOutput, Rollout, RolloutPlan
-from tests.builders import make_algorithm, make_mask, make_rollout
+from apa_cli.algorithms.rebel import REBEL
+from apa_cli.algorithms.reinforce_pp import ReinforcePP
+from apa_cli.algorithms.rloo import RLOO
+from apa_cli.types import Batch, Critic, Loss, PolicyOutput, Rollout
+from tests.builders import make_algorithm, make_mask, make_rollout, make_sequences
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
+
+LOGPROBS = ("sampler", "reference", "init", "old")
 
 # AWR overrides nothing before its loss, so it represents all three
 make_awr = partial(make_algorithm, AWR)
@@ -28,9 +36,7 @@ def make_responses(scores: list[float], lengths: list[int], values: list[list[fl
         "prompt_mask": torch.ones(n, 2, dtype=torch.bool),
         "response_ids": torch.arange(n * width).reshape(n, width),
         "scores": torch.tensor(scores),
-        "ref_logprobs": torch.zeros(n, width),
-        "init_logprobs": torch.zeros(n, width),
-        "old_logprobs": torch.zeros(n, width),
+        "logprobs": {name: torch.zeros(n, width) for name in LOGPROBS},
         "values": {"value": torch.tensor([row + [0.0] * (width - len(row)) for row in values])},
     }
     return make_rollout(make_mask(lengths), **{**defaults, **fields})
@@ -175,14 +181,14 @@ def test_group_mean_has_no_critic():
     loss = algorithm.loss(batch, PolicyOutput(torch.zeros(4, 2), {}))
     assert [term.name for term in loss.terms] == ["policy"]
     assert algorithm.needs().critics == ()
-    assert algorithm.needs().samples_per_prompt == 2
+    assert (algorithm.needs().samples_per_prompt, algorithm.needs().least_samples) == (2, 2)
 
 
 @pytest.mark.parametrize("estimator", [AdvantageEstimator.gae, AdvantageEstimator.monte_carlo])
 def test_the_other_estimators_need_one_critic_and_one_sample_per_prompt(estimator):
     needs = make_awr(advantage_estimator=estimator).needs()
-    assert needs.critics == ("value",)
-    assert needs.samples_per_prompt == 1
+    assert needs.critics == (Critic("value"),)
+    assert (needs.samples_per_prompt, needs.least_samples) == (1, 1)
 
 
 def test_explained_variance_by_hand():
@@ -222,8 +228,8 @@ def test_the_critics_term_by_hand(kind, value_clip_range, expected):
     batch, _ = algorithm.prepare(make_responses([2.0], [1], [[1.0]]), algorithm.initial_state())
     loss = algorithm.loss(batch, PolicyOutput(torch.zeros(1, 1), {"value": torch.tensor([[1.5]])}))
     policy, critic = loss.terms
-    assert (policy.name, policy.mask, policy.weight) == ("policy", "tokens", 1)
-    assert (critic.name, critic.mask, critic.weight) == ("value", "tokens", 0.3)
+    assert (policy.name, policy.mask, policy.weight) == ("policy", "policy", 1)
+    assert (critic.name, critic.mask, critic.weight) == ("value", "critic/value", 0.3)
     assert_close(critic.values, torch.tensor([[expected]]))
 
 
@@ -232,10 +238,9 @@ def make_random_case(kind: type) -> tuple[Algorithm, Batch, PolicyOutput]:
     torch.manual_seed(0)
     lengths = [3, 1, 5, 2, 4]
     mask = make_mask(lengths)
-    names = ("sampler_logprobs", "ref_logprobs", "init_logprobs", "old_logprobs")
-    tables = {name: -torch.rand(5, 5) * mask for name in names}
+    tables = {name: -torch.rand(5, 5) * mask for name in LOGPROBS}
     values = {"value": torch.randn(5, 5) * mask}
-    responses = make_responses(torch.randn(5).tolist(), lengths, [[0.0]] * 5).replace(**tables, values=values)
+    responses = make_responses(torch.randn(5).tolist(), lengths, [[0.0]] * 5).replace(logprobs=tables, values=values)
     algorithm = make_algorithm(kind, whitening=Whitening.rollout, gae_lambda=0.95, value_clip_range=0.2)
     batch, _ = algorithm.prepare(responses, algorithm.initial_state())
     return algorithm, batch, PolicyOutput(-torch.rand(5, 5) * mask, {"value": torch.randn(5, 5) * mask})
@@ -252,7 +257,7 @@ def reduce_loss(loss: Loss, batch: Batch, counts: dict[str, int]) -> dict[str, f
 def test_the_loss_is_the_sum_over_microbatches_divided_by_the_whole_count(kind):
     algorithm, batch, output = make_random_case(kind)
     counts = {name: int(mask.sum()) for name, mask in batch.masks.items()}
-    assert counts == {"tokens": 15}
+    assert counts == {"policy": 15, "critic/value": 15}
     whole = reduce_loss(algorithm.loss(batch, output), batch, counts)
     assert len(whole) >= 2
     total = dict.fromkeys(whole, 0.0)
@@ -271,12 +276,12 @@ def test_values_outside_the_mask_change_no_advantage_return_or_metric(kind, junk
     torch.manual_seed(0)
     lengths = [3, 1, 2]
     mask = make_mask(lengths)
-    tables = {name: -torch.rand(3, 3) * mask for name in ("sampler_logprobs", "ref_logprobs", "init_logprobs")}
+    tables = {name: -torch.rand(3, 3) * mask for name in LOGPROBS}
     clean = make_responses([1.0, 5.0, 2.0], lengths, [[0.0]] * 3).replace(
-        **tables, values={"value": torch.randn(3, 3) * mask}
+        logprobs=tables, values={"value": torch.randn(3, 3) * mask}
     )
     dirty = clean.replace(
-        **{name: table.masked_fill(~mask, junk) for name, table in tables.items()},
+        logprobs={name: table.masked_fill(~mask, junk) for name, table in tables.items()},
         values={"value": clean.values["value"].masked_fill(~mask, -junk)},
     )
     algorithm = make_algorithm(kind, whitening=Whitening.rollout, score_scaling=ScoreScaling.running)
@@ -291,7 +296,8 @@ def test_values_outside_the_mask_change_no_advantage_return_or_metric(kind, junk
 
 def test_selected_rows_have_the_requested_order_and_no_metrics():
     batch, _ = make_awr().prepare(make_one_token_responses(1.0, 2.0, 3.0, 4.0), make_awr().initial_state())
-    batch = batch.replace(old_logprobs=None, log_normalizer=torch.tensor([[0.1], [0.2], [0.3], [0.4]]))
+    weights, related = torch.tensor([0.1, 0.2, 0.3, 0.4]), make_sequences([[1]] * 4, [[5], [6], [7], [8]])
+    batch = batch.replace(extra={"weights": weights}, related={"chosen": related}, responses_per_row=2)
     assert batch.metrics
     part = batch.select_rows(torch.tensor([2, 0]))
     assert len(part) == 2
@@ -299,9 +305,10 @@ def test_selected_rows_have_the_requested_order_and_no_metrics():
     assert part.prompt_ids.tolist() == [[4, 5], [0, 1]]
     assert_close(part.advantages, torch.tensor([[3.0], [1.0]]))
     assert_close(part.returns["value"], torch.tensor([[3.0], [1.0]]))
-    assert_close(part.log_normalizer, torch.tensor([[0.3], [0.1]]))
-    assert part.masks["tokens"].tolist() == [[True], [True]]
-    assert part.old_logprobs is None
+    assert_close(part.extra["weights"], torch.tensor([0.3, 0.1]))
+    assert part.related["chosen"].response_ids.tolist() == [[7], [5]]
+    assert part.responses_per_row == 2
+    assert part.masks["policy"].tolist() == [[True], [True]]
     assert part.metrics == {}
 
 
@@ -318,13 +325,17 @@ class Minimal(Algorithm):
 
 def test_an_algorithm_needs_only_prepare_and_loss():
     algorithm = Minimal()
-    assert algorithm.needs() == Needs(
-        reference=True, critics=("value",), old_logprobs=False, guide=False, samples_per_prompt=1
-    )
+    needs = algorithm.needs()
+    assert (needs.samplers, needs.critics, needs.passes, needs.texts) == ((), (), {}, ())
+    assert (needs.entropy, needs.mean_logprob) == (False, False)
+    assert (needs.samples_per_prompt, needs.least_samples, needs.samples_multiple) == (1, 1, 1)
+    assert algorithm.plans == ("online",)
     assert algorithm.initial_state() == {}
-    assert algorithm.plan(1, None) == RolloutPlan("policy", "policy", 0.0)
-    batch = object()
-    assert algorithm.prepare_minibatch(batch) is batch
+    thing, state = object(), object()
+    assert algorithm.instruct(thing, 1) is thing
+    assert algorithm.process_rollout(thing, state, None, None) == (thing, state)
+    assert algorithm.prepare_minibatch(thing) is thing
+    assert algorithm.adjust_logits(thing, {}) is thing
 
 
 def test_default_label_is_the_class_name_and_a_default_algorithm_has_no_lambda():
@@ -337,9 +348,10 @@ def test_default_label_is_the_class_name_and_a_default_algorithm_has_no_lambda()
 
 
 def test_every_algorithm_has_its_own_label_and_a_colour_readable_on_white():
-    kinds = [APA, AWR, PPO, Minimal]
-    assert [kind.label for kind in kinds] == ["APA", "AWR", "PPO", "Minimal"]
-    assert len({kind.color for kind in kinds}) == 4
+    kinds = [APA, AWR, PPO, RLOO, GRPO, ReinforcePP, DPO, REBEL, A2PO, Minimal]
+    labels = ["APA", "AWR", "PPO", "RLOO", "GRPO", "REINFORCE++", "DPO", "REBEL", "A2PO", "Minimal"]
+    assert [kind.label for kind in kinds] == labels
+    assert len({kind.color for kind in kinds}) == len(kinds)
     for kind in kinds:
         channels = [int(kind.color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
@@ -348,7 +360,49 @@ def test_every_algorithm_has_its_own_label_and_a_colour_readable_on_white():
 
 
 def test_a_quantity_that_needs_did_not_ask_for_is_named():
-    with pytest.raises(ValueError, match=r"^ref_logprobs: not computed; the algorithm's needs\(\) must ask for it$"):
-        make_algorithm(APA).prepare(
-            make_one_token_responses(1.0, 2.0).replace(ref_logprobs=None), make_algorithm(APA).initial_state()
-        )
+    responses = make_one_token_responses(1.0, 2.0)
+    responses = responses.replace(logprobs={"sampler": responses.logprobs["sampler"]})
+    problem = r"^logprobs 'reference': not computed; the algorithm's needs\(\) must ask for it$"
+    with pytest.raises(ValueError, match=problem):
+        make_algorithm(APA).prepare(responses, make_algorithm(APA).initial_state())
+
+
+def make_off_policy_responses() -> Rollout:
+    """Return two responses of two tokens, scores 2 and 6, values 0; only their second tokens train the policy."""
+    responses = make_responses([2.0, 6.0], [2, 2], [[0.0, 0.0], [0.0, 0.0]])
+    return responses.replace(masks={"policy": torch.tensor([[False, True], [False, True]])})
+
+
+def test_a_critic_without_a_mask_of_its_own_has_the_policys():
+    batch, _ = make_awr().prepare(make_off_policy_responses(), make_awr().initial_state())
+    assert batch.masks["critic/value"].tolist() == [[False, True], [False, True]]
+    responses = make_off_policy_responses()
+    responses = responses.replace(masks={**responses.masks, "critic/value": responses.mask})
+    batch, _ = make_awr().prepare(responses, make_awr().initial_state())
+    assert batch.masks["critic/value"].tolist() == [[True, True], [True, True]]
+    assert batch.masks["policy"].tolist() == [[False, True], [False, True]]
+
+
+def test_explained_variance_is_over_the_critics_tokens():
+    # the critic's two tokens: G = 2, 6 with variance 4 and G − V = 2, 3 with variance ¼: 1 − ¼/4 = 15/16
+    # (all four: G − V = 2, 2, 6, 3 with variance 43/16, which would make 21/64)
+    responses = make_off_policy_responses().replace(values={"value": torch.tensor([[0.0, 0.0], [0.0, 3.0]])})
+    batch, _ = make_awr().prepare(responses, make_awr().initial_state())
+    assert batch.metrics["value/explained_variance"] == pytest.approx(15 / 16, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("masks", "expected"),
+    [
+        # V = 0 but for 4 at the second token of row 2: γ = gae_lambda = 1, A = 2, 2, 6, 2. Over the policy's second
+        # tokens all are 2; over all four: mean 3, deviations −1, −1, 3, −1, variance 12/4 = 3
+        ({}, [[0.0, 0.0], [0.0, 0.0]]),
+        ({"whitening": torch.ones(2, 2, dtype=torch.bool)}, [[-1 / 3**0.5, -1 / 3**0.5], [3**0.5, -1 / 3**0.5]]),
+    ],
+)
+def test_advantages_are_whitened_over_the_policys_tokens_or_the_whitening_mask(masks, expected):
+    responses = make_off_policy_responses().replace(values={"value": torch.tensor([[0.0, 0.0], [0.0, 4.0]])})
+    responses = responses.replace(masks={**responses.masks, **masks})
+    algorithm = make_awr(whitening=Whitening.rollout)
+    batch, _ = algorithm.prepare(responses, algorithm.initial_state())
+    assert_close(batch.advantages, torch.tensor(expected))

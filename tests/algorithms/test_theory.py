@@ -76,11 +76,8 @@ class Problem:
         return make_rollout(
             torch.ones_like(self.states, dtype=torch.bool),
             response_ids=self.sequences,
-            sampler_logprobs=logprobs,
+            logprobs={"sampler": logprobs, "reference": reference, "init": reference, "old": logprobs},
             scores=self.scores,
-            ref_logprobs=reference,
-            init_logprobs=reference,
-            old_logprobs=logprobs,
             values={"value": self.values(table, rewards)},
         )
 
@@ -266,5 +263,5 @@ def test_awr_does_not_depend_on_the_reference():
     problem = make_problem(2)
     old = problem.reference
     elsewhere = Problem(torch.zeros_like(old).log_softmax(-1), problem.scores)
-    assert not awr(1.0).needs().reference
+    assert awr(1.0).needs().passes == {"response": ("value",)}
     torch.testing.assert_close(project(awr(1.0), problem, old), project(awr(1.0), elsewhere, old), rtol=0, atol=0)

@@ -128,6 +128,14 @@ def test_help_of_an_option_has_the_keys_that_it_shares_with_others(tmp_path):
     assert len(keys) == len(set(keys)) and "critic.kind" not in keys
 
 
+def test_help_has_plans_and_guides(tmp_path):
+    text = run("--help", "guide=local", cwd=tmp_path).stdout
+    assert "\n  guide=         local*, sft\n" in text and "\n  plan=          online*" in text
+    assert "  guide.path=???" in text and "  guide.top_k=50" in text and "  reference.log_kl=true" in text
+    assert "  guide.path=null" in run("--help", cwd=tmp_path).stdout
+    assert "did you mean 'local'" in run("--help", "guide=locl", cwd=tmp_path).stderr
+
+
 def test_help_knows_the_users_own_folder(tmp_path):
     (tmp_path / "mine" / "reward").mkdir(parents=True)
     (tmp_path / "mine" / "reward" / "short.yaml").write_text(

@@ -10,8 +10,10 @@ import yaml
 
 from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
-from apa_cli.config.hydra_api import expand_sweep, find_config_dir
+from apa_cli.config.hydra_api import expand_sweep, find_config_dir, list_groups
 from apa_cli.errors import ConfigError
+from apa_cli.types import DATA, INIT, Needs
+from apa_cli.user_code import import_object
 
 CONF = find_config_dir()
 YAMLS = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
@@ -36,6 +38,15 @@ def test_the_default_is_apa_at_a_tenth():
     assert config.run.microbatch_size == config.run.minibatch_size
 
 
+ALGORITHMS = sorted(list_groups(None)["algo"])
+
+
+def find_algorithm(plan: str) -> str:
+    """The first algorithm that can train on this plan."""
+    name = import_object(yaml.safe_load((CONF / "plan" / f"{plan}.yaml").read_text())["_target_"]).name
+    return next(algorithm for algorithm in ALGORITHMS if name in built(f"algo={algorithm}").algo.plans)
+
+
 @pytest.mark.parametrize("path", [p for p in YAMLS if len(p.parts) > 1 and not p.name.startswith("_")], ids=str)
 def test_every_yaml_builds_its_section(path):
     group, option = path.parts[0], str(Path(*path.parts[1:]).with_suffix(""))
@@ -44,6 +55,8 @@ def test_every_yaml_builds_its_section(path):
     missing = [f"{group}.{key}={lists.get(key, 'x')}" for key, value in yaml.safe_load(text).items() if value == "???"]
     if option == "stories_vader":
         missing = ["model.path=x"]
+    if group == "plan":
+        missing.append(f"algo={find_algorithm(option)}")
     config = built(f"{group}={option}", *missing)
     section = getattr(config, group, None)
     if section is not None:
@@ -101,11 +114,24 @@ WRONG = {
     "minibatch_size=5": ["rollout_batch_size", "64", "5"],
     "microbatch_size=3": ["minibatch_size", "32", "3"],
     "samples_per_prompt=3": ["rollout_batch_size", "64", "3"],
-    "algo.advantage_estimator=group_mean": ["samples_per_prompt", "at least 2"],
+    "samples_per_prompt=x": ["samples_per_prompt", "'x'", "whole number"],
+    "samples_per_prompt=0": ["samples_per_prompt", "at least 1"],
+    "plan=onlin": ["plan", "'online'"],
+    "plan=[]": ["plan", "a section"],
+    "+plan.nmae=1": ["plan.nmae"],
+    "guide=lokal": ["guide", "'local'"],
+    "guide=local": ["guide.path"],
+    "guide.top_pp=1": ["guide.top_pp", "'guide.top_p'"],
+    "guide.temprature=1": ["guide.temprature", "'guide.temperature'"],
+    "guide.top_p=0": ["guide.top_p", "greater than 0"],
+    "guide.temperature=0": ["guide.temperature", "greater than 0"],
+    "guide.dtype=float16": ["guide.dtype", "float32, bfloat16"],
+    "reference.log_kll=false": ["reference.log_kll", "'reference.log_kl'"],
+    "reference.log_kl=maybe": ["reference.log_kl", "true or false"],
     "reward=function": ["reward.target"],
     "model=local": ["model.path"],
     "algo.lambda_=0.2": ["lambda"],
-    "algo._target_=nowhere.Nothing": ["algo._target_", "nowhere.Nothing"],
+    "algo._target_=nowhere.Nothing": ["algo._target_", "cannot import nowhere "],
     "algo._target_=pathlib.Path": ["algo._target_", "dataclass"],
     "model.architecture=3": ["model.architecture"],
     "optimizer=null": ["optimizer", "a section with keys is needed"],
@@ -127,6 +153,97 @@ def test_a_wrong_override_is_one_line_that_names_the_key_and_the_nearest(word):
     message = refused(word)
     for part in WRONG[word]:
         assert part in message
+
+
+def test_the_guide_is_the_sft_model_unless_another_is_named():
+    guide = built().guide
+    assert (guide.path, guide.temperature, guide.top_k, guide.top_p) == (None, 1.0, 50, 0.92)
+    assert built("guide=local", "guide.path=X").guide.path == built("guide.path=X").guide.path == "X"
+    assert built("model=llama_7b").guide.dtype.value == "bfloat16"  # as the model
+
+
+# --- what algorithm and plan need ---------------------------------------------------------------------------
+
+
+def test_samples_per_prompt_is_the_algorithms_own_number_unless_given():
+    config = built()
+    assert config.run.samples_per_prompt == config.raw["samples_per_prompt"] == 1
+    config = built("algo.advantage_estimator=group_mean")
+    assert config.run.samples_per_prompt == config.raw["samples_per_prompt"] == 2
+    assert built("algo.advantage_estimator=group_mean", "samples_per_prompt=8").run.samples_per_prompt == 8
+    assert refused("algo.advantage_estimator=group_mean", "samples_per_prompt=1") == (
+        "samples_per_prompt: the algorithm with these settings needs at least 2, got 1"
+    )
+    assert refused("algo.advantage_estimator=group_mean", "rollout_batch_size=9", "minibatch_size=3") == (
+        "rollout_batch_size: 9 is not a multiple of samples_per_prompt 2"
+    )
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_runs_with_its_own_number_of_samples(algorithm):
+    config = built(f"algo={algorithm}")
+    needs = config.needs
+    assert config.run.samples_per_prompt == needs.samples_per_prompt >= needs.least_samples
+    assert needs.samples_per_prompt % needs.samples_multiple == 0 and config.plan.name in config.algo.plans
+
+
+PAIRED = """\
+from dataclasses import dataclass
+
+from apa_cli.algorithms.apa import APA
+from apa_cli.algorithms.plans import Online
+from apa_cli.types import DATA, INIT, Needs
+
+
+@dataclass(frozen=True)
+class Paired(APA):
+    plans = ("online", "logged")
+
+    def needs(self):
+        return Needs(samplers=(INIT,), samples_per_prompt=4, least_samples=2, samples_multiple=2)
+
+
+@dataclass(frozen=True)
+class Logged(Online):
+    name = "logged"
+
+    def needs(self, needs):
+        return Needs(samplers=(*needs.samplers, DATA), samples_per_prompt=6)
+"""
+
+
+@pytest.fixture
+def paired(tmp_path):
+    """(override for an algorithm of pairs, override for a plan that only this algorithm takes)."""
+    (tmp_path / "paired.py").write_text(PAIRED)
+    return f"algo._target_={tmp_path}/paired.py:Paired", f"plan._target_={tmp_path}/paired.py:Logged"
+
+
+def test_samples_per_prompt_must_be_a_multiple_if_the_algorithm_needs_one(paired):
+    assert built(paired[0], "samples_per_prompt=8").run.samples_per_prompt == 8
+    assert refused(paired[0], "samples_per_prompt=3", "rollout_batch_size=96") == (
+        "samples_per_prompt: the algorithm needs a multiple of 2, got 3"
+    )
+
+
+def test_the_plan_has_the_last_word_on_what_is_needed(paired):
+    assert built(paired[0]).needs.samplers == (INIT,)
+    config = built(*paired, "rollout_batch_size=96")
+    assert config.needs == Needs(samplers=(INIT, DATA), samples_per_prompt=6)
+    assert config.run.samples_per_prompt == config.raw["samples_per_prompt"] == 6
+
+
+def test_a_plan_on_which_the_algorithm_cannot_train_is_refused(paired):
+    assert refused(paired[1]) == "plan: APA cannot train on logged; give plan=online"
+
+
+def test_a_limit_of_kl_needs_the_kl():
+    assert built("stop_at_kl=3").reference.log_kl and not built("reference.log_kl=false").reference.log_kl
+    assert refused("stop_at_kl=3", "reference.log_kl=false") == (
+        "stop_at_kl: kl/sequence is not measured with reference.log_kl=false; leave one of the two out"
+    )
+    adaptive = built("algo=ppo", "algo.kl_controller=adaptive", "reference.log_kl=false")
+    assert "init" in adaptive.needs.passes["response"]  # the controller's KL is measured nevertheless
 
 
 @pytest.fixture

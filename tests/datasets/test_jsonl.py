@@ -71,6 +71,29 @@ def test_messages_with_chosen_and_rejected_fields(load_row):
     assert (example.chosen, example.rejected) == (" a", " b") and example.columns == {}
 
 
+def test_a_logged_response_and_its_score_are_fields_and_columns(load_row):
+    example = load_row({"prompt": "Q", "response": " A ", "score": 2, "answer": 4})
+    assert (example.response, example.score) == (" A ", 2.0) and isinstance(example.score, float)
+    assert example.columns == {"response": " A ", "score": 2, "answer": 4}
+    example = load_row({"messages": [user("Hi")], "response": "Hello", "score": -0.5})
+    assert (example.response, example.score) == (" Hello", -0.5)  # as chosen and rejected
+    assert example.columns == {"response": "Hello", "score": -0.5}
+    assert load_row({"prompt": "Q", "response": ""}).response == ""  # nothing but the terminator
+    assert (load_row({"prompt": "Q"}).response, load_row({"prompt": "Q"}).score) == (None, None)
+
+
+@pytest.mark.parametrize("score", [True, "1.5", None, [1], {"a": 1}, 10**400, float("nan"), float("inf")])
+def test_a_score_of_another_type_is_only_a_column(load_row, score):
+    example = load_row({"prompt": "Q", "score": score})
+    assert example.score is None and str(example.columns["score"]) == str(score)
+
+
+@pytest.mark.parametrize("response", [3, None, ["a"], {"content": "a"}])
+def test_a_response_of_another_type_is_only_a_column(load_row, response):
+    example = load_row({"prompt": "Q", "response": response})
+    assert example.response is None and example.columns == {"response": response}
+
+
 INVALID_ROWS = {
     "no json": "not JSON (Expecting value)",
     "[1]": "not an object with fields",

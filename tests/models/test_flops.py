@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from apa_cli.hardware.roofline import ModelCost, count_backward_flops, count_forward_flops
+from apa_cli.models.critic import build_critic
 from apa_cli.models.flops import (
     count_kv_cache_numbers,
     measure_classifier_cost,
@@ -17,9 +19,9 @@ from apa_cli.models.flops import (
     measure_policy_cost,
     measure_training_cost,
 )
-from apa_cli.models.forward import compute_response_logprobs
+from apa_cli.models.forward import TrainingModel, compute_response_logprobs
 from apa_cli.training.models import build_training_model
-from apa_cli.types import Sequences
+from apa_cli.types import Critic, Sequences
 from tests.builders import build_random_policy
 
 ROWS, PROMPT, RESPONSE = 2, 5, 4
@@ -48,7 +50,13 @@ def plain_head(monkeypatch):
 def make_tokens() -> Sequences:
     ids = torch.arange(ROWS * (PROMPT + RESPONSE)).view(ROWS, -1) % 60
     mask = torch.ones_like(ids, dtype=torch.bool)
-    return Sequences(ids[:, :PROMPT], mask[:, :PROMPT], ids[:, PROMPT:], mask[:, PROMPT:])
+    return Sequences(
+        prompt_ids=ids[:, :PROMPT],
+        prompt_mask=mask[:, :PROMPT],
+        response_ids=ids[:, PROMPT:],
+        mask=mask[:, PROMPT:],
+        on_policy=mask[:, PROMPT:],
+    )
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -136,6 +144,23 @@ def test_flops_of_a_reward_model():
     with torch.no_grad():
         flops = count_flops(lambda: model(input_ids=ids))
     assert flops == compute_forward_flops(measure_classifier_cost(model), 0)
+
+
+@pytest.mark.parametrize("on", ["trunk", "configured"])
+def test_a_polyak_copy_costs_a_forward_pass_and_no_backward_pass(on, make_config):
+    policy, spec = build_random_policy(NEOX), Critic("q", kind="action", on=on, head="linear", polyak=0.1)
+    config = make_config()
+    critic = build_critic(policy, spec, config.critic, config.lora, 0, None)
+    alone = measure_training_cost(TrainingModel(policy, {"q": critic}, 1.0))
+    model = TrainingModel(policy, {"q": critic}, 1.0, [spec])
+    copied = measure_critic_cost(model, "q/target")
+    # the head of Q: 16 · 60 weights
+    assert (copied.head, copied.head_backward) == (2 * 960, 0)
+    extra = replace(copied, linear=0, attention=0, weights=960, kv_cache_numbers=0) if on == "trunk" else copied
+    extra = replace(extra, linear_backward=0, attention_backward=0)
+    assert measure_training_cost(model) == alone + extra
+    if on == "configured":
+        assert copied.linear_backward == copied.attention_backward == 0 < copied.linear
 
 
 def test_measuring_leaves_neither_hooks_nor_gradients():

@@ -1,4 +1,4 @@
-"""Forward passes: the position that predicts each token, padding, temperature, critics."""
+"""Forward passes: the position that predicts each token, padding, temperature, critics, related sequences."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,17 +9,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from apa_cli.kl import exact_kl
-from apa_cli.models.critic import Critic, build_value_head
+from apa_cli.models.critic import CriticModule, build_value_head
 from apa_cli.models.forward import (
     TrainingModel,
     autocast_to,
+    compute_head_inputs,
     compute_response_logits,
     compute_response_logprobs,
     pad_to_mask,
 )
-from apa_cli.settings import DType, HeadKind
-from apa_cli.types import Sequences
-from tests.builders import build_tiny_policy, build_value_critic, make_padded_inputs, make_sequences
+from apa_cli.settings import CriticKind, DType, HeadKind
+from apa_cli.types import Critic, Sequences
+from tests.builders import (
+    add_random_adapter,
+    build_tiny_policy,
+    build_value_critic,
+    make_batch,
+    make_lora_settings,
+    make_padded_inputs,
+    make_rollout,
+    make_sequences,
+)
 
 # a forward pass in another shape adds its float32 terms in another order
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -56,18 +66,18 @@ def stack_rows(rows: list[Tensor], width: int) -> Tensor:
     return torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
 
 
-def build_random_head(kind: HeadKind) -> torch.nn.Module:
+def build_random_head(kind: HeadKind, outputs: int = 1, seed: int = 5) -> torch.nn.Module:
     """Return a head whose values are not 0."""
-    torch.manual_seed(5)
-    head = build_value_head(kind, 16)
+    torch.manual_seed(seed)
+    head = build_value_head(kind, 16, outputs)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return head
 
 
-def build_random_critic(kind: HeadKind = HeadKind.linear) -> Critic:
+def build_random_critic(kind: HeadKind = HeadKind.linear) -> CriticModule:
     """Return a critic with a backbone of its own, whose values are not 0."""
-    return Critic(build_policy(seed=1).base_model, build_random_head(kind))
+    return CriticModule(build_policy(seed=1).base_model, build_random_head(kind))
 
 
 # Model inputs
@@ -197,7 +207,7 @@ def test_bfloat16_outputs_and_gradients_are_float32_and_near_the_exact_ones(poli
 @pytest.mark.parametrize("kind", list(HeadKind))
 def test_the_value_of_a_state_is_read_at_the_position_that_predicts_its_token(policy, kind):
     backbone, head = build_policy(seed=1), build_random_head(kind)
-    model = TrainingModel(policy, {"value": Critic(backbone.base_model, head)}, 1.0)
+    model = TrainingModel(policy, {"value": CriticModule(backbone.base_model, head)}, 1.0)
     rows = [head(compute_unpadded(backbone, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     close(model(make_tokens()).values["value"], stack_rows(rows, 4))
     close(model(make_tokens(left=2, right=3), with_policy=False).values["value"][:, :4], stack_rows(rows, 4))
@@ -206,14 +216,14 @@ def test_the_value_of_a_state_is_read_at_the_position_that_predicts_its_token(po
 @pytest.mark.parametrize("kind", list(HeadKind))
 def test_a_head_on_the_trunk_reads_the_policys_last_hidden_state(policy, kind):
     head = build_random_head(kind)
-    model = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)
+    model = TrainingModel(policy, {"value": CriticModule(None, head)}, 1.0)
     rows = [head(compute_unpadded(policy, p, r)[1]).squeeze(-1) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     close(model(make_tokens()).values["value"], stack_rows(rows, 4))
     close(model(make_tokens(left=2, right=3), with_policy=False).values["value"][:, :4], stack_rows(rows, 4))
 
 
 def test_the_first_value_depends_on_the_prompt_alone(policy):
-    model = TrainingModel(policy, {"value": Critic(None, build_random_head(HeadKind.linear))}, 1.0)
+    model = TrainingModel(policy, {"value": CriticModule(None, build_random_head(HeadKind.linear))}, 1.0)
     one, other = make_sequences([[3, 1, 4]], [[2]]), make_sequences([[3, 1, 4]], [[7, 5, 9]])
     close(model(one).values["value"][0, 0], model(other).values["value"][0, 0])
     assert abs(float((model(other).values["value"][0, 1] - model(other).values["value"][0, 0]).detach())) > 1e-3
@@ -223,14 +233,14 @@ def test_values_of_several_critics_are_returned_by_name(policy):
     heads = {name: build_random_head(HeadKind.linear) for name in ("learner", "guide")}
     torch.nn.init.constant_(heads["guide"].bias, 3.0)
     torch.nn.init.constant_(heads["learner"].bias, 1.0)
-    model = TrainingModel(policy, {name: Critic(None, head) for name, head in heads.items()}, 1.0)
+    model = TrainingModel(policy, {name: CriticModule(None, head) for name, head in heads.items()}, 1.0)
     values, mask = model(make_tokens()).values, make_tokens().mask
     close((values["guide"] - values["learner"])[mask], torch.full((10,), 2.0))
 
 
 def test_critics_with_and_without_a_backbone_can_be_combined(policy):
     separate = build_random_critic()
-    trunk = Critic(None, build_random_head(HeadKind.linear))
+    trunk = CriticModule(None, build_random_head(HeadKind.linear))
     both = TrainingModel(policy, {"separate": separate, "trunk": trunk}, 1.0)
     expected = {
         "separate": TrainingModel(policy, {"separate": separate}, 1.0)(make_tokens()).values["separate"],
@@ -246,7 +256,7 @@ def test_a_head_computes_in_float32_on_a_bfloat16_trunk():
     policy.set_attn_implementation("eager")  # sdpa is computed in float32 if that is faster
     hidden = policy.base_model(input_ids=torch.tensor([[3, 1, 4]])).last_hidden_state[:, -1:]
     assert hidden.dtype == torch.bfloat16
-    model = TrainingModel(policy, {"value": Critic(None, head)}, 1.0)
+    model = TrainingModel(policy, {"value": CriticModule(None, head)}, 1.0)
     values = model(make_sequences([[3, 1, 4]], [[2]])).values["value"]
     close(values, head(hidden.float()).squeeze(-1), rtol=1e-6)
 
@@ -260,7 +270,7 @@ def test_only_a_head_on_the_trunk_sends_gradients_into_the_policy(policy):
         for parameter in separate.critics["value"].backbone.parameters()
         if parameter.grad is not None
     )
-    on_trunk = TrainingModel(policy, {"value": Critic(None, build_random_head(HeadKind.linear))}, 1.0)
+    on_trunk = TrainingModel(policy, {"value": CriticModule(None, build_random_head(HeadKind.linear))}, 1.0)
     on_trunk(make_tokens()).values["value"].sum().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in policy.base_model.parameters())
 
@@ -274,3 +284,169 @@ def test_each_trained_parameter_belongs_to_either_policy_or_critics(policy):
     assert not of_policy & of_critic
     policy.get_input_embeddings().requires_grad_(False)
     assert len(model.policy_parameters()) == len(of_policy) - 1
+
+
+# Critics of actions and Polyak copies
+
+
+@pytest.mark.parametrize("on_trunk", [False, True])
+@pytest.mark.parametrize("kind", list(HeadKind))
+def test_the_value_of_an_action_is_its_tokens_output_of_the_head(policy, kind, on_trunk):
+    backbone, head = policy if on_trunk else build_policy(seed=1), build_random_head(kind, 11)
+    critic = CriticModule(None if on_trunk else backbone.base_model, head, is_action=True)
+    model = TrainingModel(policy, {"q": critic}, 0.5)
+    rows = [head(compute_unpadded(backbone, p, r)[1]) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    chosen = [row[range(len(r)), r] for row, r in zip(rows, RESPONSES, strict=True)]
+    for output in (model(make_tokens()), model(make_tokens(left=2, right=3), with_policy=False)):
+        close(output.values["q"][:, :4], stack_rows(chosen, 4))
+        close(output.logsumexp["q"][:, :4], stack_rows([row.exp().sum(-1).log() for row in rows], 4))
+        assert not output.values["q"][:, 4:].any() and not output.logsumexp["q"][:, 4:].any()
+
+
+def test_the_gradient_of_an_action_critics_cross_entropy_is_that_of_its_logits(policy):
+    head = build_random_head(HeadKind.mlp, 11)
+    model, tokens = TrainingModel(policy, {"q": CriticModule(None, head, is_action=True)}, 1.0), make_tokens()
+    output = model(tokens)
+    (output.logsumexp["q"] - output.values["q"]).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in head.parameters()]
+    model.zero_grad()
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        logits = head(compute_unpadded(policy, prompt, response)[1])
+        torch.nn.functional.cross_entropy(logits, torch.tensor(response), reduction="sum").backward()
+    close(gradients, [parameter.grad for parameter in head.parameters()], rtol=1e-4)
+    assert policy.get_input_embeddings().weight.grad is None or not policy.get_input_embeddings().weight.grad.any()
+
+
+def test_only_the_critics_and_copies_that_are_named_are_computed(policy):
+    critics = {
+        "v": CriticModule(None, build_random_head(HeadKind.linear)),
+        "q": CriticModule(None, build_random_head(HeadKind.linear, 11), is_action=True),
+    }
+    model = TrainingModel(policy, critics, 1.0, [Critic("v", polyak=0.1), Critic("q", kind="action", polyak=0.1)])
+    everything = model(make_tokens())
+    assert list(everything.values) == ["v", "q", "v/target", "q/target"]
+    assert list(everything.logsumexp) == ["q", "q/target"]
+    output = model(make_tokens(), critics=("q/target", "v"))
+    assert list(output.values) == ["v", "q/target"] and list(output.logsumexp) == ["q/target"]
+    assert list(model(make_tokens(), critics=()).values) == []
+
+
+def test_a_polyak_copy_has_the_critics_first_values_and_no_gradient(policy):
+    critics = {
+        "v": build_random_critic(),
+        "q": CriticModule(None, build_random_head(HeadKind.mlp, 11), is_action=True),
+    }
+    specs = [Critic("v", polyak=0.1), Critic("q", kind="action", polyak=0.1)]
+    model, tokens = TrainingModel(policy, critics, 1.0, specs), make_tokens()
+    before = model(tokens)
+    for name in critics:
+        assert torch.equal(before.values[f"{name}/target"], before.values[name])
+        assert before.values[name].requires_grad and not before.values[f"{name}/target"].requires_grad
+    assert not before.logsumexp["q/target"].requires_grad
+    with torch.no_grad():
+        for parameter in model.critics.parameters():
+            parameter.add_(0.1)
+    after = model(tokens)
+    for name in critics:
+        assert torch.equal(after.values[f"{name}/target"], before.values[f"{name}/target"])
+        assert not torch.equal(after.values[name], before.values[name])
+    trained = {id(p) for p in (*model.policy_parameters(), *model.critic_parameters())}
+    assert not trained & {id(p) for p in model.targets.parameters()}
+    assert all(not p.requires_grad for p in model.targets.parameters())
+    assert len(model.critic_backbones()) == 2
+
+
+def test_the_parameters_of_each_output(policy):
+    lora = make_lora_settings()
+    add_random_adapter(policy, lora)
+    critics = {
+        "value": build_value_critic(policy, CriticKind.adapter, lora=lora),
+        "own": build_random_critic(),
+        "q": CriticModule(None, build_random_head(HeadKind.mlp, 11), is_action=True),
+    }
+    model = TrainingModel(policy, critics, 1.0, [Critic("own", polyak=0.5)])
+    parts = {name: model.list_output_parameters(name) for name in ("policy", *critics)}
+    ids = [id(parameter) for part in parts.values() for parameter in part]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in (*model.policy_parameters(), *model.critic_parameters())}
+    adapter = [p for name, p in policy.named_parameters() if ".critic_value." in name]
+    assert [id(p) for p in parts["value"]] == [id(p) for p in (*adapter, *critics["value"].head.parameters())]
+    assert [id(p) for p in parts["own"]] == [id(p) for p in critics["own"].parameters()]
+    assert [id(p) for p in parts["q"]] == [id(p) for p in critics["q"].head.parameters()]
+    assert [id(p) for p in parts["policy"]] == [id(p) for p in model.policy_parameters()]
+
+
+# Related sequences
+
+
+@pytest.mark.parametrize("make", [make_batch, lambda tokens, **fields: make_rollout(**vars(tokens), **fields)])
+def test_the_outputs_for_related_sequences_are_those_of_passes_of_their_own(make, policy):
+    related = {
+        "rejected": make_sequences([[4], [2, 3, 9, 8, 7], [5, 9], [6]], [[9], [1, 1, 4], [8, 3], [2]]),
+        "longer": make_sequences([[1], [2], [3], [4]], [[5, 6, 7, 8, 9], [5], [6], [7]], left=2),
+    }
+    critics = {
+        "value": build_random_critic(),
+        "q": CriticModule(None, build_random_head(HeadKind.linear, 11), is_action=True),
+    }
+    model, tokens = TrainingModel(policy, critics, 0.7), make_tokens()
+    output = model(make(tokens, related=related), entropy=True, mean_logprob=True)
+    assert list(output.related) == ["rejected", "longer"]
+    for part, sequences in ((output, tokens), *((output.related[name], related[name]) for name in related)):
+        alone = model(sequences, entropy=True, mean_logprob=True)
+        for field in ("logprobs", "values", "logsumexp", "entropy", "mean_logprob"):
+            close(getattr(part, field), getattr(alone, field))
+        assert alone.related == {} and part.logprobs.shape == sequences.mask.shape
+    assert list(model(make(tokens, related=related), critics=["q"]).related["longer"].values) == ["q"]
+    (gradient,) = torch.autograd.grad(output.related["longer"].logprobs.sum(), policy.get_input_embeddings().weight)
+    assert gradient[4].any()  # a prompt token of that sequence
+
+
+# Responses without a token
+
+
+def make_empty(width: int) -> Sequences:
+    """Return two prompts with responses of `width` columns, none of which counts."""
+    tokens, none = make_sequences([[3, 1, 4], [5]], [[2, 7], [8]]), torch.zeros(2, width, dtype=torch.bool)
+    return replace(tokens, response_ids=torch.full((2, width), 6), mask=none, on_policy=none)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "llama", "granite"])
+@pytest.mark.parametrize("width", [0, 1, 3])
+def test_rows_without_a_response_token_give_zeros_and_gradients_of_0(width, kind):
+    policy, tokens = build_policy(kind), make_empty(width)
+    critics = {
+        "own": build_random_critic(),
+        "v": CriticModule(None, build_random_head(HeadKind.mlp)),
+        "q": CriticModule(None, build_random_head(HeadKind.mlp, 11), is_action=True),
+    }
+    model = TrainingModel(policy, critics, 0.7, [Critic("v", polyak=0.1)])
+    output = model(make_batch(tokens, related={"other": tokens}), entropy=True, mean_logprob=True)
+    total = torch.zeros(())
+    for part in (output, output.related["other"]):
+        tensors = [part.logprobs, part.entropy, part.mean_logprob, *part.values.values(), *part.logsumexp.values()]
+        assert all(x.shape == (2, width) and not x.any() for x in tensors)
+        total = total + sum(x.sum() for x in tensors)
+    total.backward()
+    trained = [*model.policy_parameters(), *model.critic_parameters()]
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
+    assert not compute_response_logprobs(policy, tokens, 1.0).any()
+    assert len(compute_head_inputs(policy, make_padded_inputs(tokens))[0]) == 0
+
+
+def test_a_row_without_a_response_token_changes_no_other_row(policy):
+    model = TrainingModel(policy, {"value": build_random_critic()}, 1.0)
+    full, more = make_tokens(), make_sequences([*PROMPTS, [7, 7, 7]], [*RESPONSES, []])
+    output, expected = model(more, entropy=True), model(full, entropy=True)
+    for one, other in (
+        (output.logprobs, expected.logprobs),
+        (output.values["value"], expected.values["value"]),
+        (output.entropy, expected.entropy),
+    ):
+        close(one[:4], other)
+        assert not one[4].any()
+    output.logprobs.sum().backward()
+    gradients = [parameter.grad.clone() for parameter in policy.parameters()]
+    policy.zero_grad()
+    expected.logprobs.sum().backward()
+    close(gradients, [parameter.grad for parameter in policy.parameters()], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,6 @@
-"""Chunked log-probs of the output head: values, gradients, memory, and the models that support them."""
+"""Chunked statistics of the output head: values, gradients, memory, and the models that support them."""
+
+import math
 
 import pytest
 import torch
@@ -12,11 +14,16 @@ from apa_cli.models.forward import (
     compute_response_logits,
     compute_response_logprobs,
 )
-from apa_cli.models.lm_head import compute_head_logprobs, find_linear_head, split_into_chunks
+from apa_cli.models.lm_head import (
+    TokenStatistics,
+    compute_head_logprobs,
+    compute_head_statistics,
+    find_linear_head,
+    split_into_chunks,
+)
 from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import token_logprobs
-from apa_cli.types import Sequences
 from tests.builders import (
     add_random_adapter,
     build_tiny_policy,
@@ -144,6 +151,104 @@ def test_chunks_cover_each_row_once_within_the_size_limit(monkeypatch):
             assert all((chunk.stop - chunk.start) * vocabulary <= max(100, vocabulary) for chunk in chunks)
 
 
+# Statistics of the whole distribution
+
+
+def compute_reference_statistics(states, weight, bias, temperature) -> TokenStatistics:
+    """Return the statistics by the plain formulas, in the precision of the inputs."""
+    x = nn.functional.linear(states, weight, bias) / temperature
+    logprobs = x.log_softmax(-1)
+    return TokenStatistics(
+        logprobs=logprobs[range(N), TOKENS],
+        chosen=x[range(N), TOKENS],
+        logsumexp=x.logsumexp(-1),
+        entropy=-(logprobs.exp() * logprobs).sum(-1),
+        mean_logprob=logprobs.mean(-1),
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", TokenStatistics._fields)
+def test_each_statistic_and_its_gradients_equal_those_of_the_plain_formula(name, memory, temperature, bias):
+    exact, leaves = make_inputs(bias, torch.float64), make_inputs(bias)
+    expected = getattr(compute_reference_statistics(*exact, temperature), name)
+    statistic = getattr(compute_head_statistics(*leaves, TOKENS, temperature), name)
+    assert statistic.dtype == torch.float32
+    torch.testing.assert_close(statistic, expected.float(), rtol=1e-6, atol=2e-6)
+    (expected * WEIGHTS).sum().backward()
+    (statistic * WEIGHTS).sum().backward()
+    for one, other in zip(leaves, exact, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one.grad, other.grad.float(), rtol=1e-5, atol=5e-6)
+
+
+def test_the_gradient_of_a_sum_of_statistics_is_that_of_the_plain_formulas(memory):
+    gradients = []
+    for dtype, compute in (
+        (torch.float64, lambda *leaves: compute_reference_statistics(*leaves, 0.7)),
+        (torch.float32, lambda *leaves: compute_head_statistics(*leaves, TOKENS, 0.7)),
+    ):
+        leaves = make_inputs(True, dtype)
+        statistics = compute(*leaves)
+        sum(factor * (x * WEIGHTS).sum() for factor, x in enumerate(statistics, start=1)).backward()
+        gradients.append([leaf.grad.float() for leaf in leaves])
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=2e-5)
+
+
+def test_statistics_by_hand():
+    # logits 0 and 2 log 3 at temperature 2: x = 0, log 3; probabilities 1/4, 3/4
+    states, weight = torch.ones(1, 1), torch.tensor([[0.0], [2 * math.log(3)]], requires_grad=True)
+    statistics = compute_head_statistics(states, weight, None, torch.tensor([1]), 2.0)
+    entropy = math.log(4) - 0.75 * math.log(3)
+    by_hand = [math.log(0.75), math.log(3), math.log(4), entropy, (math.log(0.25) + math.log(0.75)) / 2]
+    assert [x.item() for x in statistics] == pytest.approx(by_hand, rel=1e-6)
+    statistics.entropy.sum().backward()
+    # dH/dx of the likelier token: −3/4 (log 3/4 + H) = −3/16 log 3; half of it to the logit, and to the other −1 times
+    assert weight.grad.flatten().tolist() == pytest.approx([3 / 32 * math.log(3), -3 / 32 * math.log(3)], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", list(DType))
+def test_log_probs_beside_other_statistics_are_bit_identical(dtype, memory):
+    leaves = make_inputs(True)
+    with autocast_to(torch.device("cpu"), dtype):
+        logprobs = compute_head_logprobs(*leaves, TOKENS, 0.7)
+        assert torch.equal(compute_head_statistics(*leaves, TOKENS, 0.7).logprobs, logprobs)
+
+
+def test_statistics_of_zero_tokens_give_zero_gradients():
+    states, weight, bias = make_inputs(True)
+    statistics = compute_head_statistics(states[:0], weight, bias, TOKENS[:0], 1.0)
+    assert [len(x) for x in statistics] == [0] * 5
+    sum(x.sum() for x in statistics).backward()
+    assert not weight.grad.any() and not states.grad.any() and not bias.grad.any()
+
+
+def test_statistics_keep_no_logits_for_the_backward_pass():
+    leaves, saved = make_inputs(True), []
+
+    def pack(tensor):
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        compute_head_statistics(*leaves, TOKENS, 1.0)
+    assert (N, H) in saved and (N, V) not in saved
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_a_frozen_input_gets_no_gradient_from_statistics_and_the_others_the_right_one(frozen):
+    exact, leaves = make_inputs(True, torch.float64), make_inputs(True)
+    leaves[frozen].requires_grad_(False)
+    compute_reference_statistics(*exact, 1.0).entropy.sum().backward()
+    compute_head_statistics(*leaves, TOKENS, 1.0).entropy.sum().backward()
+    for i in range(3):
+        if i == frozen:
+            assert leaves[i].grad is None
+        else:
+            torch.testing.assert_close(leaves[i].grad, exact[i].grad.float(), rtol=1e-5, atol=5e-6)
+
+
 # In a model
 
 LARGE_WEIGHTS = {"initializer_range": 0.5, "pad_token_id": 0}
@@ -195,6 +300,32 @@ def test_log_probs_and_gradients_of_each_family_equal_those_from_its_logits(kind
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def compute_plain_statistics(model, temperature: float) -> dict[str, torch.Tensor]:
+    """Return entropy and mean log-prob from the model's own logits."""
+    logprobs = compute_response_logits(model, make_padded_inputs(BATCH), temperature).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    statistics = {"entropy": entropy, "mean_logprob": logprobs.sum(-1) / 30}
+    return {name: x.masked_fill(~BATCH.mask, 0.0) for name, x in statistics.items()}
+
+
+@pytest.mark.parametrize("name", ["entropy", "mean_logprob"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_entropy_and_mean_log_prob_of_each_family_equal_those_from_its_logits(kind, name):
+    model = build_policy(kind)
+    output = TrainingModel(model, {}, 0.7)(BATCH, **{name: True})
+    other = {"entropy": "mean_logprob", "mean_logprob": "entropy"}[name]
+    assert getattr(output, other) is None
+    torch.testing.assert_close(output.logprobs, compute_plain_logprobs(model), rtol=1e-5, atol=1e-5)
+    results = []
+    for statistic in (compute_plain_statistics(model, 0.7)[name], getattr(output, name)):
+        model.zero_grad()
+        (statistic * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
+        results.append([statistic.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) > 4 and float(results[0][1].abs().max()) > 1e-4
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+
+
 def test_tied_weights_get_the_gradients_of_both_uses():
     model = build_policy("llama")
     model.config.tie_word_embeddings = True
@@ -204,6 +335,9 @@ def test_tied_weights_get_the_gradients_of_both_uses():
     (expected,) = torch.autograd.grad(compute_plain_logprobs(model).sum(), weight)
     (gradient,) = torch.autograd.grad(compute_response_logprobs(model, BATCH, 0.7).sum(), weight)
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+    (expected,) = torch.autograd.grad(compute_plain_statistics(model, 0.7)["entropy"].sum(), weight)
+    entropy = TrainingModel(model, {}, 0.7)(BATCH, entropy=True).entropy
+    torch.testing.assert_close(torch.autograd.grad(entropy.sum(), weight)[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
@@ -224,7 +358,7 @@ def test_the_head_is_restored_after_a_pass_and_after_a_failed_pass():
     before = compute_plain_logprobs(model).detach()
     compute_response_logprobs(model, BATCH, 0.7)
     assert torch.equal(compute_plain_logprobs(model), before)
-    broken = Sequences(BATCH.prompt_ids, BATCH.prompt_mask, BATCH.response_ids + 1000, BATCH.mask)
+    broken = BATCH.replace(response_ids=BATCH.response_ids + 1000)
     with pytest.raises((IndexError, RuntimeError)):
         compute_response_logprobs(model, broken, 0.7)
     assert torch.equal(compute_plain_logprobs(model), before)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from apa_cli.models import forward
-from apa_cli.models.critic import Critic
+from apa_cli.models.critic import CriticModule
 from apa_cli.models.forward import (
     PackedInputs,
     TrainingModel,
@@ -42,7 +42,7 @@ UNPACKED = {
 build_policy = partial(build_tiny_policy, vocab_size=50, num_hidden_layers=2)
 
 
-def build_random_critic(policy: PreTrainedModel, kind: CriticKind, lora: LoraSettings | None = None) -> Critic:
+def build_random_critic(policy: PreTrainedModel, kind: CriticKind, lora: LoraSettings | None = None) -> CriticModule:
     """Return a critic with an MLP head whose values are not 0."""
     critic = build_value_critic(policy, kind, HeadKind.mlp, seed=3, lora=lora)
     torch.nn.init.normal_(critic.head[2].weight)
@@ -55,7 +55,8 @@ def rows() -> Sequences:
     torch.manual_seed(1)
     mask = torch.tensor([[0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
     before = torch.tensor([[0] * (6 - n) + [1] * n for n in (3, 1, 6, 4)]).bool()
-    return Sequences(torch.randint(1, 50, before.shape), before, torch.randint(1, 50, mask.shape), mask)
+    prompt_ids, response_ids = torch.randint(1, 50, before.shape), torch.randint(1, 50, mask.shape)
+    return Sequences(prompt_ids=prompt_ids, prompt_mask=before, response_ids=response_ids, mask=mask, on_policy=mask)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from apa_cli.errors import UserError
-from apa_cli.rewards.base import add_score_check
+from apa_cli.rewards.base import Scores, add_score_check
 from apa_cli.rewards.function import FunctionReward
 
 RESPONSES = ["one", "two", "a third\nreply"]
@@ -50,6 +50,29 @@ def test_any_sequence_of_numbers_becomes_floats(result):
 def test_other_results_are_refused_in_one_line(result, message):
     with pytest.raises(UserError, match=message) as error:
         check_result(result)
+    assert "\n" not in str(error.value)
+
+
+def test_token_scores_pass_the_check_as_floats():
+    scores = check_result(Scores([1, 2, 3], {}, [[1, True], np.array([0.5]), torch.tensor([2, 0.25])]))
+    assert scores == Scores([1.0, 2.0, 3.0], {}, [[1.0, 1.0], [0.5], [2.0, 0.25]])
+    assert all(type(value) is float for row in scores.token_scores for value in row)
+    assert check_result([1, 2, 3]).token_scores is None
+
+
+@pytest.mark.parametrize(
+    ("token_scores", "message"),
+    [
+        ([[1.0], [2.0]], "one list of token scores per response, got 2 for 3 responses"),
+        ([], "one list of token scores per response, got 0 for 3 responses"),
+        ([[1.0], [2.0, float("inf")], [3.0]], r"finite token scores, got \[2.0, inf\] for response 1"),
+        ([[1.0], 2.0, [3.0]], r"a list of token scores for response 1 \('float' object is not iterable\)"),
+        ([[1.0], [2.0], ["x"]], "a list of token scores for response 2"),
+    ],
+)
+def test_other_token_scores_are_refused_in_one_line(token_scores, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_result(Scores([1.0, 2.0, 3.0], {}, token_scores))
     assert "\n" not in str(error.value)
 
 

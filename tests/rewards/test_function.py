@@ -8,6 +8,7 @@ import pytest
 from apa_cli.errors import UserError
 from apa_cli.rewards.base import Placement, add_score_check
 from apa_cli.rewards.function import FunctionReward
+from apa_cli.user_code import import_object
 
 SOURCE = """\
 import asyncio
@@ -108,20 +109,20 @@ def test_two_files_with_the_same_name_are_two_modules(tmp_path):
 
 def test_a_function_receives_only_the_columns_it_names(file):
     assert call_target(f"{file}:with_topic") == [3, 5]
-    assert sys.modules["apa_reward_my_rewards"].seen == [["tea", "bread"]]
+    assert import_object(f"{file}:seen") == [["tea", "bread"]]
     assert call_target(f"{file}:with_default") == [7, 7]
 
 
 def test_keywords_receive_all_columns_with_none_for_missing_values(file):
     call_target(f"{file}:with_all")
     expected = {"topic": ["tea", "bread"], "asked": [["time"], None], "other": [None, 1]}
-    assert sys.modules["apa_reward_my_rewards"].seen == [expected]
+    assert import_object(f"{file}:seen") == [expected]
 
 
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("{file}:nothing", "has no function nothing"),
+        ("{file}:nothing", "defines no nothing"),
         ("{file}:number", "has no function number"),
         ("{folder}/absent.py:plain", "cannot import .*absent.py .*no file"),
         ("no_such_module_anywhere:plain", "cannot import no_such_module_anywhere"),

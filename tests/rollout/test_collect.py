@@ -11,9 +11,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from apa_cli.randomness import Stream, make_generator, sample_uniforms
-from apa_cli.rollout.collect import assemble_rollout, collect_rollout, concatenate_rollouts, decode_response
+from apa_cli.rollout.collect import assemble_rollout, collect_rollout, concatenate_sequences, decode_response
 from apa_cli.rollout.engine import Sampled
-from apa_cli.types import Prompt, Rollout, RolloutPlan
+from apa_cli.rollout.samplers import ModelSampler
+from apa_cli.settings import DType
+from apa_cli.types import Prefix, Prompt, Rollout, RolloutPlan
 from tests.builders import (
     EOS,
     build_tiny_policy,
@@ -85,6 +87,11 @@ N = 16
 SETTINGS = make_sampling_settings(max_new_tokens=LENGTH, temperature=0.7, microbatch_size=5)
 
 
+def plan_prefix(probability: float = 1.0) -> RolloutPlan:
+    """Return the plan of a prefix of the guide, completed by the policy."""
+    return RolloutPlan("guide", Prefix("uniform", probability), "policy")
+
+
 @pytest.fixture(scope="module")
 def policies() -> dict[str, PreTrainedModel]:
     return {"policy": build_tiny_policy(seed=0), "guide": build_tiny_policy(seed=1)}
@@ -132,8 +139,15 @@ def unpad_rows(rollout: Rollout, values: torch.Tensor) -> list[list]:
     return [row[:length].tolist() for row, length in zip(values, lengths, strict=True)]
 
 
+def find_prefixes(rollout: Rollout) -> torch.Tensor:
+    """Return the mask [N, T] of the tokens that the guide sampled."""
+    assert not (rollout.on_policy & ~rollout.mask).any()
+    return rollout.mask & ~rollout.on_policy
+
+
 def collect(models, tokenizer, prompts, plan=None, ends=frozenset({EOS}), settings=SETTINGS) -> Rollout:
-    return collect_rollout(models, tokenizer, prompts, settings, ends, SEED, Stream.rollout, ITERATION, plan)
+    samplers = {name: ModelSampler(model, tokenizer, DType.float32) for name, model in models.items()}
+    return collect_rollout(samplers, tokenizer, prompts, settings, ends, SEED, Stream.rollout, ITERATION, plan)
 
 
 def test_by_default_the_policy_samples_every_token(policies, tokenizer, prompts):
@@ -143,10 +157,10 @@ def test_by_default_the_policy_samples_every_token(policies, tokenizer, prompts)
         sample_by_reference(policies["policy"], p.token_ids, u, {EOS}) for p, u in zip(prompts, uniforms, strict=True)
     ]
     assert unpad_rows(rollout, rollout.response_ids) == [tokens for tokens, _, _ in expected]
-    for row, (_, logprobs, _) in zip(unpad_rows(rollout, rollout.sampler_logprobs), expected, strict=True):
+    for row, (_, logprobs, _) in zip(unpad_rows(rollout, rollout.logprobs["sampler"]), expected, strict=True):
         assert row == pytest.approx(logprobs, rel=1e-5, abs=1e-6)
     assert rollout.endings == [ending for _, _, ending in expected]
-    assert set(rollout.endings) == {"eos", "length"} and not rollout.prefix_mask.any()
+    assert set(rollout.endings) == {"eos", "length"} and not find_prefixes(rollout).any()
     assert rollout.groups.tolist() == [p.place for p in prompts]
     assert (rollout.prompts, rollout.columns) == ([p.text for p in prompts], [p.columns for p in prompts])
     prompt_ids = [ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
@@ -155,8 +169,9 @@ def test_by_default_the_policy_samples_every_token(policies, tokenizer, prompts)
 
 @pytest.mark.parametrize("probability", [1.0, 0.5])
 def test_a_prefix_of_the_roll_in_is_completed_by_the_roll_out_policy(policies, tokenizer, prompts, probability):
-    rollout = collect(policies, tokenizer, prompts, RolloutPlan("guide", "policy", probability))
-    responses, logprobs = unpad_rows(rollout, rollout.response_ids), unpad_rows(rollout, rollout.sampler_logprobs)
+    rollout = collect(policies, tokenizer, prompts, plan_prefix(probability))
+    responses, logprobs = unpad_rows(rollout, rollout.response_ids), unpad_rows(rollout, rollout.logprobs["sampler"])
+    prefixes = find_prefixes(rollout)
     with_prefix, too_short, over_limit = 0, 0, 0
     for i, prompt in enumerate(prompts):
         key = (prompt.place, prompt.sample)
@@ -164,8 +179,8 @@ def test_a_prefix_of_the_roll_in_is_completed_by_the_roll_out_policy(policies, t
             sample_uniforms(SEED, s, ITERATION, [key], LENGTH)[0] for s in (Stream.roll_in, Stream.rollout)
         )
         roll_in, roll_in_logprobs, _ = sample_by_reference(policies["guide"], prompt.token_ids, roll_in_uniforms, {EOS})
-        cut = int(rollout.prefix_mask[i].sum())
-        assert rollout.prefix_mask[i].tolist() == [t < cut for t in range(rollout.mask.shape[1])]
+        cut = int(prefixes[i].sum())
+        assert prefixes[i].tolist() == [t < cut for t in range(rollout.mask.shape[1])]
         # the cut's random numbers: the first decides on a prefix, the second on its length in 1 … len − 1
         rng = make_generator(SEED, Stream.roll_in_cut, ITERATION, *key)
         is_chosen = rng.random() < probability
@@ -189,24 +204,23 @@ def test_a_prefix_of_the_roll_in_is_completed_by_the_roll_out_policy(policies, t
 def test_prefix_lengths_are_uniform_below_the_whole_length(policies, tokenizer):
     prompts = [Prompt("", [1 + place % 9], place, 0, {}) for place in range(600)]
     settings = replace(SETTINGS, max_new_tokens=4, microbatch_size=600)
-    plan = RolloutPlan("guide", "policy", 1.0)
-    always = collect(policies, tokenizer, prompts, plan, frozenset(), settings)
+    always = collect(policies, tokenizer, prompts, plan_prefix(), frozenset(), settings)
     # 600 prefixes of lengths 1, 2, 3: 200 each, with a standard deviation of √(600 · ⅓ · ⅔) = 11.5
-    counts = np.bincount(always.prefix_mask.sum(-1).numpy(), minlength=5)
+    cuts = find_prefixes(always)
+    counts = np.bincount(cuts.sum(-1).numpy(), minlength=5)
     assert counts[0] == counts[4] == 0 and all(abs(count - 200) < 35 for count in counts[1:4])
-    quarter = collect(policies, tokenizer, prompts, replace(plan, rollin_probability=0.25), frozenset(), settings)
+    quarter = collect(policies, tokenizer, prompts, plan_prefix(0.25), frozenset(), settings)
     # a quarter of 600 is 150, with a standard deviation of √(600 · ¼ · ¾) = 10.6
-    assert abs(int(quarter.prefix_mask[:, 0].sum()) - 150) < 32
-    has_prefix = quarter.prefix_mask[:, 0]
-    assert torch.equal(quarter.prefix_mask[has_prefix], always.prefix_mask[has_prefix])  # the same cuts
+    has_prefix = find_prefixes(quarter)[:, 0]
+    assert abs(int(has_prefix.sum()) - 150) < 32
+    assert torch.equal(find_prefixes(quarter)[has_prefix], cuts[has_prefix])  # the same cuts
 
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_a_sequence_of_one_token_has_no_prefix(policies, tokenizer, prompts, limit):
     settings = replace(SETTINGS, max_new_tokens=limit)
-    plan = RolloutPlan("guide", "policy", 1.0)
-    rollout = collect(policies, tokenizer, prompts, plan, frozenset(), settings)
-    assert rollout.prefix_mask.sum(-1).tolist() == [limit - 1] * N
+    rollout = collect(policies, tokenizer, prompts, plan_prefix(), frozenset(), settings)
+    assert find_prefixes(rollout).sum(-1).tolist() == [limit - 1] * N
     without = collect(policies, tokenizer, prompts, None, frozenset(), settings)
     assert torch.equal(rollout.response_ids, without.response_ids) is (limit == 1)
 
@@ -214,9 +228,9 @@ def test_a_sequence_of_one_token_has_no_prefix(policies, tokenizer, prompts, lim
 def test_a_stop_string_that_begins_in_the_prefix_ends_the_response(policies, tokenizer):
     """The stop string `e f` is token 4, the last of a prefix, and token 5, the first of its completion."""
     prompts = [Prompt("", [1 + place % 9], place, 0, {}) for place in range(200)]
-    settings, plan = replace(SETTINGS, stop_strings=["e f"], microbatch_size=200), RolloutPlan("guide", "policy", 1.0)
+    settings, plan = replace(SETTINGS, stop_strings=["e f"], microbatch_size=200), plan_prefix()
     rollout = collect(policies, tokenizer, prompts, plan, settings=settings)
-    prefix_lengths, across = rollout.prefix_mask.sum(-1).tolist(), 0
+    prefix_lengths, across = find_prefixes(rollout).sum(-1).tolist(), 0
     for cut, tokens, ending in zip(
         prefix_lengths, unpad_rows(rollout, rollout.response_ids), rollout.endings, strict=True
     ):
@@ -236,7 +250,7 @@ def test_prefixes_and_completions_are_joined_and_cut_at_the_limit(tokenizer):
         [[-next(numbers) / 8 for _ in row] for row in part] for part in (prefixes, completions)
     )
     sampled = Sampled(completions, completion_logprobs, ["stop", "eos", "eos", "eos", "length"])
-    rollout = assemble_rollout(tokenizer, prompts, prefixes, prefix_logprobs, sampled, SETTINGS)
+    rollout = assemble_rollout(tokenizer, prompts, prefixes, prefix_logprobs, sampled, SETTINGS, plan_prefix())
     assert unpad_rows(rollout, rollout.response_ids) == [
         [1, 2, 3, 4, 5],
         [3, 4, 5, 6, 7, EOS],
@@ -245,7 +259,7 @@ def test_prefixes_and_completions_are_joined_and_cut_at_the_limit(tokenizer):
         [1, 2, 3, 4, 5, 6],
     ]
     # The prefixes' log-probs are −1/8 … −14/8 in order, the completions' −15/8 and on.
-    eighths = [[round(-8 * x) for x in row] for row in unpad_rows(rollout, rollout.sampler_logprobs)]
+    eighths = [[round(-8 * x) for x in row] for row in unpad_rows(rollout, rollout.logprobs["sampler"])]
     assert eighths == [
         [1, 2, 15, 16, 17],
         [3, 4, 5, 18, 19, 20],
@@ -254,8 +268,8 @@ def test_prefixes_and_completions_are_joined_and_cut_at_the_limit(tokenizer):
         [10, 11, 12, 13, 14, 26],
     ]
     assert rollout.endings == ["stop", "eos", "length", "eos", "length"]
-    assert rollout.prefix_mask.sum(-1).tolist() == [2, 3, 4, 0, 5]
-    assert not (rollout.prefix_mask & ~rollout.mask).any()
+    cuts = [2, 3, 4, 0, 5]
+    assert find_prefixes(rollout).tolist() == [[t < cut for t in range(6)] for cut in cuts]
     # The end token of the second and the fourth response is not in the text; the third one's was cut off.
     assert [text.split() for text in rollout.responses] == [
         ["b", "c", "d", "e", "f"],
@@ -268,14 +282,16 @@ def test_prefixes_and_completions_are_joined_and_cut_at_the_limit(tokenizer):
 
 def make_numbered_rollout(prompts: list[list[int]], responses: list[list[int]], first: int) -> Rollout:
     """Return a rollout padded to its own widths with the token 0, whose rows are numbered from `first`."""
-    tokens = make_sequences(prompts, responses)
+    tokens, count = make_sequences(prompts, responses), len(prompts)
     logprobs = -tokens.response_ids.float()
-    names = [str(first + i) for i in range(len(prompts))]
+    names = [str(first + i) for i in range(count)]
+    related = make_sequences(prompts, [[9] * (1 + first + i) for i in range(count)])
     return make_rollout(
-        **vars(tokens), sampler_logprobs=logprobs, prompts=names, responses=names, endings=names,
-        groups=torch.arange(first, first + len(prompts)), columns=[{"name": name} for name in names],
-        scores=torch.arange(first, first + len(prompts)).float(), ref_logprobs=logprobs, init_logprobs=logprobs,
-        values={"value": 2 * logprobs},
+        **{**vars(tokens), "logprobs": {"sampler": logprobs, "init": 3 * logprobs}, "values": {"value": 2 * logprobs}},
+        prompts=names, responses=names, endings=names, groups=torch.arange(first, first + count),
+        columns=[{"name": name} for name in names], scores=torch.arange(first, first + count).float(),
+        extra={"row": torch.arange(first, first + count)}, masks={"policy": tokens.mask},
+        plan_index=torch.full([count], first), related={"chosen": related},
     )  # fmt: skip
 
 
@@ -284,14 +300,23 @@ def test_rollouts_are_concatenated_with_common_padding():
         make_numbered_rollout([[5], [6, 7]], [[1, 2, 3], [4]], 0),
         make_numbered_rollout([[8, 9, 9], [1]], [[5, 6], [5, 6]], 2),
     ]
-    joined = concatenate_rollouts(parts, pad=99, count=3)
+    joined = concatenate_sequences(parts, pad=99).select_rows(torch.arange(3))
     # Padding is added on the left of prompts and on the right of responses; the fourth row is left out.
     assert joined.prompt_ids.tolist() == [[99, 0, 5], [99, 6, 7], [8, 9, 9]]
     assert joined.prompt_mask.tolist() == [[False, False, True], [False, True, True], [True, True, True]]
     assert joined.response_ids.tolist() == [[1, 2, 3], [4, 0, 0], [5, 6, 99]]
-    assert joined.mask.tolist() == [[True] * 3, [True, False, False], [True, True, False]]
-    assert joined.sampler_logprobs.tolist() == [[-1, -2, -3], [-4, 0, 0], [-5, -6, 0]]
+    mask = [[True] * 3, [True, False, False], [True, True, False]]
+    assert joined.mask.tolist() == joined.on_policy.tolist() == joined.masks["policy"].tolist() == mask
+    assert joined.logprobs["sampler"].tolist() == [[-1, -2, -3], [-4, 0, 0], [-5, -6, 0]]
+    assert joined.logprobs["init"].tolist() == [[-3, -6, -9], [-12, 0, 0], [-15, -18, 0]]
+    assert joined.logprobs.keys() == {"sampler", "init"}
     assert joined.values["value"].tolist() == [[-2, -4, -6], [-8, 0, 0], [-10, -12, 0]]
     assert joined.scores.tolist() == [0, 1, 2] and joined.groups.tolist() == [0, 1, 2]
+    assert joined.extra["row"].tolist() == [0, 1, 2] and joined.plan_index.tolist() == [0, 0, 2]
     assert joined.responses == ["0", "1", "2"] and joined.columns == [{"name": str(i)} for i in range(3)]
-    assert joined.ref_logprobs is joined.init_logprobs and joined.old_logprobs is None
+    # The related responses are 1, 2, 3 and 4 tokens long, to the same prompts.
+    chosen = joined.related["chosen"]
+    assert chosen.response_ids.tolist() == [[9, 0, 99, 99], [9, 9, 99, 99], [9, 9, 9, 0]]
+    assert chosen.mask.sum(-1).tolist() == [1, 2, 3] and torch.equal(chosen.prompt_ids, joined.prompt_ids)
+    with pytest.raises(ValueError, match=r"^concatenate_sequences: no part$"):
+        concatenate_sequences([], pad=99)

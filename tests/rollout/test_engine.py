@@ -275,7 +275,10 @@ def test_log_probs_equal_those_of_the_training_forward_pass(policy, tokenizer, p
     sampled = sample_responses(policy, tokenizer, prompts, uniforms, settings, frozenset({EOS}))
     prompt_ids, prompt_mask = pad_left(prompts, PAD)
     mask = pad_right([[1] * len(row) for row in sampled.tokens], 0, LENGTH, torch.bool)
-    tokens = Sequences(prompt_ids, prompt_mask.bool(), pad_right(sampled.tokens, PAD, LENGTH, torch.int64), mask)
+    tokens = Sequences(
+        prompt_ids=prompt_ids, prompt_mask=prompt_mask.bool(),
+        response_ids=pad_right(sampled.tokens, PAD, LENGTH, torch.int64), mask=mask, on_policy=mask,
+    )  # fmt: skip
     with torch.no_grad():
         scored = compute_response_logprobs(policy, tokens, temperature)
     sampled = pad_right(sampled.logprobs, 0.0, LENGTH, torch.float32)

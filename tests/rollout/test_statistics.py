@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from apa_cli.rollout.statistics import (
+    compute_kl_metrics,
     compute_response_metrics,
-    compute_rollout_metrics,
+    compute_sampling_metrics,
     confidence_half_width,
     distinct_n,
 )
@@ -29,18 +30,20 @@ def rollout() -> Rollout:
     return make_rollout(
         make_mask([3, 1, 2, 1]),
         response_ids=torch.tensor([[5, 6, 5], [6, 5, 6], [5, 6, 6], [9, 8, 7]]),
-        sampler_logprobs=pad_with_junk([-1.0, -2.0, -0.5], [-3.0], [-0.25, -4.0], [-1.25]),
         endings=["length", "length", "length", "eos"],
         scores=torch.tensor([1.0, 4.0, 7.0, 10.0]),
-        init_logprobs=pad_with_junk([-1.5, -1.0, -2.0], [-2.0], [-1.0, -4.5], [-1.0]),
-        ref_logprobs=pad_with_junk([-1.25, -2.5, -1.0], [-3.5], [-2.0, -3.0], [-5.25]),
-        old_logprobs=pad_with_junk([-9.0, -8.0, -7.0], [-6.0], [-5.0, -10.0], [-11.0]),
+        logprobs={
+            "sampler": pad_with_junk([-1.0, -2.0, -0.5], [-3.0], [-0.25, -4.0], [-1.25]),
+            "init": pad_with_junk([-1.5, -1.0, -2.0], [-2.0], [-1.0, -4.5], [-1.0]),
+            "reference": pad_with_junk([-1.25, -2.5, -1.0], [-3.5], [-2.0, -3.0], [-5.25]),
+            "old": pad_with_junk([-9.0, -8.0, -7.0], [-6.0], [-5.0, -10.0], [-11.0]),
+        },
         values={"value": pad_with_junk([0.1, 0.2, 0.3], [0.4], [0.5, 0.6], [0.7])},
     )
 
 
 def test_reward_mean_and_std_by_hand(rollout):
-    metrics = compute_rollout_metrics(rollout)
+    metrics = compute_sampling_metrics(rollout)
     assert metrics["reward/mean"] == 5.5  # 22 of 4
     # −4½, −1½, 1½ and 4½: squares 20¼ + 2¼ + 2¼ + 20¼ = 45 of 4 (of 3 it would be 15)
     assert metrics["reward/std"] == pytest.approx(math.sqrt(45 / 4), rel=1e-6)
@@ -48,7 +51,7 @@ def test_reward_mean_and_std_by_hand(rollout):
 
 def test_entropy_is_the_mean_negative_log_prob_of_the_sampler(rollout):
     # 1 + 2 + ½ + 3 + ¼ + 4 + 1¼ = 12 on seven tokens
-    assert compute_rollout_metrics(rollout)["policy/entropy"] == pytest.approx(12 / 7, rel=1e-6)
+    assert compute_sampling_metrics(rollout)["policy/entropy"] == pytest.approx(12 / 7, rel=1e-6)
 
 
 K1 = [0.5, -1.0, 1.5, -1.0, 0.75, 0.5, -0.25]
@@ -56,7 +59,7 @@ K1 = [0.5, -1.0, 1.5, -1.0, 0.75, 0.5, -0.25]
 
 
 def test_kl_is_between_the_sampler_and_the_initial_policy(rollout):
-    metrics = compute_rollout_metrics(rollout)
+    metrics = compute_kl_metrics(rollout)
     assert metrics["kl/sequence"] == pytest.approx((1 - 1 + 1.25 - 0.25) / 4, rel=1e-6)
     assert metrics["kl/token_k3"] == pytest.approx(sum(math.exp(-k) - 1 + k for k in K1) / 7, rel=1e-6)
     assert metrics["kl/token_k3"] != pytest.approx(
@@ -66,8 +69,8 @@ def test_kl_is_between_the_sampler_and_the_initial_policy(rollout):
 
 def test_kl_refreshed_is_between_the_sampler_and_the_moving_reference(rollout):
     # Sampler minus reference: ¼ + ½ + ½; ½; 1¾ − 1; 4. Sum over four responses: 1.25 + 0.5 + 0.75 + 4 = 6.5.
-    assert compute_rollout_metrics(rollout)["kl/refreshed"] == pytest.approx(6.5 / 4, rel=1e-6)
-    fixed = compute_rollout_metrics(replace(rollout, ref_logprobs=rollout.init_logprobs))
+    assert compute_kl_metrics(rollout)["kl/refreshed"] == pytest.approx(6.5 / 4, rel=1e-6)
+    fixed = compute_kl_metrics(rollout.replace(logprobs={**rollout.logprobs, "reference": rollout.logprobs["init"]}))
     assert "kl/refreshed" not in fixed and fixed["kl/sequence"] == 0.25
 
 
@@ -80,7 +83,7 @@ def test_response_statistics_by_hand(rollout):
         "response/truncated_rate": 3 / 4,
         "response/distinct_2": pytest.approx(2 / 3),
     }
-    assert compute_rollout_metrics(rollout).items() >= metrics.items()
+    assert compute_sampling_metrics(rollout).items() >= metrics.items()
     stopped = compute_response_metrics(replace(rollout, endings=["stop", "length", "eos", "eos"]))
     assert (stopped["response/eos_rate"], stopped["response/truncated_rate"]) == (2 / 4, 1 / 4)
 

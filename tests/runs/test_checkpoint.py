@@ -1,12 +1,14 @@
-"""Checkpoints: saved and restored tensors and state, damaged files, pruning."""
+"""Checkpoints: saved and restored tensors and state, nested states, damaged files, pruning."""
 
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from apa_cli.errors import UserError
+from apa_cli.pool import Pool
 from apa_cli.runs import checkpoint as checkpoints
 
 
@@ -93,6 +95,50 @@ def test_state_is_restored(tmp_path):
     assert loaded == state
     assert tensors["algorithm"]["pool"].tolist() == [0, 1, 2] and tensors["critics"] == {}
     assert path.name == "iteration_000004" and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_nested_state_has_its_tensors_and_pools_named_by_path(tmp_path):
+    pool, weight = Pool(), torch.tensor([1.5])
+    pool.append([{"n": 7}])
+    state = {"a": {"items": [{"w": weight}, (1, 2.5)], "pool": pool}, "flag": True, "none": None, "empty": {}}
+    values, tensors, pools = checkpoints.split_state(state)
+    assert values == {
+        "a": {
+            "items": [{"w": {"__tensor__": "a/items/0/w"}}, [1, 2.5]],
+            "pool": {"__pool__": "a/pool", "length": 1},
+        },
+        "flag": True,
+        "none": None,
+        "empty": {},
+    }
+    assert tensors == {"a/items/0/w": weight} and pools == {"a/pool": pool}
+    pool.save(checkpoints.get_pool_file(tmp_path, "a/pool"))
+    assert (tmp_path / "a" / "pool.jsonl").read_text() == '{"n": 7}\n'
+    joined = checkpoints.join_state(json.loads(json.dumps(values)), tensors, tmp_path)
+    assert joined["a"].pop("pool").rows([0]) == [{"n": 7}]
+    assert joined == {"a": {"items": [{"w": weight}, [1, 2.5]]}, "flag": True, "none": None, "empty": {}}
+
+
+SHARED_POOL = Pool()
+
+
+@pytest.mark.parametrize(
+    ("state", "path"),
+    [
+        ({"a": {"b": [0, {1, 2}]}}, "a/b/1"),
+        ({"a": {1: 2.0}}, "a"),
+        ({"a": [{"__tensor__": 1}]}, "a/0"),
+        ({"a/b": torch.zeros(1), "a": {"b": torch.ones(1)}}, "a/b"),
+        ({"a": {"b": Pool()}, "a/b": Pool()}, "a/b"),
+        ({"a": SHARED_POOL, "b": SHARED_POOL}, "b"),
+        ({"..": {"a": Pool()}}, "../a"),
+        ({"/a": Pool()}, "/a"),
+        ({"a": torch.Generator()}, "a"),
+    ],
+)
+def test_what_a_checkpoint_cannot_hold_is_named_by_its_path(state, path):
+    with pytest.raises(ValueError, match=rf"^state {re.escape(path)}: "):
+        checkpoints.split_state(state)
 
 
 @pytest.mark.parametrize("name", ["policy.safetensors", "state.json"])

@@ -10,8 +10,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from apa_cli.errors import ConfigError, UserError
+from apa_cli.pool import Pool
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.checkpoint import load_checkpoint
+from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.resume import find_differences
 
 OVERRIDES = [
@@ -214,3 +216,12 @@ def test_nested_key_with_the_name_of_a_free_one_may_not_differ():
 def test_evaluation_seed_may_not_differ():
     old, new = ({"evaluation": {"seed": seed, "prompts": seed}} for seed in (1, 2))
     assert find_differences(old, new) == [("evaluation.seed", 1, 2)]
+
+
+def test_a_start_after_a_kill_before_the_first_checkpoint_removes_the_pools(tmp_path):
+    directory = RunDirectory(tmp_path)
+    pool = Pool()
+    pool.append([{"n": 1}])
+    pool.save(directory.pools / "pool.jsonl")
+    directory.clear()
+    assert not any(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from apa_cli.hardware.oom import BatchSizeHalver
 from apa_cli.randomness import Stream, sample_uniforms
 from apa_cli.rewards.base import add_score_check
+from apa_cli.rollout.samplers import ModelSampler
 from apa_cli.settings import DType
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses, compare_scores, compute_win_rate
 from apa_cli.types import Prompt, Rollout
@@ -41,6 +42,7 @@ def policy() -> PreTrainedModel:
 def evaluator() -> Evaluator:
     return Evaluator(
         prompts=[Prompt(f"prompt {i}", ids, i, 0, {"row": i}) for i, ids in enumerate(PROMPTS)],
+        plain_prompt_ids=PROMPTS,
         sources=[f"whole prompt {i}" for i in range(5)],
         tokenizer=build_word_tokenizer(),
         reference=build_tiny_policy(seed=1).requires_grad_(False),
@@ -56,8 +58,13 @@ def evaluator() -> Evaluator:
 
 
 @pytest.fixture(scope="module")
-def replies(evaluator, policy) -> ScoredResponses:
-    return evaluator.sample_and_score(policy)
+def sampler(evaluator, policy) -> ModelSampler:
+    return ModelSampler(policy, evaluator.tokenizer, DType.float32)
+
+
+@pytest.fixture(scope="module")
+def replies(evaluator, sampler, policy) -> ScoredResponses:
+    return evaluator.sample_and_score(sampler, policy)
 
 
 @torch.no_grad()
@@ -124,21 +131,21 @@ def test_metrics_are_sums_over_replies_and_means_over_tokens(evaluator, replies,
 
 def test_kl_does_not_depend_on_padding_and_microbatches(evaluator, policy, replies):
     for size in (1, 5):
-        kl, entropy = evaluator.compute_kl_and_entropy(policy, replies.rollout, size)
+        kl, entropy = evaluator.compute_kl_and_entropy(policy, replies.rollout, PROMPTS, size)
         torch.testing.assert_close(kl, replies.kl, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(entropy, replies.entropy, rtol=1e-4, atol=1e-6)
 
 
 def test_kl_does_not_depend_on_chunks_of_logits(evaluator, policy, replies, monkeypatch):
     monkeypatch.setattr("apa_cli.models.lm_head.LOGITS_PER_CHUNK", 25)  # the logits of two tokens
-    kl, entropy = evaluator.compute_kl_and_entropy(policy, replies.rollout, 2)
+    kl, entropy = evaluator.compute_kl_and_entropy(policy, replies.rollout, PROMPTS, 2)
     torch.testing.assert_close(kl, replies.kl, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(entropy, replies.entropy, rtol=1e-4, atol=1e-6)
 
 
 def test_kl_of_a_model_without_a_linear_head_uses_its_whole_logits(evaluator, policy, replies, monkeypatch):
     monkeypatch.setattr("apa_cli.models.forward.find_linear_head", lambda model: None)
-    kl, entropy = evaluator.compute_kl_and_entropy(policy, replies.rollout, 2)
+    kl, entropy = evaluator.compute_kl_and_entropy(policy, replies.rollout, PROMPTS, 2)
     torch.testing.assert_close(kl, replies.kl, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(entropy, replies.entropy, rtol=1e-4, atol=1e-6)
 
@@ -162,8 +169,8 @@ def test_a_tie_counts_as_half_a_win():
     assert compute_win_rate([-1.0, 2.0], [1.0, 2.0]) == 0.25
 
 
-def test_each_row_of_the_sample_table_is_one_reply(evaluator, policy, replies, by_position):
-    metrics, rows, scores = evaluator.evaluate(policy, {})
+def test_each_row_of_the_sample_table_is_one_reply(evaluator, sampler, policy, replies, by_position):
+    metrics, rows, scores = evaluator.evaluate(sampler, policy, {})
     assert metrics["eval/win_rate_sft"] == 0.5  # without SFT scores it is compared with itself
     assert scores["row"] == [0, 1.5, 3, 4.5, 6]
     assert scores[MAIN_REWARD] == [len(text) for text in replies.rollout.responses]

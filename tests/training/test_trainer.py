@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from apa_cli.algorithms.apa import APA
+from apa_cli.algorithms.plans import Online
 from apa_cli.randomness import Stream, make_generator, sample_uniforms
 from apa_cli.rollout.engine import pad_right
 from apa_cli.training.rollout_builder import compute_sampler_gap
 from apa_cli.training.trainer import Trainer
-from apa_cli.types import Rollout, RolloutPlan
+from apa_cli.types import Prefix, Rollout, RolloutPlan
 from tests.builders import make_mask, make_rollout
 
 T = 0.7
@@ -48,6 +48,11 @@ def has_weights(module: torch.nn.Module, other: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(copy_weights(module), other, strict=True))
 
 
+def sample(trainer: Trainer, iteration: int = 1) -> Rollout:
+    """Return an iteration's responses as sampled, without scores."""
+    return trainer.rollout_builder.sample(iteration, trainer.progress.algorithm)[0].rollout
+
+
 # Sampling
 
 
@@ -63,12 +68,15 @@ def test_each_iteration_takes_the_next_prompts_of_a_shuffled_pass(pairs, iterati
     number, within = divmod(iteration - 1, 15)
     order = make_generator(3, Stream.data_order, number).permutation(60)
     rows = order[4 * within : 4 * within + 4].tolist()
-    rollout, truncated_rate = pairs.rollout_builder.sample(iteration)
+    shard, truncated_rate = pairs.rollout_builder.sample(iteration, {})
+    rollout = shard.rollout
     examples = pairs.rollout_builder.examples
     assert rollout.prompts == [examples[row].prompt for row in rows for _ in range(2)]
     tokens = [pairs.evaluator.tokenizer(examples[row].prompt)["input_ids"] for row in rows for _ in range(2)]
     assert list_prompts(rollout) == tokens and truncated_rate == 0
     assert rollout.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rollout.example_index.tolist() == [row for row in rows for _ in range(2)]
+    assert shard.positions.tolist() == list(range(8))
     assert rollout.columns == [examples[row].columns for row in rows for _ in range(2)]
 
 
@@ -88,7 +96,7 @@ def sample_plainly(trainer: Trainer, prompt: list[int], numbers: np.ndarray) -> 
 
 @pytest.mark.parametrize("iteration", [1, 2])
 def test_each_sample_of_a_prompt_has_its_own_random_numbers(pairs, iteration):
-    rollout, _ = pairs.rollout_builder.sample(iteration)
+    rollout = sample(pairs, iteration)
     places = [(place, number) for place in range(4) for number in (0, 1)]
     numbers = sample_uniforms(3, Stream.rollout, iteration, places, 12)
     responses = list_responses(rollout)
@@ -98,26 +106,31 @@ def test_each_sample_of_a_prompt_has_its_own_random_numbers(pairs, iteration):
     assert all(responses[2 * i] != responses[2 * i + 1] for i in range(4))
 
 
-plan_calls: list[tuple[int, float]] = []
-"""Step and first random number of each call of `PlannedAPA.plan`."""
+plan_calls: list[tuple[int, float, dict]] = []
+"""Step, first random number and state of each call of `PlannedOnline.rollout`."""
 
 
 @dataclass(frozen=True)
-class PlannedAPA(APA):
-    """APA that records the calls of `plan`, and plans a roll-in prefix for every response of iteration 2."""
+class PlannedOnline(Online):
+    """Online plan that records the calls of `rollout`, and plans a prefix for every response of iteration 2."""
 
-    def plan(self, step, rng):
-        plan_calls.append((step, rng.random()))
-        return RolloutPlan("policy", "policy", 1.0 if step == 2 else 0.0)
+    def rollout(self, step, rng, state):
+        plan_calls.append((step, rng.random(), state))
+        return (RolloutPlan("policy", Prefix("uniform", 1.0 if step == 2 else 0.0), "policy"),)
 
 
-def test_the_plan_of_the_algorithm_is_followed_and_has_its_own_random_numbers(pairs):
+def test_the_plan_is_followed_and_has_its_own_random_numbers(pairs):
     plan_calls.clear()
-    config = replace(pairs.config, algo=PlannedAPA(**vars(pairs.config.algo)))
-    builder = replace(pairs.rollout_builder, config=config)
-    plain, changed = (builder.sample(iteration)[0] for iteration in (1, 2))
-    assert plan_calls == [(step, make_generator(3, Stream.plan, step).random()) for step in (1, 2)]
-    assert not plain.prefix_mask.any() and changed.prefix_mask.any()
+    builder = replace(pairs.rollout_builder, config=replace(pairs.config, plan=PlannedOnline()))
+    plain, changed = (builder.sample(iteration, {"n": iteration})[0].rollout for iteration in (1, 2))
+    assert plan_calls == [
+        (step, make_generator(3, Stream.plan, step).random(), {"n": step}) for step in (1, 2)
+    ]
+    # Without prefixes the responses are those of the online plan; with prefixes most of them differ.
+    assert list_responses(plain) == list_responses(sample(pairs, 1))
+    online = list_responses(sample(pairs, 2))
+    assert sum(a != b for a, b in zip(list_responses(changed), online, strict=True)) > 4
+    assert torch.equal(changed.on_policy, changed.mask)  # prefix and completion are both the policy's
 
 
 # Forward passes
@@ -152,34 +165,34 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def test_forward_passes_match_plain_ones_at_the_temperature(make_trainer):
     trainer = make_trainer("algo=ppo", HOT, "reference.refresh_every=2", "microbatch_size=2", "minibatch_size=8")
     policy, moving = trainer.models.policy, trainer.models.moving_reference
-    sampled = trainer.rollout_builder.sample(1)[0]
+    sampled = sample(trainer)
     for number, module in enumerate((policy, moving, trainer.models.critics)):
         shift_weights(module, number)
     rollout = trainer.rollout_builder.run_forward_passes(sampled)
     expected = {
-        "old_logprobs": compute_plain_logprobs(policy, rollout),
-        "ref_logprobs": compute_plain_logprobs(moving, rollout),
-        "init_logprobs": compute_plain_logprobs(trainer.models.reference, rollout),
+        "old": compute_plain_logprobs(policy, rollout),
+        "reference": compute_plain_logprobs(moving, rollout),
+        "init": compute_plain_logprobs(trainer.models.reference, rollout),
     }
     for name, table in expected.items():
-        assert_close(getattr(rollout, name), table)
+        assert_close(rollout.logprobs[name], table)
     assert_close(rollout.values["value"], compute_plain_values(trainer, rollout))
     # The models differ on these tokens; the policy sampled them while it was still π_init.
     for first, second in itertools.combinations(expected.values(), 2):
         assert float((first - second).abs().max()) > 0.05
     assert float(rollout.values["value"].abs().max()) > 0.05
-    assert_close(rollout.sampler_logprobs, expected["init_logprobs"])
-    assert torch.equal(rollout.sampler_logprobs, sampled.sampler_logprobs)
+    assert_close(rollout.logprobs["sampler"], expected["init"])
+    assert torch.equal(rollout.logprobs["sampler"], sampled.logprobs["sampler"])
 
 
 def test_without_a_moving_reference_the_loss_uses_the_frozen_one(make_trainer):
     trainer = make_trainer("algo=apa", HOT)
-    rollout = trainer.rollout_builder.sample(1)[0]
+    rollout = sample(trainer)
     shift_weights(trainer.models.policy, 0)
     rollout = trainer.rollout_builder.run_forward_passes(rollout)
     assert trainer.models.moving_reference is None
-    assert rollout.ref_logprobs is rollout.init_logprobs and rollout.old_logprobs is None
-    assert_close(rollout.ref_logprobs, compute_plain_logprobs(trainer.models.reference, rollout))
+    assert rollout.logprobs["reference"] is rollout.logprobs["init"] and "old" not in rollout.logprobs
+    assert_close(rollout.logprobs["reference"], compute_plain_logprobs(trainer.models.reference, rollout))
 
 
 # The moving reference
@@ -208,7 +221,7 @@ def test_the_loss_uses_the_moving_reference(make_trainer):
     trainer = make_trainer(
         "algo=apa", "reference.refresh_every=2", "optimizer.lr=1e-30", "update_epochs=1", "minibatch_size=8"
     )
-    rollout = trainer.rollout_builder.sample(1)[0]
+    rollout = sample(trainer)
     shift_weights(trainer.models.moving_reference, 0)
     moved = compute_plain_logprobs(trainer.models.moving_reference, rollout, 1.0)
     log_z = trainer.run_iteration(1)["apa/log_z_lower"]
@@ -216,7 +229,7 @@ def test_the_loss_uses_the_moving_reference(make_trainer):
     # The critic's values are 0: Â_t is the score over its standard deviation, times 0.95 per token that follows.
     following = rollout.mask.sum(-1, keepdim=True) - 1 - torch.arange(rollout.mask.shape[1])
     advantages = (scores / scores.std(correction=0)).unsqueeze(-1) * 0.95**following
-    residual = advantages / 0.1 - (rollout.sampler_logprobs - moved)
+    residual = advantages / 0.1 - (rollout.logprobs["sampler"] - moved)
     assert log_z == pytest.approx(float(residual[rollout.mask].mean()), rel=1e-4)
 
 
@@ -225,21 +238,23 @@ def test_the_loss_uses_the_moving_reference(make_trainer):
 
 def test_the_gap_is_a_mean_over_the_mask():
     table = torch.tensor([[-1.0, -2.0, 5.0], [-3.0, 5.0, 5.0]])
-    rollout = make_rollout(make_mask([2, 1], width=3), sampler_logprobs=table)
+    rollout = make_rollout(make_mask([2, 1], width=3), logprobs={"sampler": table})
     assert compute_sampler_gap(rollout) == {}
     old = torch.tensor([[-1.5, -1.75, 0.0], [-3.0, 0.0, 0.0]])
     # ½ + ¼ + 0 of three tokens
-    assert compute_sampler_gap(rollout.replace(old_logprobs=old)) == {"policy/sampler_gap": 0.25}
+    rollout = rollout.replace(logprobs={"sampler": table, "old": old})
+    assert compute_sampler_gap(rollout) == {"policy/sampler_gap": 0.25}
 
 
 def test_the_gap_of_ppo_is_of_the_whole_rollout_before_the_first_update(make_trainer, monkeypatch):
     trainer = make_trainer("algo=ppo", HOT, "minibatch_size=2", "microbatch_size=2", "optimizer.lr=1e-2")
-    rollout, truncated_rate = trainer.rollout_builder.sample(1)
+    shard, truncated_rate = trainer.rollout_builder.sample(1, {})
+    rollout = shard.rollout
     # The first token of row i differs by (i + 1)/8: 36/8 in all.
-    shifted = rollout.sampler_logprobs.clone()
+    shifted = rollout.logprobs["sampler"].clone()
     shifted[:, 0] += torch.tensor([(-1) ** i * (i + 1) / 8 for i in range(8)])
-    changed = rollout.replace(sampler_logprobs=shifted)
-    monkeypatch.setattr(trainer.rollout_builder, "sample", lambda iteration: (changed, truncated_rate))
+    changed = replace(shard, rollout=rollout.replace(logprobs={"sampler": shifted}))
+    monkeypatch.setattr(trainer.rollout_builder, "sample", lambda iteration, state: (changed, truncated_rate))
     metrics = trainer.run_iteration(1)
     assert metrics["policy/sampler_gap"] == pytest.approx(4.5 / int(rollout.mask.sum()), rel=1e-4)
     assert metrics["policy/ratio_max"] > 1.01  # after the first update

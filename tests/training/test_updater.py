@@ -13,7 +13,7 @@ from apa_cli.algorithms.base import Algorithm, Whitening
 from apa_cli.algorithms.ppo import PPO
 from apa_cli.errors import UserError
 from apa_cli.hardware.oom import BatchSizeHalver
-from apa_cli.models.critic import Critic, build_value_head
+from apa_cli.models.critic import CriticModule, build_value_head
 from apa_cli.models.forward import TrainingModel, compute_response_logprobs
 from apa_cli.settings import DType, HeadKind, LRScheduler, OptimizerSettings, RunSettings, UpdateOrder
 from apa_cli.training.updater import (
@@ -86,7 +86,7 @@ def build_model(on_trunk: bool = False) -> TrainingModel:
     head = build_value_head(HeadKind.linear, 16)
     torch.manual_seed(5)
     torch.nn.init.normal_(head.weight, std=0.3)
-    critic = Critic(None if on_trunk else build_tiny_policy(seed=1).base_model, head)
+    critic = CriticModule(None if on_trunk else build_tiny_policy(seed=1).base_model, head)
     return TrainingModel(build_tiny_policy(seed=0), {"value": critic}, temperature=1.0)
 
 
@@ -107,18 +107,22 @@ def make_response_batch(
     batch = make_batch(tokens, advantages=noise["advantages"], returns={"value": noise["returns"]})
     logprobs = compute_response_logprobs(model.policy, batch, 1.0)
     return batch.replace(
-        sampler_logprobs=logprobs + drift * noise["sampler"],
-        ref_logprobs=logprobs + drift * noise["reference"],
-        old_logprobs=logprobs + drift * noise["old"],
+        logprobs={name: logprobs + drift * noise[name] for name in ("sampler", "reference", "old")},
         values={"value": model(batch, with_policy=False).values["value"] + drift * noise["values"]},
     )
+
+
+def set_logprobs(batch: Batch, **logprobs: torch.Tensor | None) -> Batch:
+    """Return the batch with these log-probs; those that are None are left out."""
+    changed = {**batch.logprobs, **logprobs}
+    return batch.replace(logprobs={name: tensor for name, tensor in changed.items() if tensor is not None})
 
 
 def make_updater(algorithm: Algorithm, model: TrainingModel, optimizer=None, settings=OPTIMIZER, **changes) -> Updater:
     """Return the updater of a run with `changes` to its settings."""
     optimizer, run = optimizer or build_optimizer(model, settings), replace(RUN, **changes)
     microbatch = BatchSizeHalver("microbatch_size", run.microbatch_size, 1, print)
-    return Updater(algorithm, model, optimizer, run, settings, DType.float32, CPU, microbatch)
+    return Updater(algorithm, algorithm.needs(), model, optimizer, run, settings, DType.float32, CPU, microbatch)
 
 
 def compute_gradients(algorithm: Algorithm, batch: Batch, microbatch: int = 8) -> tuple[dict, dict[str, float]]:
@@ -183,9 +187,7 @@ def test_tokens_and_numbers_outside_the_mask_change_nothing(algorithm):
     dirty = batch.replace(
         prompt_ids=batch.prompt_ids.masked_fill(~batch.prompt_mask, 9),
         response_ids=batch.response_ids.masked_fill(~batch.mask, 10),
-        sampler_logprobs=set_nan(batch.sampler_logprobs),
-        ref_logprobs=set_nan(batch.ref_logprobs),
-        old_logprobs=set_nan(batch.old_logprobs),
+        logprobs={name: set_nan(tensor) for name, tensor in batch.logprobs.items()},
         advantages=set_nan(batch.advantages),
         returns={"value": set_nan(batch.returns["value"])},
         values={"value": set_nan(batch.values["value"])},
@@ -258,9 +260,10 @@ def test_each_term_is_divided_by_the_count_of_its_mask_and_multiplied_by_its_wei
 def test_an_empty_mask_adds_nothing():
     batch = make_response_batch(build_model())
     none = torch.zeros_like(batch.mask)
-    gradients, metrics = compute_gradients(Probe(), batch.replace(masks={"first": none, "others": batch.mask}))
-    assert metrics["loss/first"] == 0
-    assert metrics["probe/max"] == -math.inf
+    masked = batch.replace(masks={"first": none, "others": batch.mask})
+    gradients, _ = compute_gradients(Probe(), masked)
+    metrics = make_updater(Probe(), build_model()).update(masked, 1)
+    assert "loss/first" not in metrics and "probe/max" not in metrics
     expected = compute_response_logprobs(build_model().policy, batch, 1.0).detach().sum() / 29
     assert metrics["loss/others"] == pytest.approx(float(expected), rel=1e-5)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
@@ -286,19 +289,19 @@ def test_microbatches_take_the_rows_by_length_shortest_first():
 
 
 def test_sampler_gap_is_rounding_if_the_sampler_is_the_policy():
-    metrics = compute_gradients(ALGORITHMS["apa"], make_response_batch(build_model()).replace(old_logprobs=None))[1]
+    metrics = compute_gradients(ALGORITHMS["apa"], set_logprobs(make_response_batch(build_model()), old=None))[1]
     assert metrics["policy/sampler_gap"] < 1e-6
     assert metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("microbatch", [8, 1])
 def test_sampler_gap_is_the_mean_difference_and_ratio_max_the_largest_ratio(microbatch):
-    batch = make_response_batch(build_model()).replace(old_logprobs=None)
+    batch = set_logprobs(make_response_batch(build_model()), old=None)
     # 29 tokens in the mask: log π_θ − log π_sampler is 0.5 on one of them, −0.25 on another
-    sampler = batch.sampler_logprobs.clone()
+    sampler = batch.logprobs["sampler"].clone()
     sampler[1, 2] -= 0.5
     sampler[7, 5] += 0.25
-    metrics = compute_gradients(ALGORITHMS["apa"], batch.replace(sampler_logprobs=sampler), microbatch)[1]
+    metrics = compute_gradients(ALGORITHMS["apa"], set_logprobs(batch, sampler=sampler), microbatch)[1]
     assert metrics["policy/sampler_gap"] == pytest.approx(0.75 / 29, rel=1e-4)
     assert metrics["policy/ratio_max"] == pytest.approx(math.exp(0.5), rel=1e-5)
 
@@ -308,7 +311,7 @@ def test_sampler_gap_is_measured_only_before_the_first_step():
     updater = make_updater(
         ALGORITHMS["apa"], model, settings=replace(OPTIMIZER, lr=0.1), minibatch_size=4, update_epochs=2
     )
-    metrics = updater.update(make_response_batch(model).replace(old_logprobs=None), 1)
+    metrics = updater.update(set_logprobs(make_response_batch(model), old=None), 1)
     assert metrics["policy/sampler_gap"] < 1e-6
     assert metrics["policy/ratio_max"] > 1.1
 
@@ -317,7 +320,7 @@ def test_sampler_gap_is_measured_only_before_the_first_step():
 def test_ratio_max_ignores_padding_and_uses_the_old_logprobs_of_the_loss(microbatch):
     batch = make_response_batch(build_model())
     # Every ratio is e^−0.7, below the 1 that padding would give; the sampler's log-probs are not used.
-    batch = batch.replace(old_logprobs=batch.old_logprobs + 0.7, sampler_logprobs=batch.sampler_logprobs - 3)
+    batch = set_logprobs(batch, old=batch.logprobs["old"] + 0.7, sampler=batch.logprobs["sampler"] - 3)
     metrics = compute_gradients(ALGORITHMS["ppo"], batch, microbatch)[1]
     assert metrics["policy/ratio_max"] == pytest.approx(math.exp(-0.7), rel=1e-5)
     assert "policy/sampler_gap" not in metrics  # the trainer computes it from the whole rollout
@@ -327,22 +330,22 @@ def test_ratio_max_ignores_padding_and_uses_the_old_logprobs_of_the_loss(microba
 @pytest.mark.parametrize("microbatch", [8, 1])
 def test_ratio_max_is_signed(algorithm, microbatch):
     batch = make_response_batch(build_model())
-    old = batch.old_logprobs.clone()
+    old = batch.logprobs["old"].clone()
     # Ratios e^0.3 and e^−0.9: the second log-difference is larger in size, and its ratio smaller.
     old[1, 2] -= 0.3
     old[7, 5] += 0.9
-    changed = {"ppo": {"old_logprobs": old}, "apa": {"old_logprobs": None, "sampler_logprobs": old}}[algorithm]
-    metrics = compute_gradients(ALGORITHMS[algorithm], batch.replace(**changed), microbatch)[1]
+    changed = {"ppo": {"old": old}, "apa": {"old": None, "sampler": old}}[algorithm]
+    metrics = compute_gradients(ALGORITHMS[algorithm], set_logprobs(batch, **changed), microbatch)[1]
     assert metrics["policy/ratio_max"] == pytest.approx(math.exp(0.3), rel=1e-5)
 
 
 def test_clip_fraction_counts_all_tokens_of_the_mask():
     batch = make_response_batch(build_model())
-    old = batch.old_logprobs.clone()
+    old = batch.logprobs["old"].clone()
     # ratio e^0.5 with Â > 0 on three tokens of 29
     for row, token in ((0, 0), (1, 4), (7, 2)):
         old[row, token] -= 0.5
-    batch = batch.replace(old_logprobs=old, advantages=batch.mask.float())
+    batch = set_logprobs(batch, old=old).replace(advantages=batch.mask.float())
     algorithm = replace(ALGORITHMS["ppo"], whitening=Whitening.none)
     for microbatch in (8, 3):
         metrics = compute_gradients(algorithm, batch, microbatch)[1]
@@ -357,7 +360,7 @@ def make_run_settings(**changes) -> RunSettings:
 
 
 def test_epochs_are_shuffled_passes_over_the_rollout_batch():
-    rows = [part.tolist() for part in split_into_minibatches(make_run_settings(update_epochs=3), iteration=1)]
+    rows = [part.tolist() for part in split_into_minibatches(make_run_settings(update_epochs=3), 1, rows=12)]
     assert [len(part) for part in rows] == [4] * 9
     passes = [list(itertools.chain(*rows[i : i + 3])) for i in (0, 3, 6)]
     for order in passes:
@@ -366,10 +369,10 @@ def test_epochs_are_shuffled_passes_over_the_rollout_batch():
 
 
 def test_consecutive_updates_repeat_each_minibatch_of_one_pass():
-    epochs = [part.tolist() for part in split_into_minibatches(make_run_settings(), iteration=1)]
+    epochs = [part.tolist() for part in split_into_minibatches(make_run_settings(), 1, rows=12)]
     consecutive = [
         part.tolist()
-        for part in split_into_minibatches(make_run_settings(update_order=UpdateOrder.consecutive), iteration=1)
+        for part in split_into_minibatches(make_run_settings(update_order=UpdateOrder.consecutive), 1, rows=12)
     ]
     a, b, c = epochs[:3]
     assert consecutive == [a, a, b, b, c, c]
@@ -377,7 +380,7 @@ def test_consecutive_updates_repeat_each_minibatch_of_one_pass():
 
 def test_minibatch_order_is_keyed_by_seed_and_iteration():
     def order(seed: int, iteration: int) -> list[int]:
-        return torch.cat(list(split_into_minibatches(make_run_settings(seed=seed), iteration))).tolist()
+        return torch.cat(split_into_minibatches(make_run_settings(seed=seed), iteration, rows=12)).tolist()
 
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(*key)) for key in ((0, 1), (0, 2), (1, 1))}) == 3
@@ -539,7 +542,7 @@ def test_metrics_of_minibatches_are_averaged():
     updater = make_updater(algorithm, model, minibatch_size=4)
     values = [
         algorithm.prepare_minibatch(batch.select_rows(rows)).metrics["apa/log_z"]
-        for rows in split_into_minibatches(updater.run, 1)
+        for rows in split_into_minibatches(updater.run, 1, rows=8)
     ]
     assert updater.update(batch, 1)["apa/log_z"] == pytest.approx(sum(values) / 2, rel=1e-6)
     assert values[0] != pytest.approx(values[1], rel=1e-3)
