@@ -9,9 +9,9 @@ torch at the top, so that commands can check a configuration before torch is loa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,6 +150,8 @@ class RolloutPlan:
     """Name of the sampler that completes the prefix; None: nothing is added."""
     samples: int | None = None
     """Responses to each prompt; None: the run's `samples_per_prompt`."""
+    critic: str = "value"
+    """Name of the critic from which the advantages of these responses are computed."""
     once_per_prompt: bool = False
     """True: sampled the first time that a prompt of the data set comes up, kept, and added again each later time."""
 
@@ -171,6 +173,8 @@ class Critic:
     """configured: as the config group `critic` says. trunk: a head on the policy's trunk."""
     head: Literal["linear", "mlp"] | None = None
     """Shape of the head; None: as `critic.head` says."""
+    init: Literal["zero", "random"] = "zero"
+    """zero: the head's last layer is 0, so that all values are 0 at the start. random: PyTorch's initialization."""
     polyak: float | None = None
     """Rate τ of the Polyak copy `NAME/target` ← (1 − τ) copy + τ critic; None: no copy."""
     polyak_every: int = 1
@@ -285,6 +289,8 @@ class Rollout(Sequences):
     """The plans of the iteration."""
     plan_index: Tensor
     """[N] int64, the row's plan in `plans`."""
+    iteration: int = 0
+    """Number of the iteration, from 1."""
     examples: list[Example] | None = None
     """The data set's row of each prompt, from which `encode` builds other prompts."""
     scores: Tensor | None = None
@@ -392,5 +398,14 @@ class Loss:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 
 
-Encode = Callable[[Example, list[int]], Sequences]
-"""(example, response token ids) → one row: the example's prompt in tokens and that response, off-policy."""
+class Encode(Protocol):
+    """Encoder of an algorithm's own rows."""
+
+    examples: Sequence[Example]
+    """The rows of the data set that the run trains on."""
+
+    def __call__(self, examples: list[Example], responses: list[list[int] | str]) -> Sequences:
+        """Return one off-policy row per example: its prompt as it is given, and the response.
+
+        A response is token ids, taken as they are, or a text, which gets EOS and is cut to the run's longest response.
+        """

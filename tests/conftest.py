@@ -3,6 +3,7 @@
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,15 +104,18 @@ def make_config(small_overrides):
 
 @pytest.fixture(scope="session")
 def make_trainer(make_config, tmp_path_factory):
-    """make_trainer(*overrides, folder=) → the trainer of a small run before its first iteration; it prints nothing."""
+    """make_trainer(*overrides, folder=, **parts) → the trainer of a small run before its first iteration.
+
+    It prints nothing. `parts` replace fields of the Config, such as `plan`.
+    """
     from apa_cli.runs.console import Console
     from apa_cli.training.build import build_trainer
 
-    def make(*overrides: str, folder: Path | None = None):
-        config = make_config(*overrides)
+    def make(*overrides: str, folder: Path | None = None, **parts):
+        config = replace(make_config(*overrides), **parts)
         with Console(None, 1, quiet=True) as console:
             trainer = build_trainer(config, folder or tmp_path_factory.mktemp("trainer"), None, None, console)
-        trainer.progress.algorithm = config.algo.initial_state()
+        trainer.set_progress(replace(trainer.progress, algorithm=config.algo.initial_state()))
         return trainer
 
     return make

@@ -60,17 +60,19 @@ def imported_rooms(tree: ast.Module) -> list[tuple[str, int]]:
     return [(names[1], line) for names, line in parts if names[0] == "apa_cli" and len(names) > 1]
 
 
+CONTRACT = ("__init__", "base", "plans", "pairs", "ratio", "online_init")
+"""Modules in algorithms/ that are no algorithm: the contract, bases of several algorithms, and plans."""
+
+
 def algorithm_names() -> tuple[set[str], set[str]]:
-    """The modules in algorithms/ besides its contract and the plans, and the classes in them that are algorithms."""
-    files = [file for file in (PACKAGE / "algorithms").glob("*.py") if file.stem not in ("__init__", "base", "plans")]
-    contract = {node.name for node in parsed(PACKAGE / "algorithms/base.py").body if isinstance(node, ast.ClassDef)}
-    classes = {
-        node.name
-        for file in files
-        for node in parsed(file).body
-        if isinstance(node, ast.ClassDef) and contract & {getattr(base, "id", None) for base in node.bases}
-    }
-    return {file.stem for file in files}, classes
+    """The modules in algorithms/ that are algorithms, and the classes in them that are derived from `Algorithm`."""
+    files = sorted((PACKAGE / "algorithms").glob("*.py"))
+    classes = [(file.stem, node) for file in files for node in parsed(file).body if isinstance(node, ast.ClassDef)]
+    derived = {"Algorithm"}
+    for _ in classes:  # a chain of bases has at most as many links as there are classes
+        derived |= {node.name for _, node in classes if derived & {getattr(base, "id", None) for base in node.bases}}
+    names = {node.name for module, node in classes if module not in CONTRACT and node.name in derived}
+    return {file.stem for file in files} - set(CONTRACT), names
 
 
 def test_the_reader_finds_imports_wherever_they_stand():
@@ -128,9 +130,15 @@ def test_only_the_commands_import_config():
             assert "config" not in [name for name, _ in imported_rooms(parsed(file))], file
 
 
-def test_there_are_the_algorithms_that_the_next_test_is_about():
+def test_every_algorithm_of_conf_is_one_that_the_next_test_is_about():
     modules, classes = algorithm_names()
-    assert modules >= {"apa", "ppo", "awr"} and classes >= {"APA", "PPO", "AWR"}
+    assert modules >= {"apa", "ppo", "awr", "dpo", "grpo"} and classes >= {"APA", "PPO", "AWR", "DPO", "GRPO"}
+    assert not classes & {"Algorithm", "ActorCritic", "Pairwise", "RatioAlgorithm", "Online", "OnlineInit"}
+    files = sorted((ROOT / "conf" / "algo").glob("[!_]*.yaml"))
+    targets = [re.search(r"_target_: apa_cli\.algorithms\.(\w+)\.(\w+)", file.read_text()) for file in files]
+    named = {(target[1], target[2]) for target in targets if target}
+    assert len(named) == len(files), "the yaml of an algorithm names its own class"
+    assert {module for module, _ in named} == modules and {name for _, name in named} == classes
 
 
 @pytest.mark.parametrize(

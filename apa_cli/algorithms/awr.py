@@ -21,7 +21,9 @@ class AWR(ActorCritic):
     lambda_: Annotated[float, Positive]
     weight_clip: Annotated[float | None, Positive]
 
-    passes = ()
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return ()
 
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
         values = awr_loss(output.logprobs, require(batch.advantages, "advantages"), self.lambda_, self.weight_clip)

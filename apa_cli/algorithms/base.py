@@ -185,8 +185,10 @@ class ActorCritic(ScoreScalingAlgorithm):
     value_coef: Annotated[float, NonNegative]
     value_clip_range: Annotated[float | None, Positive]
 
-    passes: ClassVar[tuple[str, ...]] = (REFERENCE,)
-    """Log-probs that the loss or the token rewards read."""
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """Log-probs that the loss or the token rewards read."""
+        return (REFERENCE,)
 
     def needs(self) -> Needs:
         if self.advantage_estimator is AdvantageEstimator.group_mean:
@@ -197,9 +199,10 @@ class ActorCritic(ScoreScalingAlgorithm):
         scores, metrics, next_state = self.scale_scores(rollout, state)
         token_rewards = self.token_rewards(rollout, scores, state)
         advantages, returns = self.estimate_advantages(rollout, token_rewards)
-        masks = {**{critic_mask(name): rollout.masks[POLICY_MASK] for name in returns}, **rollout.masks}
+        masks = dict(rollout.masks)
         for name, target in returns.items():
-            mask = masks[critic_mask(name)]
+            mask = masks.get(critic_mask(name), masks[POLICY_MASK]) & select_critic_rows(rollout, name)
+            masks[critic_mask(name)] = mask
             if bool(mask.any()):
                 error = masked_variance(target - rollout.values[name], mask)
                 spread = masked_variance(target, mask).clamp(min=1e-12)
@@ -222,14 +225,16 @@ class ActorCritic(ScoreScalingAlgorithm):
         return estimators.place_scores_at_end(scores, rollout.mask)
 
     def estimate_advantages(self, rollout: Rollout, token_rewards: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return advantages [N, T] and, by critic, targets [N, T]."""
+        """Return advantages [N, T] and, by critic, targets [N, T], of which those of its plans' rows count."""
         if self.advantage_estimator is AdvantageEstimator.group_mean:
             return estimators.group_mean(token_rewards, rollout.groups, rollout.mask), {}
         gae_lambda = 1.0 if self.advantage_estimator is AdvantageEstimator.monte_carlo else self.gae_lambda
-        advantages, returns = estimators.gae(
-            token_rewards, rollout.values[CRITIC], rollout.mask, self.gamma, gae_lambda
-        )
-        return advantages, {CRITIC: returns}
+        critics = list(dict.fromkeys(plan.critic for plan in rollout.plans))
+        values = rollout.values[critics[0]]
+        for name in critics[1:]:
+            values = rollout.values[name].where(select_critic_rows(rollout, name), values)
+        advantages, returns = estimators.gae(token_rewards, values, rollout.mask, self.gamma, gae_lambda)
+        return advantages, dict.fromkeys(critics, returns)
 
     def critic_terms(self, batch: Batch, output: PolicyOutput) -> list[LossTerm]:
         """Return the loss term of each critic, weighted by `value_coef`."""
@@ -242,6 +247,12 @@ class ActorCritic(ScoreScalingAlgorithm):
             )
             for name, target in batch.returns.items()
         ]
+
+
+def select_critic_rows(rollout: Rollout, critic: str) -> Tensor:
+    """Return [N, 1] bool, true on the rows whose plan computes advantages from this critic."""
+    plans = rollout.plan_index.new_tensor([plan.critic == critic for plan in rollout.plans]).bool()
+    return plans[rollout.plan_index].unsqueeze(-1)
 
 
 def entropy_terms(output: PolicyOutput, coef: float) -> list[LossTerm]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from apa_cli.algorithms.base import POLICY_MASK
-from apa_cli.types import Needs, Rollout, RolloutPlan, State
+from apa_cli.datasets.base import shuffle_rows
+from apa_cli.types import Example, Needs, Rollout, RolloutPlan, State
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +21,16 @@ class Plan(ABC):
 
     name: ClassVar[str]
     """Name by which an algorithm lists the plans on which it can train."""
+
+    def examples(self, examples: list[Example]) -> list[Example]:
+        """Return the rows to train on, from those of the data set; default: the same."""
+        return examples
+
+    def rows(self, step: int, size: int, count: int, seed: int) -> list[int]:
+        """Return the rows, of `size`, whose prompts are those of iteration `step`; default: the next `count` of endless
+        shuffled epochs.
+        """
+        return shuffle_rows((step - 1) * count, count, size, seed)
 
     def needs(self, needs: Needs) -> Needs:
         """Return what algorithm and plan need together, from the algorithm's `needs`; default: the same."""
@@ -36,7 +47,7 @@ class Plan(ABC):
     def masks(self, rollout: Rollout) -> Mapping[str, Tensor]:
         """Return the masks [N, T] of the policy's loss terms, "policy", and of critics', "critic/NAME".
 
-        A critic without a mask of its own has the policy's.
+        A critic without a mask of its own has the policy's. `rollout.iteration` is the number of the iteration.
         """
 
 

@@ -56,21 +56,29 @@ class PPO(ActorCritic):
     kl_horizon: Annotated[int, AtLeastOne]
     entropy_coef: Annotated[float, NonNegative]
 
-    passes = (REFERENCE, OLD)
-
     def needs(self) -> Needs:
         needs = replace(super().needs(), entropy=self.entropy_coef > 0)
         if self.kl_controller is KLController.adaptive:
             needs = replace(needs, passes={RESPONSE: (*needs.passes[RESPONSE], INIT)})
         return needs
 
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return (REFERENCE, OLD) if self.kl_coef else (OLD,)
+
     def initial_state(self) -> State:
         return {**super().initial_state(), "kl_coef": self.kl_coef}
 
     def token_rewards(self, rollout: Rollout, scores: Tensor, state: State) -> Tensor:
-        """Return the token rewards [N, T]: −kl_coef · k1_t on true tokens, plus the scaled score on the last one."""
-        penalty = state["kl_coef"] * k1(rollout.get_logprobs(SAMPLER), rollout.get_logprobs(REFERENCE))
-        return super().token_rewards(rollout, scores, state) - penalty * rollout.mask
+        """Return the token rewards [N, T]: −kl_coef · k1_t on true tokens, plus the scaled score on the last one.
+
+        The log-probs of tokens that the present policy did not sample are those of π_old's training forward pass.
+        """
+        rewards = super().token_rewards(rollout, scores, state)
+        if not state["kl_coef"]:
+            return rewards
+        logprobs = rollout.get_logprobs(SAMPLER).where(rollout.on_policy, rollout.get_logprobs(OLD))
+        return rewards - state["kl_coef"] * k1(logprobs, rollout.get_logprobs(REFERENCE)) * rollout.mask
 
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
         """Return the base class's batch and a state that holds the KL coefficient for the next iteration."""

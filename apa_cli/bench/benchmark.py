@@ -45,7 +45,7 @@ from apa_cli.training.build import set_up_device
 from apa_cli.training.launch import release_memory, release_on_failure, remove_if_empty
 from apa_cli.training.mfu import Stopwatch, UpdateMeter, count_tokens
 from apa_cli.training.models import check_training_options
-from apa_cli.training.trainer import Trainer
+from apa_cli.training.trainer import IterationResult, Trainer
 from apa_cli.types import Rollout
 
 
@@ -91,7 +91,7 @@ class PhaseObserver:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self.counts[name] = 0
+        self.counts.setdefault(name, 0)
         reset_peak_memory(self.device)
 
         def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -103,7 +103,7 @@ class PhaseObserver:
         finally:
             for handle in handles:
                 handle.remove()
-            self.peaks[name] = read_peak_memory(self.device)
+            self.peaks[name] = max(self.peaks.get(name, 0), read_peak_memory(self.device))
 
 
 def measure_phases(subject: Subject) -> dict[str, Any]:
@@ -125,13 +125,13 @@ def measure_phases(subject: Subject) -> dict[str, Any]:
         stopwatch, start_time = Stopwatch(device), time.perf_counter()
         result = trainer.run_phases(number, stopwatch)
         times.append(time.perf_counter() - start_time)
-        work = count_phase_work(subject, costs, result.rollout)
+        work = count_phase_work(subject, costs, result)
         runs.append((stopwatch, {**work, "update": update.count_work(result.batch or result.rollout)}))
     observer = PhaseObserver(list_embeddings(subject), device)
-    rollout = trainer.run_phases(first + settings.iterations, observer).rollout
+    observed = trainer.run_phases(first + settings.iterations, observer)
     # The trainer's other phases are not passes through a model, or are the sum of several.
     names = [name for name in runs[0][0].seconds if name in runs[0][1]]
-    needed = count_needed_positions(subject, rollout)
+    needed = count_needed_positions(subject, observed)
     padding = compute_padding_shares({name: observer.counts[name] for name in names}, needed)
     rows = [
         describe_phase(name, runs, padding[name], matrix, copy) | {"peak_bytes": observer.peaks[name]} for name in names
@@ -142,8 +142,8 @@ def measure_phases(subject: Subject) -> dict[str, Any]:
         "work": {
             "iterations": settings.iterations,
             "rollout_batch_size": config.run.rollout_batch_size,
-            "prompt_tokens": int(rollout.prompt_mask.sum()),
-            "response_tokens": int(rollout.mask.sum()),
+            "prompt_tokens": int(observed.sampled.prompt_mask.sum()),
+            "response_tokens": int(observed.sampled.mask.sum()),
         },
         "phases": rows,
         "seconds": seconds,
@@ -174,27 +174,29 @@ def measure_phase_costs(subject: Subject) -> dict[str, ModelCost]:
     costs = {"sampling": policy, "reference": measure_policy_cost(models.reference), "old log-probs": policy}
     if models.moving_reference is not None:
         costs["moving reference"] = measure_policy_cost(models.moving_reference)
+    if models.guide is not None:
+        costs["guide"] = measure_policy_cost(models.guide)
     costs |= {f"critic {critic.name}": measure_critic_cost(models.model, critic.name) for critic in needs.critics}
     if subject.reward is not None:
         costs["reward"] = measure_classifier_cost(subject.reward)
     return costs
 
 
-def count_phase_work(subject: Subject, costs: dict[str, ModelCost], rollout: Rollout) -> dict[str, Work]:
+def count_phase_work(subject: Subject, costs: dict[str, ModelCost], result: IterationResult) -> dict[str, Work]:
     """Return the work of each phase of an iteration, except the update."""
     trainer = subject.trainer
     config = trainer.config
-    prompts, responses = count_tokens(rollout)
+    prompts, responses = count_tokens(result.rollout)
     itemsize = TORCH_DTYPES[config.model.dtype].itemsize
-    sampled, positions = sum(responses), count_input_positions(prompts, responses)
+    tokens, positions = sum(responses), count_input_positions(prompts, responses)
     work = {
-        name: estimate_forward_work(cost, positions, sampled, config.run.microbatch_size, itemsize)
+        name: estimate_forward_work(cost, positions, tokens, config.run.microbatch_size, itemsize)
         for name, cost in costs.items()
     }
     rows = config.sampling.microbatch_size
-    work["sampling"] = estimate_sampling_work(costs["sampling"], prompts, responses, rows, itemsize)
+    work["sampling"] = estimate_sampling_work(costs["sampling"], *count_tokens(result.sampled), rows, itemsize)
     if subject.reward is not None:
-        texts = count_reward_tokens(subject, rollout)
+        texts = count_reward_tokens(subject, result.sampled)
         work["reward"] = estimate_forward_work(costs["reward"], texts, 0, subject.reward_rows, itemsize)
     return work
 
@@ -209,19 +211,20 @@ def count_reward_tokens(subject: Subject, rollout: Rollout) -> list[int]:
 def list_embeddings(subject: Subject) -> list[nn.Module]:
     """Return the input embedding of every model that has its own."""
     models = subject.trainer.models
-    candidates = [models.policy, models.reference, models.moving_reference, subject.reward]
+    candidates = [models.policy, models.reference, models.moving_reference, models.guide, subject.reward]
     networks = [model for model in candidates if isinstance(model, PreTrainedModel)]
     networks += models.model.critic_backbones()
     return [network.get_input_embeddings() for network in networks]
 
 
-def count_needed_positions(subject: Subject, rollout: Rollout) -> dict[str, int]:
+def count_needed_positions(subject: Subject, result: IterationResult) -> dict[str, int]:
     """Return the number of positions of each phase that are not padding."""
     trainer = subject.trainer
-    once = sum(count_input_positions(*count_tokens(rollout)))
+    once = sum(count_input_positions(*count_tokens(result.rollout)))
     trunks = 1 + sum(not critic.is_on_trunk for critic in trainer.models.critics.values())
     other = {
-        "reward": sum(count_reward_tokens(subject, rollout)),
+        "sampling": sum(count_input_positions(*count_tokens(result.sampled))),
+        "reward": sum(count_reward_tokens(subject, result.sampled)),
         "update": trainer.config.run.update_epochs * trunks * once,
     }
     return {name: other.get(name, once) for name in (*measure_phase_costs(subject), *other)}

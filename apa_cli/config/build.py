@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -213,7 +213,7 @@ def _build_section(
         schema, apart = OmegaConf.merge(schema, values), False
     except OmegaConfBaseException:
         apart = True  # merging one key at a time then shows which value is wrong
-    for key in sorted(named, key=lambda key: (_is_reference(cfg, section, key), key)):
+    for key in sorted(named, key=lambda key: (_rank_reference(cfg, section, key, named), key)):
         name = _user_key(cfg, section, key)
         if key not in values:
             raise ConfigError(f"{name}: a value is needed")
@@ -295,10 +295,16 @@ def _user_key(cfg: DictConfig, section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
 
 
-def _is_reference(cfg: DictConfig, section: str, key: str) -> bool:
-    """Return True if the value interpolates another key; errors then name that key."""
+def _rank_reference(cfg: DictConfig, section: str, key: str, named: set[str]) -> int:
+    """Return 0 for a value, 1 for an interpolation, 2 for that of another key of the section, whose keys are `named`.
+
+    Of several keys that are wrong, errors name the first in this order: the one that was set, not one that follows it.
+    """
     node = cfg.get(section) if section else cfg
-    return isinstance(node, DictConfig) and key in node and OmegaConf.is_interpolation(node, key)
+    if not (isinstance(node, DictConfig) and key in node and OmegaConf.is_interpolation(node, key)):
+        return 0
+    prefix, interpolation = f"{section}." if section else "", cast(Any, node._get_node(key))
+    return 2 if interpolation._value().strip("${}").removeprefix(prefix) in named else 1
 
 
 def _check_range(name: str, value: Any, hint: Any) -> None:

@@ -17,15 +17,16 @@ from apa_cli.settings import CriticKind, CriticSettings, HeadKind, LoraSettings
 from apa_cli.types import Critic
 
 
-def build_value_head(kind: HeadKind, hidden_size: int, outputs: int = 1) -> nn.Module:
-    """Return a head that maps hidden states [..., h] to values [..., outputs], all of which are 0 at the start.
+def build_value_head(kind: HeadKind, hidden_size: int, outputs: int = 1, is_zero: bool = True) -> nn.Module:
+    """Return a head that maps hidden states [..., h] to values [..., outputs]; with `is_zero` all are 0 at the start.
 
-    linear: one layer, initialized to zero. mlp: h → 2h → outputs with ReLU, as in APA's published code; the last layer
-    is initialized to zero.
+    linear: one layer. mlp: h → 2h → outputs with ReLU, as in APA's published code. `is_zero`: the last layer is
+    initialized to zero.
     """
     last = nn.Linear(hidden_size if kind is HeadKind.linear else 2 * hidden_size, outputs)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    if is_zero:
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
     if kind is HeadKind.linear:
         return last
     return nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.ReLU(), last)
@@ -123,7 +124,7 @@ def build_critic(
     outputs = cast(nn.Linear, policy.get_output_embeddings()).out_features if is_action else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = build_value_head(head_kind, policy.config.hidden_size, outputs)
+        head = build_value_head(head_kind, policy.config.hidden_size, outputs, is_zero=spec.init == "zero")
     if kind is CriticKind.head:
         return CriticModule(None, head, is_action=is_action)
     if kind is CriticKind.adapter:

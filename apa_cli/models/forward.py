@@ -6,7 +6,7 @@ The outputs for response token t come from the position before it; for the first
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,7 +29,7 @@ from apa_cli.models.sequence_packing import MIN_PADDING_PER_SEQUENCE, can_pack, 
 from apa_cli.models.structure import get_trunk
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import apply_temperature, token_entropy, token_logprobs
-from apa_cli.types import POLICY, RESPONSE, TARGET, Batch, Critic, PolicyOutput, Rollout, Sequences
+from apa_cli.types import POLICY, TARGET, Batch, Critic, PolicyOutput, Rollout, Sequences
 
 LOGPROBS, ENTROPY, MEAN_LOGPROB = "logprobs", "entropy", "mean_logprob"
 """Statistics of the policy's distribution and a response token; see `PolicyOutput`."""
@@ -274,20 +274,27 @@ class TrainingModel(nn.Module):
         critics: Collection[str] | None = None,
         entropy: bool = False,
         mean_logprob: bool = False,
+        related_critics: Mapping[str, Collection[str]] | None = None,
     ) -> PolicyOutput:
         """Return the outputs for the rows' responses and, each by a pass of its own, for their related sequences.
 
         `critics` names the critics that are computed, "NAME/target" their Polyak copies; None: all critics and copies.
+        For a related sequence only those are computed that `related_critics` has under its name.
         Without the policy, its pass runs only if a critic reads its trunk; otherwise the log-probs are 0.
         """
         names = [name for name in self.list_critics() if critics is None or name in critics]
         statistics = [LOGPROBS, *([ENTROPY] if entropy else []), *([MEAN_LOGPROB] if mean_logprob else [])]
         related = batch.related if isinstance(batch, Batch | Rollout) else {}
-        outputs = {
-            name: self.compute_outputs(sequences, with_policy, names, statistics)
-            for name, sequences in {RESPONSE: batch, **related}.items()
-        }
-        return replace(outputs.pop(RESPONSE), related=outputs)
+        return replace(
+            self.compute_outputs(batch, with_policy, names, statistics),
+            related={
+                key: self.compute_outputs(
+                    sequences, with_policy, [name for name in names if name in (related_critics or {}).get(key, ())],
+                    statistics,
+                )
+                for key, sequences in related.items()
+            },
+        )  # fmt: skip
 
     def compute_outputs(
         self, sequences: Sequences, with_policy: bool, critics: list[str], statistics: list[str]

@@ -125,13 +125,16 @@ def assemble_rollout(
 def concatenate_sequences(parts: Seq[S], pad: int) -> S:
     """Return the rows of several sequences, rollouts or batches as one, padded to common widths with the token `pad`.
 
-    Fields without rows, such as `plans`, are those of the first part. Raise ValueError for no part.
+    Fields without rows, such as `plans`, are those of the first part; a field that is None in one part is None. Raise
+    ValueError for no part.
     """
     if not parts:
         raise ValueError("concatenate_sequences: no part")
 
     def concatenate(name: str, values: list[Any]) -> Any:
         first = values[0]
+        if any(value is None for value in values):
+            return None
         if isinstance(first, Sequences):
             return concatenate_sequences(values, pad)
         if isinstance(first, Mapping):

@@ -47,7 +47,7 @@ from apa_cli.training.models import (
     check_training_options,
     load_guide,
 )
-from apa_cli.training.rollout_builder import RolloutBuilder
+from apa_cli.training.rollout_builder import RolloutBuilder, get_text
 from apa_cli.training.trainer import Trainer
 from apa_cli.training.updater import Updater, build_optimizer
 from apa_cli.types import Example
@@ -136,8 +136,12 @@ def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Exam
         say(
             f"dataset: {len(shared)} held-out prompts are also in train and are left out of it, such as {min(shared)!r}"
         )
+    train = config.plan.examples(train)
     if not train or not held_out:
         raise UserError(f"dataset: {len(train)} rows to train on, {len(held_out)} held out; both splits are needed")
+    for name in config.needs.texts:
+        if not any(get_text(example, name) for example in train):
+            raise UserError(f"dataset: no row has {name!r}, which the algorithm needs")
     columns = sorted({name for example in train for name in example.columns})
     further = f"; further columns: {', '.join(columns)}" if columns else ""
     say(f"dataset: {len(train)} rows to train on, {len(held_out)} held out{further}")

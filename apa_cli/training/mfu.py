@@ -24,7 +24,7 @@ PhaseHook = Callable[[str], AbstractContextManager[object]]
 
 @dataclass
 class Stopwatch:
-    """Phase hook that measures the seconds of each phase, including the device's pending work."""
+    """Phase hook that adds up the seconds of each phase, including the device's pending work."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Stopwatch:
         start_time = time.perf_counter()
         yield
         synchronize(self.device)
-        self.seconds[name] = time.perf_counter() - start_time
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start_time
 
 
 @dataclass(frozen=True)

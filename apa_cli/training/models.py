@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -21,10 +20,9 @@ from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapte
 from apa_cli.models.sharding import copy_gathered_weights
 from apa_cli.models.structure import freeze_all_but_top, get_trunk, make_frozen_copy, move_to_device
 from apa_cli.randomness import Stream, derive_torch_seed
-from apa_cli.rollout.engine import Sampled
-from apa_cli.rollout.samplers import DataSampler, Draws, ModelSampler, PolicySampler, Sampler
-from apa_cli.settings import Config, CriticInit, CriticKind, DType, Quantization, SamplingSettings
-from apa_cli.types import DATA, GUIDE, INIT, POLICY, REFERENCE, Prompt
+from apa_cli.rollout.samplers import DataSampler, ModelSampler, PolicySampler, Sampler
+from apa_cli.settings import Config, CriticInit, CriticKind, Quantization
+from apa_cli.types import DATA, GUIDE, INIT, POLICY, REFERENCE
 
 ADAPTER_KEY = 1000
 """Key of the random numbers that initialize the policy's adapter; the critics' keys count from 0."""
@@ -90,36 +88,10 @@ class RunModels:
         return self.sampler
 
 
-@dataclass
-class ReferenceSampler(Sampler):
-    """π_init as a sampler; if it is sharded, it is gathered into the policy's copy for the time of a draw."""
-
-    models: RunModels
-    tokenizer: PreTrainedTokenizerBase
-    dtype: DType
-    """Compute precision."""
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    """Sampling settings that replace those of the run."""
-
-    def draw(
-        self,
-        prompts: list[Prompt],
-        prefixes: list[list[int]],
-        draws: Draws,
-        settings: SamplingSettings,
-        end_tokens: frozenset[int],
-    ) -> Sampled:
-        model = cast(PreTrainedModel, self.models.borrow_reference_sampler())
-        try:
-            sampler = ModelSampler(model, self.tokenizer, self.dtype, self.changes)
-            return sampler.draw(prompts, prefixes, draws, settings, end_tokens)
-        finally:
-            self.models.refresh_sampler()
-
-
 def build_samplers(config: Config, models: RunModels, tokenizer: PreTrainedTokenizerBase) -> dict[str, Sampler]:
     """Return the samplers that algorithm and plan need, by name, the policy's among them."""
     dtype = config.model.dtype
+    reference = get_reference_for_sampling(models)
     guide = {name: getattr(config.guide, name) for name in ("temperature", "top_k", "top_p")}
     samplers: dict[str, Sampler] = {POLICY: build_policy_sampler(config, models, tokenizer)}
     for name in config.needs.samplers:
@@ -130,10 +102,19 @@ def build_samplers(config: Config, models: RunModels, tokenizer: PreTrainedToken
         elif name == REFERENCE and models.moving_reference is not None:
             samplers[name] = ModelSampler(models.moving_reference, tokenizer, dtype)
         elif name in (INIT, REFERENCE, GUIDE):
-            samplers[name] = ReferenceSampler(models, tokenizer, dtype, guide if name == GUIDE else {})
+            samplers[name] = ModelSampler(reference, tokenizer, dtype, guide if name == GUIDE else {})
         elif name != POLICY:
             raise ConfigError(f"plan: there is no sampler {name!r}; there are policy, init, reference, guide and data")
     return samplers
+
+
+def get_reference_for_sampling(models: RunModels) -> PreTrainedModel:
+    """Return π_init as a model that can sample; the policy must not have been trained yet.
+
+    A sharded one cannot, because responses end at different steps on each rank: then it is a copy of the policy's copy.
+    """
+    reference: Any = models.reference
+    return make_frozen_copy(models.sampler, models.sampler.dtype) if hasattr(reference, "unshard") else reference
 
 
 def build_policy_sampler(config: Config, models: RunModels, tokenizer: PreTrainedTokenizerBase) -> PolicySampler:
@@ -162,6 +143,7 @@ def load_guide(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTok
     if load_tokenizer(settings, path, "guide.path").get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"guide.path: the vocabulary of {path} is not the policy's")
     guide = load_policy(settings, path, frozen_base=True, key="guide.path").requires_grad_(False)
+    check_positions(config, guide, "guide.path")
     return move_to_device(guide, policy.device)
 
 
@@ -258,14 +240,19 @@ def check_training_options(config: Config) -> None:
 
 def check_model_limits(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ConfigError if prompt and response exceed the model's positions, or the tokenizer its vocabulary."""
-    longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
-    positions = getattr(policy.config, "max_position_embeddings", None)
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"sampling: max_prompt_tokens {config.sampling.max_prompt_tokens} + max_new_tokens "
-            f"{config.sampling.max_new_tokens} is more than the model's {positions} positions; lower one of them"
-        )
+    check_positions(config, policy, "sampling")
     embedding = cast(nn.Embedding, policy.get_input_embeddings())
     size, highest = embedding.num_embeddings, max(tokenizer.get_vocab().values())
     if highest >= size:
         raise ConfigError(f"model.tokenizer: the highest token id is {highest}, but the model has {size} embeddings")
+
+
+def check_positions(config: Config, model: PreTrainedModel, key: str) -> None:
+    """Raise ConfigError, beginning with `key`, if prompt and response exceed the model's positions."""
+    longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"{key}: max_prompt_tokens {config.sampling.max_prompt_tokens} + max_new_tokens "
+            f"{config.sampling.max_new_tokens} is more than the model's {positions} positions; lower one of them"
+        )

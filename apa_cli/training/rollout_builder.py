@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apa_cli.datasets.base import shuffle_rows
 from apa_cli.distributed.world import SINGLE_PROCESS, World
 from apa_cli.errors import UserError
 from apa_cli.hardware.oom import BatchSizeHalver
@@ -24,7 +23,7 @@ from apa_cli.rewards.base import CheckedScoreFunction, Scores
 from apa_cli.rollout.collect import collect_rollout, concatenate_sequences
 from apa_cli.rollout.engine import LENGTH, pad_left, pad_right
 from apa_cli.rollout.samplers import PolicySampler, Sampler
-from apa_cli.settings import Config, PenaltySettings
+from apa_cli.settings import Config, DType, PenaltySettings, SamplingSettings
 from apa_cli.tensor_ops import masked_mean
 from apa_cli.training.mfu import PhaseHook
 from apa_cli.training.models import RunModels
@@ -106,7 +105,9 @@ class RolloutBuilder:
                 positions += [start + i for i in shard]
             start += len(prompts)
         pad = self.prompt_format.tokenizer.pad_token_id
-        rollout = concatenate_sequences(parts, pad).replace(plans=plans)
+        if not parts:
+            raise ValueError(f"plan {self.config.plan.name}: iteration {iteration} has no response to sample")
+        rollout = concatenate_sequences(parts, pad).replace(plans=plans, iteration=iteration)
         return RolloutShard(rollout, torch.tensor(positions)), truncated_rate
 
     def sample_responses(self, prompts: list[Prompt], iteration: int, plan: RolloutPlan) -> Rollout:
@@ -147,7 +148,7 @@ class RolloutBuilder:
         """Return the rows of the data set whose prompts are those of an iteration."""
         run = self.config.run
         count = run.rollout_batch_size // run.samples_per_prompt
-        return shuffle_rows((iteration - 1) * count, count, len(self.examples), run.seed)
+        return self.config.plan.rows(iteration, len(self.examples), count, run.seed)
 
     def encode_prompt(self, row: int, iteration: int, place: int, number: int) -> tuple[Prompt, bool]:
         """Return the prompt of a row of the data set, with the logged response if one is needed, and if it was cut."""
@@ -166,15 +167,21 @@ class RolloutBuilder:
     def score(self, rollout: Rollout, score: CheckedScoreFunction) -> Scores:
         """Return the scores of this rank's responses: the reward's, or the data set's own of its logged responses.
 
-        If the data set gives some of them, there are no scores of the reward's parts and none per token.
+        If the data set gives some of them, there are no scores of the reward's parts and none per token. Raise
+        UserError if a response has another number of scores per token than of tokens.
         """
         logged = [self.find_logged_score(rollout, i) for i in range(len(rollout))]
         rest = [i for i, value in enumerate(logged) if value is None]
+        if any(is_logged(plan) for plan in rollout.plans):
+            # Every rank scores equally many responses, because a sharded reward model needs all ranks at every step.
+            count = max(self.world.all_gather(len(rest)))
+            rest += [i for i, value in enumerate(logged) if value is not None][: count - len(rest)]
         if not rest:
             return Scores([value for value in logged if value is not None])
         prompts, responses = [rollout.prompts[i] for i in rest], [rollout.responses[i] for i in rest]
         scores = score(prompts, responses, [rollout.columns[i] for i in rest])
-        if len(rest) == len(logged):
+        if all(value is None for value in logged):
+            check_token_scores(scores, rollout)
             return scores
         by_row = dict(zip(rest, scores.values, strict=True))
         return Scores([by_row[i] if value is None else value for i, value in enumerate(logged)])
@@ -182,8 +189,7 @@ class RolloutBuilder:
     def find_logged_score(self, rollout: Rollout, row: int) -> float | None:
         """Return the data set's score of a response, or None if it has none or the response is not all its own."""
         plan = rollout.plans[int(rollout.plan_index[row])]
-        is_logged = plan.roll_in == DATA and plan.roll_out is None
-        return self.examples[int(rollout.example_index[row])].score if is_logged else None
+        return self.examples[int(rollout.example_index[row])].score if is_logged(plan) else None
 
     def gather(self, shard: RolloutShard, scores: Scores) -> tuple[Rollout, Mapping[str, list[float]]]:
         """Return the scored rollout of all ranks, and the scores of a reward's parts."""
@@ -199,7 +205,9 @@ class RolloutBuilder:
         is_first = torch.ones_like(order, dtype=torch.bool)
         is_first[1:] = positions[order][1:] != positions[order][:-1]
         order = order[is_first]
-        parts = {name: [value for *_, part in shards for value in part[name]] for name in scores.parts}
+        # A rank whose responses have logged scores has no parts; then there are none of the whole rollout.
+        names = [name for name in shards[0][2] if all(name in part for *_, part in shards)]
+        parts = {name: [value for *_, part in shards for value in part[name]] for name in names}
         return (
             concatenate_sequences([rollout for rollout, *_ in shards], pad).select_rows(order),
             {name: [values[i] for i in order.tolist()] for name, values in parts.items()},
@@ -228,41 +236,23 @@ class RolloutBuilder:
         return rollout.replace(masks=self.config.plan.masks(rollout))
 
     def encode_texts(self, rollout: Rollout, name: str, iteration: int) -> Sequences:
-        """Return a column of texts of the data set as responses to the rows' prompts; no token if a row has none.
-
-        Raise UserError if no row of the rollout has the column.
-        """
+        """Return a column of texts of the data set as responses to the rows' prompts; no token if a row has none."""
         examples = [self.examples[row] for row in rollout.example_index.tolist()]
-        texts = [getattr(example, name, None) or example.columns.get(name) for example in examples]
-        if not any(texts):
-            raise UserError(f"dataset: no row has {name!r}, which the algorithm needs")
+        texts = [get_text(example, name) for example in examples]
         longest = self.config.sampling.max_new_tokens
         rows = [
-            self.prompt_format.encode_response(self.config.algo.instruct(example, iteration), str(text), longest)
+            self.prompt_format.encode_response(self.config.algo.instruct(example, iteration), text, longest)
             if text
             else []
             for example, text in zip(examples, texts, strict=True)
         ]
-        return self.build_sequences(rollout.prompt_ids, rollout.prompt_mask, rows)
+        pad = self.prompt_format.tokenizer.pad_token_id
+        return build_sequences(rollout.prompt_ids, rollout.prompt_mask, rows, pad)
 
-    def encode(self, example: Example, response_ids: list[int]) -> Sequences:
-        """Return one row: the example's prompt as the policy reads it and a response, off-policy (`types.Encode`)."""
-        longest = self.config.sampling.max_prompt_tokens
-        prompt, _ = self.prompt_format.encode_prompt(example, 0, 0, longest)
-        ids, mask = pad_left([prompt.token_ids], self.prompt_format.tokenizer.pad_token_id)
-        return self.build_sequences(ids, mask.bool(), [response_ids])
-
-    def build_sequences(self, prompt_ids: Tensor, prompt_mask: Tensor, responses: list[list[int]]) -> Sequences:
-        """Return off-policy rows of these prompts [N, P] and responses (token ids)."""
-        width = max(1, *map(len, responses))
-        mask = pad_right([[1] * len(row) for row in responses], 0, width, torch.bool)
-        return Sequences(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            response_ids=pad_right(responses, self.prompt_format.tokenizer.pad_token_id, width, torch.int64),
-            mask=mask,
-            on_policy=torch.zeros_like(mask),
-        )
+    @property
+    def encoder(self) -> RowEncoder:
+        """Encoder of an algorithm's own rows."""
+        return RowEncoder(self.prompt_format, self.config.sampling, self.examples)
 
     # --- forward passes -------------------------------------------------------------------------------------
 
@@ -319,7 +309,10 @@ class RolloutBuilder:
                 computed[REFERENCE] = self.compute_logprobs(models.moving_reference, part)
         if GUIDE in passes:
             with phase("guide"):
-                computed[GUIDE] = self.compute_logprobs(models.guide or models.reference, part)
+                guide = self.config.guide
+                computed[GUIDE] = self.compute_logprobs(
+                    models.guide or models.reference, part, guide.temperature, guide.dtype
+                )
         if OLD in passes:
             with phase("old log-probs"):
                 computed[OLD] = self.compute_per_token(part, lambda micro: models.model(micro, critics=()).logprobs)
@@ -329,23 +322,31 @@ class RolloutBuilder:
                     computed[name] = self.compute_per_token(part, partial(self.compute_values, name))
         return {name: tensor for name, tensor in computed.items() if name in passes}
 
-    def compute_logprobs(self, model: PreTrainedModel | AdapterDisabledModel, sequences: Sequences) -> Tensor:
-        """Return log π of a model for the response tokens, [N, T] float32."""
-        temperature = self.config.sampling.temperature
-        return self.compute_per_token(sequences, lambda part: compute_response_logprobs(model, part, temperature))
+    def compute_logprobs(
+        self,
+        model: PreTrainedModel | AdapterDisabledModel,
+        sequences: Sequences,
+        temperature: float | None = None,
+        dtype: DType | None = None,
+    ) -> Tensor:
+        """Return log π of a model for the response tokens, [N, T] float32; by default as the policy is computed."""
+        scale = self.config.sampling.temperature if temperature is None else temperature
+        return self.compute_per_token(sequences, lambda part: compute_response_logprobs(model, part, scale), dtype)
 
     def compute_values(self, critic: str, part: Sequences) -> Tensor:
         """Return the value of a critic, or of its Polyak copy, for each response token of a microbatch [B, T]."""
         name = critic.removesuffix(TARGET)
         return self.models.model(part, with_policy=False, critics=(name, critic)).values[critic]
 
-    def compute_per_token(self, sequences: Sequences, compute: Callable[[Sequences], Tensor]) -> Tensor:
+    def compute_per_token(
+        self, sequences: Sequences, compute: Callable[[Sequences], Tensor], dtype: DType | None = None
+    ) -> Tensor:
         """Return a forward pass's result per token, [N, T] float32, computed in microbatches of similar length."""
 
         def attempt(microbatch: int) -> Tensor:
             result = torch.zeros(sequences.mask.shape)
             for rows in split_into_microbatches(sequences, microbatch):
-                with autocast_to(self.device, self.config.model.dtype):
+                with autocast_to(self.device, dtype or self.config.model.dtype):
                     part = sequences.select_rows(rows).map_rows(lambda tensor: tensor.to(self.device))
                     result[rows] = compute(part).float().cpu()
             return result
@@ -353,22 +354,67 @@ class RolloutBuilder:
         return self.microbatch.run(attempt)
 
 
+@dataclass(frozen=True)
+class RowEncoder:
+    """Encoder of an algorithm's own rows, see `types.Encode`."""
+
+    prompt_format: PromptFormat
+    settings: SamplingSettings
+    examples: Sequence[Example]
+
+    def __call__(self, examples: list[Example], responses: list[list[int] | str]) -> Sequences:
+        pad = self.prompt_format.tokenizer.pad_token_id
+        longest_prompt, longest = self.settings.max_prompt_tokens, self.settings.max_new_tokens
+        prompts = [self.prompt_format.encode_prompt(example, 0, 0, longest_prompt)[0] for example in examples]
+        rows = [
+            self.prompt_format.encode_response(example, row, longest) if isinstance(row, str) else row
+            for example, row in zip(examples, responses, strict=True)
+        ]
+        ids, mask = pad_left([prompt.token_ids for prompt in prompts], pad)
+        return build_sequences(ids, mask.bool(), rows, pad)
+
+
+def build_sequences(prompt_ids: Tensor, prompt_mask: Tensor, responses: list[list[int]], pad: int) -> Sequences:
+    """Return off-policy rows of these prompts [N, P] and responses (token ids)."""
+    width = max(1, *map(len, responses))
+    mask = pad_right([[1] * len(row) for row in responses], 0, width, torch.bool)
+    return Sequences(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        response_ids=pad_right(responses, pad, width, torch.int64),
+        mask=mask,
+        on_policy=torch.zeros_like(mask),
+    )
+
+
+def get_text(example: Example, name: str) -> str | None:
+    """Return a response of the data set by its field's or column's name; None if the row has none."""
+    text = getattr(example, name, None) or example.columns.get(name)
+    return str(text) if text else None
+
+
 LOGPROBS = (INIT, REFERENCE, GUIDE, OLD)
 """The passes that compute log-probs; all others compute values of the critic of that name."""
 
 
-def build_token_scores(scores: Scores, shard: RolloutShard) -> Tensor | None:
-    """Return the scores per token [n, T] float32, 0 outside the mask; None if the reward gives none.
+def is_logged(plan: RolloutPlan) -> bool:
+    """Return True if the responses of a plan are whole logged ones."""
+    return plan.roll_in == DATA and plan.roll_out is None
 
-    Raise UserError if a response has another number of them than of tokens.
-    """
-    if scores.token_scores is None:
-        return None
-    mask = shard.rollout.mask
-    for i, (row, length) in enumerate(zip(scores.token_scores, mask.sum(-1).tolist(), strict=True)):
+
+def check_token_scores(scores: Scores, rollout: Rollout) -> None:
+    """Raise UserError if a response of the rollout has another number of scores per token than of tokens."""
+    lengths = rollout.mask.sum(-1).tolist()
+    for i, (row, length) in enumerate(zip(scores.token_scores or [], lengths, strict=False)):
         if len(row) != length:
             raise UserError(f"reward: response {i} has {length} tokens, but {len(row)} token_scores")
-    return pad_right(scores.token_scores, 0.0, mask.shape[1], torch.float32)
+
+
+def build_token_scores(scores: Scores, shard: RolloutShard) -> Tensor | None:
+    """Return the scores per token [n, T] float32, 0 outside the mask; None if the reward gives none."""
+    if scores.token_scores is None:
+        return None
+    return pad_right(scores.token_scores, 0.0, shard.rollout.mask.shape[1], torch.float32)
 
 
 def compute_penalties(rollout: Rollout, settings: PenaltySettings) -> Tensor | None:

@@ -106,6 +106,8 @@ class Trainer:
             self.set_progress(replace(self.progress, algorithm=self.config.algo.initial_state()))
             check_state(self.progress.algorithm)
             self.progress.measured_by = digest_sft_settings(self.config.raw)
+            if self.rollout_builder.policy_sampler.decoding is not nullcontext:
+                self.rescore_sft_model()  # the decoded policy is not the SFT model, even before the first update
             self.log(self.evaluate())
         if self.progress.unrecorded is not None:
             self.finish_iteration(self.progress.unrecorded, time.monotonic())
@@ -201,7 +203,7 @@ class Trainer:
         rollout = self.rollout_builder.complete(iteration, subtract_penalties(sampled, penalties))
         rng = make_generator(seed, Stream.process_rollout, iteration)
         rollout, self.progress.algorithm = algorithm.process_rollout(
-            rollout, self.progress.algorithm, rng, self.rollout_builder.encode
+            rollout, self.progress.algorithm, rng, self.rollout_builder.encoder
         )
         return rollout, penalties
 

@@ -72,7 +72,7 @@ def compute_lr_factor(settings: OptimizerSettings, step: float, total: int) -> f
     """Return the factor of the learning rates at optimizer step `step`, counted from 0, of `total`."""
     warmup = round(settings.warmup_ratio * total)
     if step < warmup:
-        return (step + 1) / warmup
+        return min(1.0, (step + 1) / warmup)
     progress = (step - warmup) / max(1, total - warmup)
     if settings.lr_scheduler is LRScheduler.linear:
         return max(0.0, 1 - progress)
@@ -217,10 +217,15 @@ class StepMetrics:
 
 
 def reduce_over_ranks(ranks: Sequence[StepMetrics]) -> StepMetrics:
-    """Return the metrics of a step from the share of every rank: sums of sums, maxima of maxima."""
+    """Return the metrics of a step from the share of every rank: sums of sums, maxima of maxima.
+
+    A rank may lack a metric: an algorithm may leave out a term of which nothing counts in a microbatch.
+    """
+    sums = dict.fromkeys(name for rank in ranks for name in rank.sums)
+    maxima = dict.fromkeys(name for rank in ranks for name in rank.maxima)
     return StepMetrics(
-        {name: sum(rank.sums[name] for rank in ranks) for name in ranks[0].sums},
-        {name: max(rank.maxima[name] for rank in ranks) for name in ranks[0].maxima},
+        {name: sum(rank.sums.get(name, 0.0) for rank in ranks) for name in sums},
+        {name: max(rank.maxima.get(name, NO_MAXIMUM) for rank in ranks) for name in maxima},
     )
 
 
@@ -434,7 +439,9 @@ class Objective:
         selected = minibatch.select_rows(rows) if len(rows) else mask_out(minibatch.select_rows(torch.tensor([0])))
         micro = selected.map_rows(lambda tensor: tensor.to(updater.device))
         with autocast_to(updater.device, updater.dtype):
-            output = updater.model(micro, entropy=needs.entropy, mean_logprob=needs.mean_logprob)
+            output = updater.model(
+                micro, entropy=needs.entropy, mean_logprob=needs.mean_logprob, related_critics=needs.passes
+            )
         loss = updater.algorithm.loss(micro, output)
         outputs, reached = list_trained_outputs(output), set()
         objective = output.logprobs.new_zeros(())
@@ -445,7 +452,7 @@ class Objective:
             value = masked_sum(term.values, micro.masks[term.mask]) / max(count, 1)
             objective = objective + term.weight * value
             if count:
-                self.active |= sources
+                self.active |= sources if term.weight else set()
                 self.share.add(f"loss/{term.name}", float(value.detach()))
         for name in outputs.keys() - reached:
             objective = objective + sum(0.0 * tensor.sum() for tensor in outputs[name])

@@ -104,6 +104,19 @@ def test_padding_shares_by_hand(ppo, phases, run_bench):
     assert phases["reward"]["padding_share"] == share([n + 1 for n in pairs], POSITIONS + 8, 2)
 
 
+def test_all_responses_are_sampled_and_scored_of_which_two_are_one_row(run_bench, ppo):
+    """DPO's four pairs are the eight responses; the bench's responses are 12 tokens long whatever is sampled."""
+    _, result = run_bench("algo=dpo", "minibatch_size=8", "microbatch_size=2")
+    phases = {row["name"]: row for row in result["phases"]}
+    assert phases.keys() == {"sampling", "reward", "reference", "update"}
+    assert (result["work"]["response_tokens"], result["work"]["rollout_batch_size"]) == (SAMPLED, 8)
+    prompts = result["work"]["prompt_tokens"]  # of four prompts, each twice
+    assert phases["sampling"]["tokens"] == SAMPLED and phases["reward"]["tokens"] == prompts + SAMPLED
+    positions = prompts + (TOKENS - 1) * 8
+    assert (phases["reference"]["tokens"], phases["update"]["tokens"]) == (positions, 2 * positions)
+    assert phases["reference"]["padding_share"] == 0
+
+
 def test_the_padding_of_the_update_is_that_of_its_minibatches(run_bench, make_config):
     """With one minibatch of all rows its padding does not depend on their order."""
     _, result = run_bench("microbatch_size=1")

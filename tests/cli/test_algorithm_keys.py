@@ -5,7 +5,6 @@ import sys
 import types
 import typing
 from dataclasses import fields
-from enum import Enum
 from functools import cache
 
 import pytest
@@ -14,13 +13,23 @@ from apa_cli.cli.app import run_command
 from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.config.explain import LAMBDA
-from apa_cli.config.hydra_api import list_groups, to_dict
+from apa_cli.config.hydra_api import find_config_dir, list_groups, to_dict
 from apa_cli.settings import Config
 from apa_cli.types import Range
 
 ALGORITHMS = sorted(list_groups(None)["algo"])
 LINK = f"${{{LAMBDA}}}"
 """Value, in a yaml, of the keys that `lambda` sets."""
+
+
+REFUSED = {
+    **dict.fromkeys(("lambda_", "beta", "beta1", "beta2", "inverse_eta", "kl_target", "kl_horizon"), ("0",)),
+    **dict.fromkeys(("score_clip", "weight_clip", "value_clip_range", "clip_range_high", "max_new_tokens"), ("0",)),
+    **dict.fromkeys(("kl_coef", "value_coef", "entropy_coef"), ("-0.01",)),
+    **dict.fromkeys(("gamma", "gae_lambda"), ("-0.01", "1.01")),
+    "clip_range": ("0", "1"),
+}
+"""Field → numbers just out of its range; of other fields, the ranges of their types say which."""
 
 
 @cache
@@ -35,33 +44,45 @@ def list_linked_keys(name: str) -> list[str]:
     return [key for key, value in to_dict(compose([f"algo={name}"]).algo).items() if value == LINK]
 
 
-def list_values_outside(allowed: Range, is_whole: bool) -> list[float]:
+def list_values_outside(allowed: Range, is_whole: bool) -> list[str]:
     """Return the numbers next to the ends of a range that it does not contain."""
     step, found = 1 if is_whole else 0.01, []
     if allowed.low is not None:
         found.append(allowed.low if allowed.open_low else allowed.low - step)
     if allowed.high is not None:
         found.append(allowed.high if allowed.open_high else allowed.high + step)
-    return [int(value) if is_whole else value for value in found]
+    return [f"{value:g}" for value in found]
 
 
-def list_wrong_values(hint: object) -> list[object]:
-    """Return values that a field of this type must refuse: of other types, null, out of range."""
+def list_wrong_values(field: str, hint: object) -> list[str]:
+    """Return values that a field of this type must refuse: of other types, or out of range."""
     ranges = getattr(hint, "__metadata__", ())
     kind = typing.get_args(hint)[0] if ranges else hint
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     is_whole = int in kinds
-    wrong: list[object] = ["maybe", "[1,2]"] + ([] if type(None) in kinds else ["null"])
-    if is_whole or float in kinds:
-        wrong += ["nan", *(["1.5"] if is_whole else [])]
-    return wrong + [value for allowed in ranges for value in list_values_outside(allowed, is_whole)]
+    wrong = ["maybe", "[1,2]", *(["nan"] if is_whole or float in kinds else []), *(["1.5"] if is_whole else [])]
+    outside = [value for allowed in ranges for value in list_values_outside(allowed, is_whole)]
+    return list(dict.fromkeys([*wrong, *outside, *REFUSED.get(field, ())]))
 
 
-def list_keys(name: str) -> dict[str, object]:
-    """Return the keys that a user sets, `lambda` for those that it sets, with their types."""
+def is_null_documented(name: str, field: str) -> bool:
+    """Return True if the comment above a key of an algorithm's yaml, or of the yaml that it shares, explains null."""
+    folder = find_config_dir() / "algo"
+    texts = [file.read_text() for file in (folder / f"{name}.yaml", *sorted(folder.glob("_*.yaml")))]
+    comments = [re.search(rf"((?: *#.*\n)*) *\b{field}:", text) for text in texts]
+    return "null" in next(found for found in comments if found).group(1)
+
+
+def list_keys(name: str) -> list[tuple[str, str, object]]:
+    """Return every key of an algorithm that a user may set, `lambda` among them, each with its field and type.
+
+    A key that `lambda` sets may be set if `lambda` sets another one too.
+    """
     kind = type(make_config(name).algo)
     hints, linked = typing.get_type_hints(kind, include_extras=True), list_linked_keys(name)
-    return {LAMBDA if f.name in linked else f"algo.{f.name}": hints[f.name] for f in fields(kind)}
+    names = [f.name for f in fields(kind)]
+    own = [(f"algo.{field}", field, hints[field]) for field in names if field not in linked or len(linked) > 1]
+    return [*own, *((LAMBDA, field, hints[field]) for field in linked)]
 
 
 @pytest.fixture
@@ -134,15 +155,16 @@ def test_keys_that_lambda_sets_are_refused(name, assert_refused):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_wrong_values_and_misspelt_keys_are_refused(name, assert_refused):
-    keys = list_keys(name)
-    assert LAMBDA in keys
-    for number, (key, hint) in enumerate(keys.items()):
-        for value in list_wrong_values(hint):
+def test_wrong_values_and_misspelt_keys_are_refused(name, assert_refused, answer):
+    for number, (key, field, hint) in enumerate(list_keys(name)):
+        for value in list_wrong_values(field, hint):
             assert_refused(key, f"algo={name}", f"{key}={value}")
+        if is_null_documented(name, field):
+            assert answer(f"algo={name}", f"{key}=null") == (0, "")
+        else:
+            assert_refused(key, f"algo={name}", f"{key}=null")
         if key != LAMBDA:
-            section, _, field = key.partition(".")
-            misspelt = f"{section}.{[field[:-1], f'{field}x', f'x{field}', field.upper()][number % 4]}"
+            misspelt = "algo." + [field[:-1], f"{field}x", f"x{field}", field.upper()][number % 4]
             assert_refused(misspelt, f"algo={name}", f"{misspelt}=1")
             assert_refused(key, f"algo={name}", f"~{key}")
     for target in ("null", "nowhere:Nothing", "apa_cli.types:Range"):

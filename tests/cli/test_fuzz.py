@@ -21,7 +21,7 @@ VALUES = [
     "==", "a,b", "1,2", ",", "choice(1,2)", "glob(*)", "range(1,3)", "sort(3,1)", "int(x)", "str(",
     "float(nan)", "tag(a,b)", "extend_list(1)", "???", "~", "*", "&a", "!a",
     "!!python/object/apply:os.system [true]", "a: b", "a/b", "../..", "/proc/x/y", "~/x", "\t", "\n", "a\nb",
-    "-", "--", "#", "apa", "ppo", "vader", "[apa]", "x" * 300, "{_target_: os.system}",
+    "-", "--", "#", "apa", "ppo", "a2po", "online_init", "vader", "[apa]", "x" * 300, "{_target_: os.system}",
     "{_target_: pathlib.Path}", "file:///x", "[a,b,c]",
 ]  # fmt: skip
 
@@ -32,8 +32,10 @@ def keys() -> list[str]:
     for file in find_config_dir().rglob("*.yaml"):
         group = file.relative_to(find_config_dir()).parts[0]
         section = "" if file.parent == find_config_dir() or group == "experiment" else f"{group}."
-        for name in re.findall(r"^(\w+):", file.read_text(), flags=re.M):
-            found.add(f"{section}{name}")
+        text = file.read_text()
+        found |= {f"{section}{name}" for name in re.findall(r"^(\w+):", text, flags=re.M)}
+        if group == "algo":
+            found |= {f"algo.{name}" for name in re.findall(r"^  (\w+):", text, flags=re.M)}
     return sorted(found | {"model.architecture.hidden_size", "reward.parts", "dataset.path", "lambda"})
 
 

@@ -10,24 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apa_cli.advantages import gae, place_scores_at_end
+from apa_cli.advantages import place_scores_at_end
 from apa_cli.algorithms.apa import APA
-from apa_cli.algorithms.base import POLICY_MASK, ROW_MASK, WHITENING_MASK, Algorithm
+from apa_cli.algorithms.base import CRITIC, POLICY_MASK, ROW_MASK, WHITENING_MASK, Algorithm
 from apa_cli.algorithms.dpo import DPO, REJECTED
 from apa_cli.algorithms.plans import Plan
 from apa_cli.algorithms.ppo import PPO
-from apa_cli.kl import k1
 from apa_cli.pool import Pool
-from apa_cli.rollout.collect import concatenate_sequences
 from apa_cli.tensor_ops import masked_row_sum
 from apa_cli.types import (
     DATA,
     GUIDE,
-    OLD,
     POLICY,
-    REFERENCE,
     RESPONSE,
-    SAMPLER,
     AtLeastOne,
     Batch,
     Critic,
@@ -50,37 +45,35 @@ from apa_cli.types import (
 
 # --- plans --------------------------------------------------------------------------------------------------
 
-LEARNER, GUIDE_CRITIC = "learner", "guide_critic"
-"""Critics of the responses that the policy completes, and that the guide completes."""
+GUIDE_CRITIC = "guide_critic"
+"""Critic of the responses that the guide completes; "value" is that of the policy's."""
 
 
 @dataclass(frozen=True)
 class Alternating(Plan):
-    """LOLS with a fixed order: the guide rolls in and the policy out, then the policy in and the guide out."""
+    """LOLS in a fixed order: the guide rolls in and the policy out, then the policy in and the guide out, then both."""
 
     name = "alternating"
 
     rollin_probability: Annotated[float, UnitInterval]
 
     def needs(self, needs: Needs) -> Needs:
-        return replace(needs, samplers=(*needs.samplers, GUIDE))
+        passes = {**needs.passes, RESPONSE: (*needs.passes[RESPONSE], GUIDE_CRITIC)}
+        samplers, critics = (*needs.samplers, GUIDE), (*needs.critics, Critic(GUIDE_CRITIC))
+        return replace(needs, samplers=samplers, critics=critics, passes=passes)
 
     def rollout(self, step: int, rng: np.random.Generator, state: State) -> tuple[RolloutPlan, ...]:
         prefix = Prefix("uniform", self.rollin_probability)
-        return (RolloutPlan(GUIDE, prefix, POLICY) if step % 2 else RolloutPlan(POLICY, prefix, GUIDE),)
+        plans = RolloutPlan(GUIDE, prefix, POLICY), RolloutPlan(POLICY, prefix, GUIDE, critic=GUIDE_CRITIC)
+        return plans if step % 3 == 0 else (plans[(step + 1) % 2],)
 
     def masks(self, rollout: Rollout) -> Mapping[str, Tensor]:
-        completed_by_guide = find_rows_completed_by(GUIDE, rollout).unsqueeze(1)
+        others = rollout.mask & ~rollout.on_policy
         return {
             POLICY_MASK: rollout.on_policy,
-            critic_mask(LEARNER): rollout.on_policy & ~completed_by_guide,
-            critic_mask(GUIDE_CRITIC): rollout.mask & ~rollout.on_policy & completed_by_guide,
+            critic_mask(CRITIC): rollout.on_policy,
+            critic_mask(GUIDE_CRITIC): others,
         }
-
-
-def find_rows_completed_by(sampler: str, rollout: Rollout) -> Tensor:
-    """Return [N] bool, true on the rows whose plan rolls out by this sampler."""
-    return torch.tensor([plan.roll_out == sampler for plan in rollout.plans])[rollout.plan_index]
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,7 @@ class Resets(Plan):
         return (RolloutPlan(DATA, Prefix("uniform", 1.0), POLICY),)
 
     def masks(self, rollout: Rollout) -> Mapping[str, Tensor]:
-        return {POLICY_MASK: rollout.on_policy, critic_mask("value"): rollout.mask, WHITENING_MASK: rollout.mask}
+        return {POLICY_MASK: rollout.on_policy, critic_mask(CRITIC): rollout.mask, WHITENING_MASK: rollout.mask}
 
 
 @dataclass(frozen=True)
@@ -119,41 +112,17 @@ class Offline(Plan):
 
 
 @dataclass(frozen=True)
-class PlannedPPO(PPO):
-    """PPO whose price of KL is that of the policy, whoever sampled the token."""
-
-    def token_rewards(self, rollout: Rollout, scores: Tensor, state: State) -> Tensor:
-        logprobs = rollout.get_logprobs(SAMPLER).where(rollout.on_policy, rollout.get_logprobs(OLD))
-        penalty = state["kl_coef"] * k1(logprobs, rollout.get_logprobs(REFERENCE))
-        return place_scores_at_end(scores, rollout.mask) - penalty * rollout.mask
-
-
-@dataclass(frozen=True)
-class TwoCritics(PlannedPPO):
-    """LOLS: advantages from the critic of whoever completes the response."""
+class TwoCritics(PPO):
+    """LOLS's algorithm; a microbatch without a token of a critic has no term for it, so that ranks may differ."""
 
     plans = ("alternating",)
 
-    def needs(self) -> Needs:
-        names = (LEARNER, GUIDE_CRITIC)
-        return Needs(critics=tuple(map(Critic, names)), passes={RESPONSE: (*self.passes, *names)})
-
-    def estimate_advantages(self, rollout: Rollout, token_rewards: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        estimates = {
-            name: gae(token_rewards, rollout.values[name], rollout.mask, self.gamma, self.gae_lambda)
-            for name in (LEARNER, GUIDE_CRITIC)
-        }
-        completed_by_guide = find_rows_completed_by(GUIDE, rollout).unsqueeze(1)
-        advantages = estimates[GUIDE_CRITIC][0].where(completed_by_guide, estimates[LEARNER][0])
-        return advantages, {name: returns for name, (_, returns) in estimates.items()}
-
     def critic_terms(self, batch: Batch, output: PolicyOutput) -> list[LossTerm]:
-        """Return the terms of the critics with something to learn here: two ranks may have different ones."""
         return [term for term in super().critic_terms(batch, output) if bool(batch.masks[term.mask].any())]
 
 
 @dataclass(frozen=True)
-class ResetsPPO(PlannedPPO):
+class ResetsPPO(PPO):
     """DR-PO's algorithm."""
 
     plans = ("resets",)
@@ -234,8 +203,9 @@ class ILQL(Algorithm):
     top_k: Annotated[int, NonNegative]
 
     def needs(self) -> Needs:
-        q = Critic("q1", "action", "trunk", "mlp", self.polyak, self.polyak_every)
-        return Needs(critics=(q, replace(q, name="q2"), Critic("v", "state", "trunk", "mlp")))
+        copied = {"polyak": self.polyak, "polyak_every": self.polyak_every}
+        q = [Critic(name, kind="action", on="trunk", head="mlp", **copied) for name in ("q1", "q2")]
+        return Needs(critics=(*q, Critic("v", on="trunk", head="mlp")))
 
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
         rewards = place_scores_at_end(require(rollout.scores, "scores"), rollout.mask)
@@ -304,7 +274,7 @@ class Contrastive(Algorithm):
     def process_rollout(
         self, rollout: Rollout, state: State, rng: np.random.Generator, encode: Encode
     ) -> tuple[Rollout, State]:
-        examples = require(rollout.examples, "examples")
+        examples = [encode.examples[row] for row in rollout.example_index.tolist()]
         return self.add_others(rollout, examples, [WRONG] * len(rollout), encode), state
 
     def add_others(self, rollout: Rollout, examples: list[Example], others: list[str], encode: Encode) -> Rollout:
@@ -314,12 +284,10 @@ class Contrastive(Algorithm):
         """
         count, related = len(rollout), {}
         for k in range(self.contrast_count):
-            rows = []
-            for i in range(count):
-                tokens = list_tokens(rollout, i)
-                tokens = tokens if k % 2 == 0 else tokens[: (len(tokens) + 1) // 2]
-                rows.append(encode(instruct(examples[(i + k) % count], others[i]), tokens))
-            related[OTHER.format(k)] = concatenate_sequences(rows, pad=0)
+            prompts = [instruct(examples[(i + k) % count], others[i]) for i in range(count)]
+            responses = [list_tokens(rollout, i) for i in range(count)]
+            cut = [tokens if k % 2 == 0 else tokens[: (len(tokens) + 1) // 2] for tokens in responses]
+            related[OTHER.format(k)] = encode(prompts, cut)
         return rollout.replace(related=related)
 
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
@@ -354,10 +322,10 @@ class Hindsight(Contrastive):
         self, rollout: Rollout, state: State, rng: np.random.Generator, encode: Encode
     ) -> tuple[Rollout, State]:
         pool, rounds, total = (state["hindsight"][name] for name in ("pool", "rounds", "score_sum"))
-        scores, examples = require(rollout.scores, "scores"), require(rollout.examples, "examples")
+        scores = require(rollout.scores, "scores")
         pool.append(
             {
-                "example": asdict(examples[i]),
+                "example": asdict(encode.examples[int(rollout.example_index[i])]),
                 "tokens": list_tokens(rollout, i),
                 "score": float(scores[i]),
                 "response": rollout.responses[i],
@@ -375,11 +343,8 @@ class Hindsight(Contrastive):
         """Return rows of the pool under the instruction that they fulfil; a random prefix does not train."""
         examples = [Example(**row["example"]) for row in drawn]
         labels = [(RIGHT, WRONG) if row["score"] >= mean else (WRONG, RIGHT) for row in drawn]
-        encoded = [
-            encode(instruct(example, right), row["tokens"])
-            for row, example, (right, _) in zip(drawn, examples, labels, strict=True)
-        ]
-        sequences = concatenate_sequences(encoded, pad=0)
+        prompts = [instruct(example, right) for example, (right, _) in zip(examples, labels, strict=True)]
+        sequences = encode(prompts, [row["tokens"] for row in drawn])
         cuts = torch.tensor([int(rng.integers(0, len(row["tokens"]))) for row in drawn]).unsqueeze(1)
         rows = Rollout(
             **vars(sequences),

@@ -1,6 +1,7 @@
-"""Fixtures of the throw-away algorithms: their yamls, logged data, and runs in one and in two processes."""
+"""Fixtures of the throw-away algorithms: configurations with their yamls, trainers, runs, and logged data."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,42 +56,41 @@ def train_contract(make_contract_config):
 
 
 @pytest.fixture(scope="session")
-def train_on_ranks(make_contract_config):
-    """train_on_ranks(directory, processes, *overrides) → the directory of a small run; see `train_and_compare`."""
-    from apa_cli.distributed.spawn import spawn_processes
-    from apa_cli.distributed.world import SINGLE_PROCESS
-    from tests.contract.ranks import train_and_compare
+def write_logged_data(tmp_path_factory):
+    """write_logged_data(has_score) → overrides of a data set of 30 prompts with two logged responses each.
 
-    def run(directory: Path, processes: int, *overrides: str) -> Path:
-        config = make_contract_config("launch.timeout=60", *overrides)
-        if processes == 1:
-            train_and_compare(SINGLE_PROCESS, config, directory)
-        else:
-            spawn_processes(config.launch, processes, train_and_compare, config, directory)
-        return directory
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def logged_data(tmp_path_factory) -> list[str]:
-    """Overrides of 30 story openings with a logged response, its score, and a pair of responses, two rows a prompt.
-
-    Responses have one to nine words of different numbers of vowels; a score is the number of words less 5.
+    The rows for which `has_score(number)` is true have a score, −4 to 4. Each has a chosen response, the logged one,
+    and, except for every fourth, a rejected one. Responses have one to nine words.
     """
     from apa_cli.datasets.story_openings import StoryOpenings
 
-    folder = tmp_path_factory.mktemp("logged")
-    for split, count in (("train", 30), ("test", 6)):
-        rows = []
-        for number, example in enumerate(StoryOpenings(30, 6, 0, []).load(split)[:count]):
-            for shift in (0, 5):
-                texts = [
-                    " " + " ".join(WORDS[(number * 7 + shift + k * i) % len(WORDS)] for i in range(length))
-                    for k, length in ((1, 1 + (number + shift) % 9), (5, 2 + number % 4))
-                ]
-                score = float((number + shift) % 9 - 4)
-                rows.append({"prompt": example.prompt, "response": texts[0], "score": score, "chosen": texts[0],
-                             "rejected": texts[1]})  # fmt: skip
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return ["dataset=jsonl", f"dataset.path={folder}", "~dataset.train_prompts", "~dataset.test_prompts"]
+    def choose_words(first: int, step: int, count: int) -> str:
+        return "".join(f" {WORDS[(first + step * i) % len(WORDS)]}" for i in range(count))
+
+    def write(has_score: Callable[[int], bool]) -> list[str]:
+        folder = tmp_path_factory.mktemp("logged")
+        for split in ("train", "test"):
+            prompts = [example.prompt for example in StoryOpenings(30, 6, 0, []).load(split)]
+            rows = []
+            for number, prompt in enumerate(prompts + prompts):
+                response = choose_words(7 * number, 1, 1 + number % 9)
+                row = {"prompt": prompt, "response": response, "chosen": response}
+                row |= {"score": float(number % 9 - 4)} if has_score(number) else {}
+                row |= {"rejected": choose_words(number, 5, 2 + number % 4)} if number % 4 else {}
+                rows.append(row)
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return ["dataset=jsonl", f"dataset.path={folder}", "~dataset.train_prompts", "~dataset.test_prompts"]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def logged_data(write_logged_data) -> list[str]:
+    """Overrides of a data set whose logged responses all have scores; see `write_logged_data`."""
+    return write_logged_data(lambda number: True)
+
+
+@pytest.fixture(scope="session")
+def half_scored_data(write_logged_data) -> list[str]:
+    """Overrides of a data set in which every second logged response has a score; see `write_logged_data`."""
+    return write_logged_data(lambda number: number % 2 == 0)

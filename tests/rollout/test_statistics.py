@@ -14,7 +14,7 @@ from apa_cli.rollout.statistics import (
     distinct_n,
 )
 from apa_cli.types import Rollout
-from tests.builders import make_mask, make_rollout
+from tests.builders import make_mask, make_rollout, make_sequences
 
 JUNK = 77.0
 """Value outside the mask."""
@@ -72,6 +72,54 @@ def test_kl_refreshed_is_between_the_sampler_and_the_moving_reference(rollout):
     assert compute_kl_metrics(rollout)["kl/refreshed"] == pytest.approx(6.5 / 4, rel=1e-6)
     fixed = compute_kl_metrics(rollout.replace(logprobs={**rollout.logprobs, "reference": rollout.logprobs["init"]}))
     assert "kl/refreshed" not in fixed and fixed["kl/sequence"] == 0.25
+
+
+def test_entropy_and_kl_count_the_tokens_of_the_present_policy_only(rollout):
+    """The policy completes row 0 after its first token and samples row 2; rows 1 and 3 are another model's."""
+    on_policy = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 1, 0], [0, 0, 0]]).bool()
+    mixed = rollout.replace(on_policy=on_policy)
+    # 2 + ½ + ¼ + 4 on four tokens
+    assert compute_sampling_metrics(mixed)["policy/entropy"] == pytest.approx(6.75 / 4, rel=1e-6)
+    metrics = compute_kl_metrics(mixed)
+    # Sampler minus π_init: −1 + 1½ in row 0, ¾ + ½ in row 2; minus the reference: ½ + ½, and 1¾ − 1.
+    assert metrics["kl/sequence"] == pytest.approx((0.5 + 1.25) / 2, rel=1e-6)
+    assert metrics["kl/refreshed"] == pytest.approx((1 + 0.75) / 2, rel=1e-6)
+    k3 = sum(math.exp(-k) - 1 + k for k in (-1.0, 1.5, 0.75, 0.5))
+    assert metrics["kl/token_k3"] == pytest.approx(k3 / 4, rel=1e-6)
+    # A related response of row 3 with two tokens, sampler minus π_init ¼ and ½, of which the policy sampled the second.
+    tokens = make_sequences([[1]] * 4, [[5], [5], [5], [5, 6]])
+    logprobs = {
+        "sampler": pad_with_junk([-1.0], [-1.0], [-1.0], [-1.0, -2.0])[:, :2],
+        "init": pad_with_junk([-2.0], [-2.0], [-2.0], [-1.25, -2.5])[:, :2],
+        "reference": pad_with_junk([-2.0], [-2.0], [-2.0], [-1.25, -2.75])[:, :2],
+    }
+    second = tokens.replace(on_policy=torch.tensor([[0, 0]] * 3 + [[0, 1]]).bool(), logprobs=logprobs)
+    metrics = compute_kl_metrics(mixed.replace(related={"second": second}))
+    assert metrics["kl/sequence"] == pytest.approx((0.5 + 1.25 + 0.5) / 3, rel=1e-6)
+    assert metrics["kl/refreshed"] == pytest.approx((1 + 0.75 + 0.75) / 3, rel=1e-6)
+    assert metrics["kl/token_k3"] == pytest.approx((k3 + math.exp(-0.5) - 0.5) / 5, rel=1e-6)
+    # If the rows' own responses are all off-policy, for which nothing is computed, the related one remains.
+    logged = rollout.replace(on_policy=torch.zeros_like(rollout.mask), logprobs={}, related={"second": second})
+    assert compute_kl_metrics(logged) == {
+        "kl/sequence": pytest.approx(0.5),
+        "kl/refreshed": pytest.approx(0.75),
+        "kl/token_k3": pytest.approx(math.exp(-0.5) - 0.5),
+    }
+
+
+def test_without_a_token_of_the_present_policy_there_is_no_entropy_and_no_kl(rollout):
+    logged = rollout.replace(on_policy=torch.zeros_like(rollout.mask))
+    assert compute_kl_metrics(logged) == {}
+    assert "policy/entropy" not in compute_sampling_metrics(logged)
+    assert compute_sampling_metrics(logged)["reward/mean"] == 5.5
+
+
+def test_without_log_probs_of_the_initial_policy_there_is_no_kl(rollout):
+    """Not even if they were computed for a part of what the policy sampled."""
+    sampler = {"sampler": rollout.logprobs["sampler"]}
+    assert compute_kl_metrics(rollout.replace(logprobs=sampler)) == {}
+    second = make_sequences([[1]] * 4, [[5]] * 4).replace(logprobs={"sampler": torch.zeros(4, 1)})
+    assert compute_kl_metrics(rollout.replace(related={"second": second})) == {}
 
 
 def test_response_statistics_by_hand(rollout):

@@ -180,7 +180,7 @@ def test_advantages_beyond_float32_are_named(make_reward, run_train, tmp_path):
     assert len(json.loads((tmp_path / "run" / "faults" / "iteration_000001.json").read_text())["responses"]) == 8
 
 
-@pytest.mark.parametrize(("part", "name"), [("policy", "sampler_logprobs"), ("critics", "values.value")])
+@pytest.mark.parametrize(("part", "name"), [("policy", "logprobs.sampler"), ("critics", "values.value")])
 def test_nonfinite_weights_are_detected_in_their_output(part, name, make_trainer, tmp_path):
     trainer = make_trainer(folder=tmp_path)
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_number_of_dumped_batches_is_limited(tmp_path, make_trainer, monkeypatch
 
     monkeypatch.setattr(fault_dump, "MAX_DUMPS", 2)
     trainer = make_trainer()
-    rollout, _ = trainer.rollout_builder.sample(1)
+    rollout = trainer.rollout_builder.sample(1, {})[0].rollout
     files = [
         fault_dump.write_dump(tmp_path / "faults", f"n{n}", "what", rollout, None, torch.arange(2)) for n in range(4)
     ]

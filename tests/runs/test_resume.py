@@ -380,10 +380,10 @@ def run_in_iteration(monkeypatch):
     original = RolloutBuilder.sample
 
     def patch_iteration(number, action):
-        def sample(builder, iteration):
+        def sample(builder, iteration, state):
             if iteration == number:
                 action()
-            return original(builder, iteration)
+            return original(builder, iteration, state)
 
         monkeypatch.setattr(RolloutBuilder, "sample", sample)
 

@@ -151,10 +151,10 @@ def find_nearest_boundary(make_trainer, *overrides) -> float:
     trainer = make_trainer(*overrides)
     config = trainer.config
     settings, nearest = config.sampling, 1.0
-    rollout, _ = trainer.rollout_builder.sample(1)
+    rollout = trainer.rollout_builder.sample(1, {})[0].rollout
     prompts = trainer.evaluator.prompts
     evaluated = collect_rollout(
-        {"policy": trainer.models.policy}, trainer.evaluator.tokenizer, prompts, settings, trainer.evaluator.end_tokens,
+        {"policy": trainer.rollout_builder.policy_sampler}, trainer.evaluator.tokenizer, prompts, settings, trainer.evaluator.end_tokens,
         config.evaluation.seed, Stream.evaluation, iteration=0,
     )  # fmt: skip
     for part, key in (

@@ -51,16 +51,27 @@ def test_lambda_has_its_value_and_the_meaning_that_the_algorithm_gives_it(name, 
 
 
 @dataclass(frozen=True)
-class WithoutLambda(APA):
-    """An algorithm without λ."""
+class WithoutMeaning(APA):
+    """An algorithm whose λ has no meaning in words."""
 
     lambda_meaning = None
 
 
-def test_an_algorithm_without_lambda_has_no_such_line(make_config):
-    config = make_config()
-    lines = describe_run(replace(config, algo=WithoutLambda(**vars(config.algo))))
-    assert not [line for line in lines if line.startswith("lambda")]
+def test_lambda_is_named_if_the_configuration_has_it(make_config):
+    config = make_config("lambda=0.1")
+    silent = describe_run(replace(config, algo=WithoutMeaning(**vars(config.algo))))
+    assert [line for line in silent if line.startswith("lambda")] == ["lambda 0.1 (GAE's λ is algo.gae_lambda, 0.95)"]
+    raw = {key: value for key, value in config.raw.items() if key != "lambda"}
+    assert not [line for line in describe_run(replace(config, raw=raw)) if line.startswith("lambda")]
+
+
+def test_passes_are_those_that_algorithm_and_metrics_need(describe):
+    def list_passes(*overrides: str) -> str:
+        return describe(*overrides)["passes per iteration"].split("reward 8, ")[-1].split(", then")[0]
+
+    assert list_passes("algo=awr") == "reference 8, critic 8"
+    assert list_passes("algo=awr", "reference.log_kl=false") == "critic 8"
+    assert list_passes("algo=ppo", "reference.log_kl=false") == "reference 8, critic 8, old log-probs 8"
 
 
 def test_models_have_their_parameters_and_memory(describe):

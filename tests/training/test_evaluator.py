@@ -150,6 +150,46 @@ def test_kl_of_a_model_without_a_linear_head_uses_its_whole_logits(evaluator, po
     torch.testing.assert_close(entropy, replies.entropy, rtol=1e-4, atol=1e-6)
 
 
+def test_sampler_and_scored_policy_are_apart(evaluator, sampler, replies):
+    """The responses of the sampler's model, with the KL of another one: the reference's is 0 everywhere."""
+    scored = evaluator.sample_and_score(sampler, evaluator.reference)
+    assert torch.equal(scored.rollout.response_ids, replies.rollout.response_ids)
+    assert float(scored.kl.abs().max()) < 1e-6 < float(replies.kl.max())
+    other = evaluator.sample_and_score(
+        ModelSampler(evaluator.reference, evaluator.tokenizer, DType.float32), sampler.model
+    )
+    assert list_responses(other.rollout) != list_responses(replies.rollout) and float(other.kl.max()) > 0.01
+
+
+PLAIN = [[2, 3], [1, 1, 6], [5], [5, 3, 8], [7]]
+"""Prompts as π_init reads them, of other lengths than those that the policy reads."""
+
+
+def test_the_initial_policy_reads_the_plain_prompts(evaluator, sampler, policy, replies):
+    """The policy reads instructed prompts; a plain loop gives each model its own."""
+    evaluator = replace(evaluator, plain_prompt_ids=PLAIN)
+    scored = evaluator.sample_and_score(sampler, policy)
+    assert torch.equal(scored.rollout.response_ids, replies.rollout.response_ids)
+    for i, tokens in enumerate(list_responses(scored.rollout)):
+        for t in range(len(tokens)):
+            p = compute_next_probabilities(policy, PROMPTS[i] + tokens[:t])
+            q = compute_next_probabilities(evaluator.reference, PLAIN[i] + tokens[:t])
+            kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+            assert float(scored.kl[i, t]) == pytest.approx(kl, rel=1e-4, abs=1e-6)
+    assert torch.equal(scored.entropy, replies.entropy)  # that of the policy, which reads the same as before
+
+
+def test_ranks_give_the_evaluation_of_one(evaluator, sampler, policy, replies, run_on_ranks):
+    """Five prompts on two ranks: each has three, one of them twice."""
+    plain = replace(evaluator, plain_prompt_ids=PLAIN)
+    expected = plain.sample_and_score(sampler, policy)
+    for responses in run_on_ranks(2, lambda world: replace(plain, world=world).sample_and_score(sampler, policy)):
+        assert list_responses(responses.rollout) == list_responses(replies.rollout)
+        assert responses.scores == expected.scores and responses.rollout.prompts == expected.rollout.prompts
+        torch.testing.assert_close(responses.kl, expected.kl, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(responses.entropy, expected.entropy, rtol=1e-4, atol=1e-6)
+
+
 def test_scores_are_paired_with_those_of_the_sft_model(evaluator, replies):
     policy = replace(replies, scores={MAIN_REWARD: [1.0, 2.0, 3.0, 5.0, 9.0], "row": [0.0, 1.0, 2.0, 3.0, 4.0]})
     sft = {MAIN_REWARD: [1.0, 1.0, 4.0, 6.0, 3.0], "row": [1.0, 1.0, 2.0, 2.0, 5.0]}

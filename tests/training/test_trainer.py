@@ -123,9 +123,7 @@ def test_the_plan_is_followed_and_has_its_own_random_numbers(pairs):
     plan_calls.clear()
     builder = replace(pairs.rollout_builder, config=replace(pairs.config, plan=PlannedOnline()))
     plain, changed = (builder.sample(iteration, {"n": iteration})[0].rollout for iteration in (1, 2))
-    assert plan_calls == [
-        (step, make_generator(3, Stream.plan, step).random(), {"n": step}) for step in (1, 2)
-    ]
+    assert plan_calls == [(step, make_generator(3, Stream.plan, step).random(), {"n": step}) for step in (1, 2)]
     # Without prefixes the responses are those of the online plan; with prefixes most of them differ.
     assert list_responses(plain) == list_responses(sample(pairs, 1))
     online = list_responses(sample(pairs, 2))
@@ -193,6 +191,46 @@ def test_without_a_moving_reference_the_loss_uses_the_frozen_one(make_trainer):
     assert trainer.models.moving_reference is None
     assert rollout.logprobs["reference"] is rollout.logprobs["init"] and "old" not in rollout.logprobs
     assert_close(rollout.logprobs["reference"], compute_plain_logprobs(trainer.models.reference, rollout))
+
+
+# reference.log_kl
+
+
+def count_reference_passes(trainer: Trainer) -> list[int]:
+    """Return a list to which every forward pass of the reference adds its number of rows."""
+    rows = []
+
+    def record(module, arguments, options):
+        rows.append(len(options["input_ids"]))
+
+    trainer.models.reference.register_forward_pre_hook(record, with_kwargs=True)
+    return rows
+
+
+@pytest.mark.parametrize(("algo", "rows_without"), [("awr", 0), ("apa", 8)])
+def test_without_log_kl_the_reference_is_computed_only_if_the_algorithm_needs_it(algo, rows_without, make_trainer):
+    results = {}
+    for log_kl, expected_rows in ((True, 8), (False, rows_without)):
+        trainer = make_trainer(f"algo={algo}", f"reference.log_kl={str(log_kl).lower()}")
+        rows = count_reference_passes(trainer)
+        results[log_kl] = [trainer.run_phases(iteration).metrics for iteration in (1, 2)]
+        # each response goes through the reference once in each iteration, packed or not
+        assert sum(rows) <= 2 * expected_rows and bool(rows) is bool(expected_rows)
+    for metrics, others in zip(results[True], results[False], strict=True):
+        kl = {name for name in metrics if name.startswith("kl/")}
+        assert kl == {"kl/sequence", "kl/token_k3"}
+        assert others == {name: value for name, value in metrics.items() if name not in kl}
+
+
+def test_a_run_without_kl_finishes(run_train, comparable):
+    overrides = ["algo=awr", "iterations=2", "guard.max_kl=null"]
+    run, other = (
+        run_train(*overrides, f"reference.log_kl={log_kl}", name=f"run_{log_kl}") for log_kl in ("false", "true")
+    )
+    assert (run / "result.json").is_file()
+    for row, expected in zip(comparable(run / "metrics.jsonl"), comparable(other / "metrics.jsonl"), strict=True):
+        assert row == {name: value for name, value in expected.items() if not name.startswith("kl/")}
+        assert row["iteration"] == 1 or row["eval/kl_exact"] >= 0  # measured in every evaluation all the same
 
 
 # The moving reference

@@ -2,23 +2,18 @@
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
-from apa_cli.algorithms.apa import APA, Normalizer
-from apa_cli.algorithms.awr import AWR
-from apa_cli.algorithms.base import Algorithm, Whitening
-from apa_cli.algorithms.ppo import PPO
+from apa_cli.algorithms.apa import Normalizer
+from apa_cli.algorithms.base import Whitening
 from apa_cli.errors import UserError
-from apa_cli.hardware.oom import BatchSizeHalver
-from apa_cli.models.critic import CriticModule, build_value_head
 from apa_cli.models.forward import TrainingModel, compute_response_logprobs
-from apa_cli.settings import DType, HeadKind, LRScheduler, OptimizerSettings, RunSettings, UpdateOrder
+from apa_cli.settings import LRScheduler, RunSettings, UpdateOrder
 from apa_cli.training.updater import (
     StepMetrics,
-    Updater,
     average_over_steps,
     build_optimizer,
     compute_lr_factor,
@@ -26,132 +21,22 @@ from apa_cli.training.updater import (
     split_into_microbatches,
     split_into_minibatches,
 )
-from apa_cli.types import Batch, Loss, LossTerm, Metric
-from tests.builders import build_tiny_policy, make_algorithm, make_batch, make_sequences
-
-CPU = torch.device("cpu")
-
-PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6], [5, 3], [5, 8, 9], [7, 9], [3], [2, 3, 8, 4]]
-RESPONSES = [
-    [2, 7],
-    [8, 2, 8, 1, 8, 2],
-    [8],
-    [4, 5, 9],
-    [0, 4],
-    [5, 2, 3, 5, 3],
-    [6, 0, 2, 8],
-    [7, 4, 7, 1, 3, 5],
-]
-
-COMMON = {"gae_lambda": 0.95, "whitening": Whitening.minibatch, "value_coef": 0.7, "value_clip_range": 0.2}
-ALGORITHMS = {
-    "apa": make_algorithm(APA, **COMMON, normalizer=Normalizer.batch),
-    "awr": make_algorithm(AWR, **COMMON),
-    "ppo": make_algorithm(PPO, **COMMON),
-}
-
-RUN = RunSettings(
-    name="test",
-    seed=0,
-    iterations=10,
-    rollout_batch_size=8,
-    minibatch_size=8,
-    microbatch_size=8,
-    samples_per_prompt=1,
-    update_epochs=1,
-    update_order=UpdateOrder.epochs,
-    stop_at_kl=None,
-    resume=None,
-    resume_changed=[],
-    fork=None,
-    stop_after=None,
-    dry_run=False,
-    run=None,
+from apa_cli.types import Batch, Loss, LossTerm, Metric, PolicyOutput
+from tests.builders import build_tiny_policy
+from tests.training.builders import (
+    ALGORITHMS,
+    OPTIMIZER,
+    RUN,
+    Probe,
+    assert_same,
+    build_model,
+    compute_gradients,
+    flatten,
+    make_response_batch,
+    make_updater,
+    plain_descent,
+    set_logprobs,
 )
-OPTIMIZER = OptimizerSettings(
-    lr=1e-3,
-    critic_lr=2e-3,
-    betas=[0.9, 0.95],
-    eps=1e-8,
-    weight_decay=1e-6,
-    max_grad_norm=1.0,
-    lr_scheduler=LRScheduler.constant,
-    warmup_ratio=0.0,
-    critic_warmup_iterations=0,
-)
-
-
-def build_model(on_trunk: bool = False) -> TrainingModel:
-    """Return a policy and a critic whose values are not 0."""
-    head = build_value_head(HeadKind.linear, 16)
-    torch.manual_seed(5)
-    torch.nn.init.normal_(head.weight, std=0.3)
-    critic = CriticModule(None if on_trunk else build_tiny_policy(seed=1).base_model, head)
-    return TrainingModel(build_tiny_policy(seed=0), {"value": critic}, temperature=1.0)
-
-
-@torch.no_grad()
-def make_response_batch(
-    model: TrainingModel, left: int = 0, right: int = 0, junk: int = 0, drift: float = 0.0
-) -> Batch:
-    """Return the eight responses with `left` and `right` further columns of padding, filled with the token `junk`.
-
-    `drift` is the standard deviation of the noise on the sampler's, the reference's and the old log-probs and values.
-    """
-    tokens = make_sequences(PROMPTS, RESPONSES, left, right, junk)
-    torch.manual_seed(7)
-    noise = {
-        name: torch.nn.functional.pad(torch.randn(8, 6), (0, right)) * tokens.mask
-        for name in ("sampler", "reference", "old", "values", "advantages", "returns")
-    }
-    batch = make_batch(tokens, advantages=noise["advantages"], returns={"value": noise["returns"]})
-    logprobs = compute_response_logprobs(model.policy, batch, 1.0)
-    return batch.replace(
-        logprobs={name: logprobs + drift * noise[name] for name in ("sampler", "reference", "old")},
-        values={"value": model(batch, with_policy=False).values["value"] + drift * noise["values"]},
-    )
-
-
-def set_logprobs(batch: Batch, **logprobs: torch.Tensor | None) -> Batch:
-    """Return the batch with these log-probs; those that are None are left out."""
-    changed = {**batch.logprobs, **logprobs}
-    return batch.replace(logprobs={name: tensor for name, tensor in changed.items() if tensor is not None})
-
-
-def make_updater(algorithm: Algorithm, model: TrainingModel, optimizer=None, settings=OPTIMIZER, **changes) -> Updater:
-    """Return the updater of a run with `changes` to its settings."""
-    optimizer, run = optimizer or build_optimizer(model, settings), replace(RUN, **changes)
-    microbatch = BatchSizeHalver("microbatch_size", run.microbatch_size, 1, print)
-    return Updater(algorithm, algorithm.needs(), model, optimizer, run, settings, DType.float32, CPU, microbatch)
-
-
-def compute_gradients(algorithm: Algorithm, batch: Batch, microbatch: int = 8) -> tuple[dict, dict[str, float]]:
-    """Return the gradient of the whole batch as one minibatch, by parameter, and the metrics."""
-    model = build_model()
-    minibatch = algorithm.prepare_minibatch(batch)
-    updater = make_updater(algorithm, model, microbatch_size=microbatch)
-    metrics = updater.accumulate_gradients(minibatch, is_first=True)
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, metrics.sums | metrics.maxima
-
-
-def assert_same(one: tuple[dict, dict], other: tuple[dict, dict]) -> None:
-    """Assert equal gradients and metrics: float32 sums in another order, 1e-4 relative or 1e-6 absolute."""
-    assert one[0].keys() == other[0].keys()
-    for name, gradient in one[0].items():
-        torch.testing.assert_close(other[0][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
-    assert one[1] == pytest.approx(other[1], rel=1e-4, abs=1e-6)
-
-
-def flatten(parameters) -> torch.Tensor:
-    """Return a copy of all weights as one vector."""
-    return torch.cat([parameter.detach().flatten() for parameter in parameters]).clone()
-
-
-def plain_descent(model: TrainingModel, rate: float = 1.0) -> torch.optim.SGD:
-    """Return an optimizer whose steps are the clipped gradients times `rate`."""
-    groups = [model.policy_parameters(), model.critic_parameters()]
-    return torch.optim.SGD([{"params": group, "lr": rate, "base_lr": rate} for group in groups])
-
 
 algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 
@@ -215,24 +100,21 @@ def test_whole_updates_do_not_depend_on_the_microbatch(algorithm):
 # Loss terms, masks and weights
 
 
-@dataclass(frozen=True)
-class Probe(Algorithm):
-    """Algorithm with two weighted terms, each with a mask of its own, and a metric of each reduction."""
+def make_two_terms(batch: Batch, output: PolicyOutput) -> Loss:
+    """Return two weighted terms, each with a mask of its own, and a metric of each reduction."""
+    return Loss(
+        [
+            LossTerm("first", output.logprobs, mask="first", weight=2.0),
+            LossTerm("others", output.logprobs, mask="others", weight=-3.0),
+        ],
+        {
+            "probe/mean": Metric(batch.advantages, "others"),
+            "probe/max": Metric(batch.advantages, "first", reduction="max"),
+        },
+    )
 
-    def prepare(self, rollout, state):
-        raise NotImplementedError
 
-    def loss(self, batch, output):
-        return Loss(
-            [
-                LossTerm("first", output.logprobs, mask="first", weight=2.0),
-                LossTerm("others", output.logprobs, mask="others", weight=-3.0),
-            ],
-            {
-                "probe/mean": Metric(batch.advantages, "others"),
-                "probe/max": Metric(batch.advantages, "first", reduction="max"),
-            },
-        )
+TWO_TERMS = Probe(make_two_terms)
 
 
 @pytest.mark.parametrize("microbatch", [8, 3, 1])
@@ -248,7 +130,7 @@ def test_each_term_is_divided_by_the_count_of_its_mask_and_multiplied_by_its_wei
     logprobs = compute_response_logprobs(model.policy, batch, 1.0)
     objective = 2 * logprobs[first].sum() / 8 - 3 * logprobs[others].sum() / 21
     expected = torch.autograd.grad(objective, list(model.policy.parameters()))
-    gradients, metrics = compute_gradients(Probe(), batch, microbatch)
+    gradients, metrics = compute_gradients(TWO_TERMS, batch, microbatch)
     for parameter, gradient in zip(model.policy.named_parameters(), expected, strict=True):
         torch.testing.assert_close(gradients[f"policy.{parameter[0]}"], gradient, rtol=1e-4, atol=1e-6)
     assert metrics["loss/first"] == pytest.approx(float(logprobs[first].detach().mean()), rel=1e-5)
@@ -261,8 +143,8 @@ def test_an_empty_mask_adds_nothing():
     batch = make_response_batch(build_model())
     none = torch.zeros_like(batch.mask)
     masked = batch.replace(masks={"first": none, "others": batch.mask})
-    gradients, _ = compute_gradients(Probe(), masked)
-    metrics = make_updater(Probe(), build_model()).update(masked, 1)
+    gradients, _ = compute_gradients(TWO_TERMS, masked)
+    metrics = make_updater(TWO_TERMS, build_model()).update(masked, 1)
     assert "loss/first" not in metrics and "probe/max" not in metrics
     expected = compute_response_logprobs(build_model().policy, batch, 1.0).detach().sum() / 29
     assert metrics["loss/others"] == pytest.approx(float(expected), rel=1e-5)
@@ -415,6 +297,12 @@ def test_lr_factor_by_hand(schedule, factors):
     assert actual == pytest.approx(factors, rel=1e-12, abs=1e-12)
 
 
+def test_a_step_within_the_last_of_the_warmup_has_no_more_than_the_full_rate():
+    """An iteration with more steps than planned has steps between those of the schedule: 1.5 of 2 would be 2.5 / 2."""
+    settings = replace(OPTIMIZER, lr_scheduler=LRScheduler.linear, warmup_ratio=2 / 6)
+    assert [compute_lr_factor(settings, step, total=6) for step in (0.5, 1, 1.5)] == [0.75, 1, 1]
+
+
 def test_without_warmup_the_first_step_has_the_full_rate():
     assert compute_lr_factor(replace(OPTIMIZER, lr_scheduler=LRScheduler.linear), 0, total=10) == 1
 
@@ -525,6 +413,11 @@ def test_metrics_of_an_iteration_are_means_and_maxima_over_its_steps():
 def test_shares_of_the_ranks_are_summed_and_maxima_compared():
     ranks = [StepMetrics({"loss": 0.5}, {"max": -1.0}), StepMetrics({"loss": 0.25}, {"max": -3.0})]
     assert reduce_over_ranks(ranks) == StepMetrics({"loss": 0.75}, {"max": -1.0})
+
+
+def test_a_rank_may_lack_a_metric():
+    ranks = [StepMetrics({"loss": 0.5}), StepMetrics({"other": 0.25}, {"max": -3.0})]
+    assert reduce_over_ranks(ranks) == StepMetrics({"loss": 0.5, "other": 0.25}, {"max": -3.0})
 
 
 def test_microbatches_add_to_sums_and_raise_maxima():
