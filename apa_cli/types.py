@@ -135,6 +135,10 @@ class Prefix:
     kind: Literal["none", "uniform", "all"] = "all"
     probability: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("none", "uniform", "all") or not 0 <= self.probability <= 1:
+            raise ValueError(f"Prefix: kind none, uniform or all and a probability from 0 to 1 are needed, got {self}")
+
 
 @dataclass(frozen=True)
 class RolloutPlan:
@@ -158,6 +162,8 @@ class RolloutPlan:
     def __post_init__(self) -> None:
         if (self.prefix.kind == "all") != (self.roll_out is None):
             raise ValueError(f"RolloutPlan: prefix {self.prefix.kind} does not fit roll_out {self.roll_out}")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"RolloutPlan: samples must be at least 1, got {self.samples}")
         if self.once_per_prompt and POLICY in (self.roll_in, self.roll_out):
             raise ValueError("RolloutPlan: once_per_prompt needs samplers that do not change, not the policy")
 
@@ -179,6 +185,12 @@ class Critic:
     """Rate τ of the Polyak copy `NAME/target` ← (1 − τ) copy + τ critic; None: no copy."""
     polyak_every: int = 1
     """Optimizer steps between updates of the copy."""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier() or self.name in (POLICY, INIT, REFERENCE, GUIDE, OLD, SAMPLER):
+            raise ValueError(f"Critic: {self.name!r} is not an identifier, or is reserved; give another name")
+        if self.polyak is not None and not 0 < self.polyak <= 1:
+            raise ValueError(f"Critic {self.name}: polyak must be above 0 and at most 1, got {self.polyak}")
 
 
 @dataclass(frozen=True)
@@ -291,8 +303,6 @@ class Rollout(Sequences):
     """[N] int64, the row's plan in `plans`."""
     iteration: int = 0
     """Number of the iteration, from 1."""
-    examples: list[Example] | None = None
-    """The data set's row of each prompt, from which `encode` builds other prompts."""
     scores: Tensor | None = None
     """[N] float32, the rewards' scores, less the configured penalties."""
     token_scores: Tensor | None = None

@@ -184,8 +184,8 @@ def make_padded_inputs(tokens: Sequences) -> PaddedInputs:
 def make_rollout(mask: Tensor, **fields: Any) -> Rollout:
     """Return a rollout of responses with this mask [N, T], each to a prompt of one token; scores etc. by `fields`.
 
-    By default tokens and the sampler's log-probs are 0, texts empty, and the policy sampled every token. `logprobs` adds
-    to or replaces the sampler's.
+    By default tokens and the sampler's log-probs are 0, texts empty, and the policy sampled every token. `logprobs`
+    adds to or replaces the sampler's.
     """
     n = len(mask)
     neutral = {

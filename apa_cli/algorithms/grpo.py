@@ -19,6 +19,7 @@ class GRPO(RatioAlgorithm):
 
     label = "GRPO"
     color = "#a21caf"
+    lambda_meaning = "weight of KL in the loss"
     samples_per_prompt = 8
 
     normalize_std: bool

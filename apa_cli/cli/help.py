@@ -69,9 +69,12 @@ FLAGS = """\
 
 PAGES = Path(__file__).resolve().parents[1] / "pages"
 """Folder of the manual's pages, NAME.md each."""
+PACKAGE = "# @package _global_"
 KEY = re.compile(r"( *)(\w+):\s*(.*)$")
 DEFAULT = re.compile(r"^  - (?:override )?/?(\w+)(?:@\w+)?$", re.MULTILINE)
 """An entry of a yaml's defaults list that names another yaml of its group."""
+OVERRIDE = re.compile(r"^  - override /(\w+): (\w+)$", re.MULTILINE)
+"""An entry of a yaml's defaults list that selects the option of another group."""
 
 
 def print_help(command: str, extra_dir: str | None, arguments: list[str]) -> None:
@@ -90,8 +93,12 @@ def print_help(command: str, extra_dir: str | None, arguments: list[str]) -> Non
     print(f"\nPages ({command} --help PAGE):\n  {', '.join(list_pages())}")
     main = (find_config_dir() / "config.yaml").read_text(encoding="utf-8")
     chosen = dict(re.findall(r"^  - (\w+): (\w+)$", main, flags=re.MULTILINE))
-    chosen |= {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in chosen}
-    groups = list_groups(extra_dir)
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in chosen}
+    groups, folders = list_groups(extra_dir), list_config_dirs(extra_dir)
+    for group, option in {**chosen, **given}.items():
+        for text in _read_with_defaults(group, option, folders):
+            chosen |= {name: other for name, other in OVERRIDE.findall(text) if name in chosen}
+    chosen |= given
     print("\nGroups (conf/GROUP/OPTION.yaml; * marks the option whose keys are listed below):")
     for group, option in chosen.items():
         if option not in {"null", *groups[group]}:
@@ -103,8 +110,8 @@ def print_help(command: str, extra_dir: str | None, arguments: list[str]) -> Non
     for group, option in sorted(chosen.items(), key=lambda choice: choice[0] != "algo"):
         if option != "null":
             print(f"\n {group}={option}")
-            for text in _read_with_defaults(group, option, list_config_dirs(extra_dir)):
-                _print_keys("" if "# @package _global_" in text else f"{group}.", text, printed)
+            for text in _read_with_defaults(group, option, folders):
+                _print_keys("" if PACKAGE in text else f"{group}.", text, printed)
     print("\n the run")
     _print_keys("", main.partition("\nhydra:")[0], printed)  # without the keys that an option above sets
 
@@ -137,12 +144,13 @@ def _read_with_defaults(group: str, option: str, folders: list[Path]) -> list[st
 
 def describe_keys(yaml: str) -> list[tuple[str, str, str]]:
     """Return (dotted key, value, comment above it) for each key of a yaml file with a comment directly above it."""
-    rows, comment = [], []
+    rows: list[tuple[str, str, str]] = []
+    comment: list[str] = []
     parents: list[tuple[int, str]] = []
     for line in yaml.splitlines():
         stripped = line.strip()
         if stripped.startswith("#"):
-            comment.append(stripped.lstrip("# "))
+            comment = [] if stripped == PACKAGE else [*comment, stripped.lstrip("# ")]
             continue
         if match := KEY.match(line):
             indent, name = len(match[1]), match[2]

@@ -74,12 +74,12 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
             "the run can be evaluated, exported and compared, but not continued"
         )
     check_plain(recorded, source / "config.yaml", (*SECTIONS, *TARGET_SECTIONS))
-    recorded = fill_missing(recorded, defaults)
+    recorded = fill_missing(recorded, without_lambda(defaults, recorded))
     recorded |= {key: defaults[key] for key in NOT_INHERITED}
     if is_fork:
         recorded["name"] = defaults["name"]
     for section in TARGET_SECTIONS:
-        recorded[section] = _restore_lambda_link(recorded[section], section, extra_dir)
+        recorded[section] = _restore_lambda_link(recorded[section], section, recorded.get(LAMBDA), extra_dir)
     cfg = OmegaConf.create(_restore_links(recorded, defaults, OmegaConf.create(recorded)))
     if any(override.key_or_group.partition(".")[0] in ("algo", "plan", "experiment") for override in parsed):
         _restore_own_samples(cfg, extra_dir)
@@ -91,6 +91,8 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
         settings = to_dict(cfg)
         for override in options:
             settings = _take_keys(settings, new, _list_set_keys(override, new, defaults, extra_dir))
+        if f"${{{LAMBDA}}}" not in settings["algo"].values():  # the old algorithm's λ
+            settings.pop(LAMBDA, None)
         cfg = OmegaConf.create(settings)
     apply_overrides(cfg, [override for override in parsed if override not in options], extra_dir)
     check_offered(cfg, parsed, source, extra_dir)
@@ -98,15 +100,28 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
     return cfg
 
 
-def _restore_lambda_link(section: dict[str, Any], name: str, extra_dir: str | None) -> dict[str, Any]:
-    """Return the section with the keys that `lambda` sets, by the yaml of its `_target_`, linked to `lambda` again."""
-    target = section.get("_target_")
+def without_lambda(defaults: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults for a recorded run: without the default algorithm's λ if the run has no λ."""
+    return defaults if LAMBDA in recorded else {key: value for key, value in defaults.items() if key != LAMBDA}
+
+
+def _restore_lambda_link(section: dict[str, Any], name: str, lambda_: Any, extra_dir: str | None) -> dict[str, Any]:
+    """Return the section with the keys that `lambda` sets, by the yaml of its `_target_`, linked to `lambda` again.
+
+    So are keys that follow such a key, unless the run gave them another value.
+    """
+    target, prefix = section.get("_target_"), f"${{{name}."
+    sources = section | {LAMBDA: lambda_}
     for root in list_config_dirs(extra_dir):
         for file in sorted((root / name).rglob("*.yaml")):
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
             keys = content.get(name, content) if isinstance(content, dict) else None
             if target is not None and isinstance(keys, dict) and keys.get("_target_") == target:
-                return section | {key: value for key, value in keys.items() if value == f"${{{LAMBDA}}}"}
+                links = {key: str(value).removeprefix(prefix).strip("${}") for key, value in keys.items()
+                         if value == f"${{{LAMBDA}}}" or str(value).startswith(prefix)}  # fmt: skip
+                return section | {
+                    key: keys[key] for key, source in links.items() if section.get(key) == sources.get(source)
+                }
     return section
 
 

@@ -13,7 +13,7 @@ from apa_cli.runs.resume import is_within
 IGNORED_KEYS = (
     "name", "seed", "resume", "dry_run", "hydra", "launch", "tracking", "checkpoint", "evaluation.every",
     "microbatch_size", "stages.cache_dir", "evaluation.print_samples", "evaluation.reference", "evaluation.best_of",
-    "evaluation.best_of_prompts", "run", "export", "chat",
+    "evaluation.best_of_prompts", "reference.log_kl", "run", "export", "chat",
 )  # fmt: skip
 """Keys of a configuration that do not change a run's numbers, or in which the runs of one group may differ."""
 

@@ -5,6 +5,7 @@ apa-train prints these lines before training; with dry_run=true it stops after t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,15 @@ from apa_cli.models.structure import count_parameters, freeze_all_but_top
 from apa_cli.randomness import Stream, make_generator
 from apa_cli.rewards.base import NamedReward
 from apa_cli.settings import Config, CriticKind, Quantization
-from apa_cli.types import INIT, OLD, REFERENCE, Critic
+from apa_cli.training.updater import count_steps
+from apa_cli.types import GUIDE, INIT, OLD, REFERENCE, Critic
 
 TRAINED_BYTES = 16
 """Bytes per trained parameter: weight, gradient and AdamW's two moments in float32."""
 FROZEN_BYTES = {Quantization.int8: 1, Quantization.int4: 0.5}
 """Bytes per parameter of a quantized base."""
+ROLL_IN = {INIT: "π_init ", REFERENCE: "the reference ", GUIDE: "the guide "}
+"""Names of samplers in the line of a plan."""
 
 
 def describe_run(config: Config, world_size: int = 1) -> list[str]:
@@ -41,17 +45,17 @@ def describe_run(config: Config, world_size: int = 1) -> list[str]:
 
 def describe_batches(config: Config, world_size: int) -> list[str]:
     """Return the arithmetic of iterations, responses, minibatches and microbatches."""
-    run = config.run
-    minibatches = run.rollout_batch_size // run.minibatch_size
-    steps = run.update_epochs * minibatches
-    share = run.minibatch_size // world_size
+    run, per_row = config.run, config.needs.samples_multiple
+    minibatches = count_steps(run.rollout_batch_size // per_row, per_row, run.minibatch_size)
+    steps, size = run.update_epochs * minibatches, run.rollout_batch_size // minibatches
+    share = math.ceil(size / world_size)
     microbatch = min(run.microbatch_size, share)
     processes = f"{world_size} processes × " if world_size > 1 else ""
     return [
         f"batches: {run.iterations} iterations × {run.rollout_batch_size} responses "
         f"({run.rollout_batch_size // run.samples_per_prompt} prompts × {run.samples_per_prompt}) "
         f"= {run.iterations * run.rollout_batch_size} responses",
-        f"updates: {run.update_epochs} epochs × {minibatches} minibatches of {run.minibatch_size} = {steps} optimizer "
+        f"updates: {run.update_epochs} epochs × {minibatches} minibatches of {size} = {steps} optimizer "
         f"steps per iteration, {steps * run.iterations} in all, each of {processes}{-(-share // microbatch)} × "
         f"{microbatch} responses",
     ]
@@ -62,8 +66,8 @@ def describe_plans(config: Config) -> list[str]:
     rng = make_generator(config.run.seed, Stream.plan, 1)
     plans = config.plan.rollout(1, rng, config.algo.initial_state())
     return [
-        f"plan: {plan.samples or config.run.samples_per_prompt} further responses of {plan.roll_in} to each prompt, "
-        "sampled the first time that it comes up and kept"
+        f"plan: {plan.samples or config.run.samples_per_prompt} further responses of {ROLL_IN.get(plan.roll_in, '')}"
+        "to each prompt, sampled and scored the first time that it comes up and kept; not counted above or below"
         for plan in plans
         if plan.once_per_prompt
     ]

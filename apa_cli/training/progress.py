@@ -64,7 +64,16 @@ class Progress:
 
 def digest_sft_settings(raw: dict[str, Any]) -> str:
     """Return a digest of the settings that the SFT model's held-out scores depend on."""
-    settings = {"seed": raw["evaluation"]["seed"]} | {key: raw[key] for key in SFT_SCORE_SECTIONS}
+    return digest({"seed": raw["evaluation"]["seed"]} | {key: raw[key] for key in SFT_SCORE_SECTIONS})
+
+
+def digest_kept_settings(raw: dict[str, Any]) -> str:
+    """Return a digest of the settings that the kept responses to training prompts and their scores depend on."""
+    return digest({key: raw[key] for key in (*SFT_SCORE_SECTIONS, "seed", "penalty", "plan", "guide")})
+
+
+def digest(settings: dict[str, Any]) -> str:
+    """Return the SHA-256 of settings, in hexadecimal."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -129,19 +138,28 @@ def restore_state(
 ) -> Progress:
     """Load what `collect_state` returned into the models and the optimizer, and return the progress.
 
-    `initial` supplies entries of the algorithm's state that the checkpoint lacks: a fork may change the algorithm.
-    `pools` is the folder of pools of the run that the checkpoint belongs to.
+    A fork may change the algorithm: `initial` supplies entries of its state that the checkpoint lacks, and critics
+    other than those of the checkpoint start anew. `pools` is the folder of pools of the run that owns the checkpoint.
     """
     checkpoints.load_module(model.policy, tensors["policy"], trained_only=True)
-    checkpoints.load_module(model.critics, tensors["critics"], trained_only=True)
-    restore_targets(model, tensors.get("targets"))
-    checkpoints.load_optimizer(optimizer, tensors["optimizer"])
+    saved_optimizer = tensors["optimizer"]
+    if {name.partition(".")[0] for name in tensors["critics"]} == set(model.critics):
+        checkpoints.load_module(model.critics, tensors["critics"], trained_only=True)
+        restore_targets(model, tensors.get("targets"))
+    else:
+        saved_optimizer = select_policy_state(saved_optimizer, len(model.policy_parameters()))
+    checkpoints.load_optimizer(optimizer, saved_optimizer)
     if moving_reference is not None and "moving_reference" in tensors:  # a fork's reference may not have moved yet
         checkpoints.load_module(moving_reference, tensors["moving_reference"])
     # Checkpoints from before nested states have the state's tensors in the file alone, without markers.
     unmarked = {name: tensor for name, tensor in tensors["algorithm"].items() if "/" not in name}
     values = checkpoints.join_state(values, tensors["algorithm"], pools)
     return Progress(**{**values, "algorithm": {**initial, **unmarked, **values["algorithm"]}})
+
+
+def select_policy_state(optimizer: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Return the entries of a saved optimizer of the policy's parameters, which are the first `count`."""
+    return {name: tensor for name, tensor in optimizer.items() if int(name.partition(".")[0]) < count}
 
 
 def restore_targets(model: TrainingModel, saved: dict[str, Tensor] | None) -> None:

@@ -16,10 +16,15 @@ from apa_cli.types import SAMPLER, Prompt, Rollout, RolloutPlan
 
 @dataclass
 class ResponsesPerPrompt:
-    """Scored responses by roll-in sampler and row of the data set."""
+    """Scored responses by roll-in sampler and row of the data set.
+
+    Responses that other settings gave, in a run of which this one is a fork, stay in the pool and are not used.
+    """
 
     pool: Pool = field(default_factory=Pool)
     """One row per response; checkpointed by the trainer."""
+    settings: str = ""
+    """Digest of the settings on which responses and scores depend."""
     index: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     """(roll-in sampler, row of the data set) → rows of the pool."""
 
@@ -30,7 +35,8 @@ class ResponsesPerPrompt:
         """Add the pool's rows from `start` on to the index."""
         numbers = range(start, len(self.pool))
         for number, row in zip(numbers, self.pool.rows(numbers), strict=True):
-            self.index.setdefault((row["sampler"], row["example"]), []).append(number)
+            if row.get("settings") == self.settings:
+                self.index.setdefault((row["sampler"], row["example"]), []).append(number)
 
     def has(self, plan: RolloutPlan, example: int) -> bool:
         """Return True if there are responses to the prompt of row `example` of the data set."""
@@ -43,6 +49,7 @@ class ResponsesPerPrompt:
         logprobs = rollout.get_logprobs(SAMPLER)
         self.pool.append([
             {
+                "settings": self.settings,
                 "sampler": plan.roll_in,
                 "example": int(rollout.example_index[i]),
                 "tokens": rollout.response_ids[i, :length].tolist(),

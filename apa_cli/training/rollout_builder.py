@@ -231,8 +231,7 @@ class RolloutBuilder:
                 )  # fmt: skip
                 rollout = concatenate_sequences([others, again], tokenizer.pad_token_id)
         texts = {name: self.encode_texts(rollout, name, iteration) for name in self.config.needs.texts}
-        examples = [self.examples[row] for row in rollout.example_index.tolist()]
-        rollout = rollout.replace(related=texts, examples=examples)
+        rollout = rollout.replace(related=texts)
         return rollout.replace(masks=self.config.plan.masks(rollout))
 
     def encode_texts(self, rollout: Rollout, name: str, iteration: int) -> Sequences:

@@ -41,6 +41,7 @@ from apa_cli.training.progress import (
     Progress,
     check_state,
     collect_state,
+    digest_kept_settings,
     digest_sft_settings,
     restore_state,
     save_pools,
@@ -176,6 +177,7 @@ class Trainer:
             rollout = self.rollout_builder.run_forward_passes(rollout, phase)
             self.faults.check_rollout(iteration, rollout)
             batch = self.prepare(iteration, rollout)
+            check_state(self.progress.algorithm)
         with phase("update"):
             update_metrics = {} if batch is None else self.update(iteration, rollout, batch)
         with phase("refresh"):
@@ -185,7 +187,7 @@ class Trainer:
         rows = find_iteration_rows(sampled)
         metrics = {
             **compute_sampling_metrics(sampled.select_rows(rows)),
-            **compute_kl_metrics(rollout),
+            **(compute_kl_metrics(rollout) if self.config.reference.log_kl else {}),
             **{f"reward/mean/{name}": sum(part[i] for i in rows.tolist()) / len(rows) for name, part in parts.items()},
             **({} if penalties is None else {"reward/penalty": float(penalties[rows].mean())}),
             "prompt/truncated_rate": truncated_rate,
@@ -382,7 +384,7 @@ class Trainer:
         """Set the progress of the run, in the parts of the trainer that share its state too."""
         self.progress = progress
         self.updater.steps = progress.optimizer_steps
-        self.rollout_builder.kept = ResponsesPerPrompt(progress.kept)
+        self.rollout_builder.kept = ResponsesPerPrompt(progress.kept, digest_kept_settings(self.config.raw))
 
     # --- checkpoints and results ----------------------------------------------------------------------------
 

@@ -166,7 +166,9 @@ def list_trained_outputs(output: PolicyOutput) -> dict[str, list[Tensor]]:
 
 
 def check_term(term: LossTerm | Metric, name: str, masks: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a loss term or metric names no mask, or if its values do not have the mask's shape."""
+    """Raise ValueError for what is no loss term or metric, an unknown mask, or values not of the mask's shape."""
+    if not isinstance(term, LossTerm | Metric):
+        raise ValueError(f"loss: {name} is a {type(term).__name__}, not a types.LossTerm or types.Metric")
     if term.mask not in masks:
         raise ValueError(f"loss: {name} names the mask {term.mask!r}; there are {', '.join(sorted(masks))}")
     if term.values.shape != masks[term.mask].shape:

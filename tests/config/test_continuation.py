@@ -143,3 +143,51 @@ def test_consent_to_a_guides_code_is_given_again(record):
 def test_a_plan_cannot_be_changed_to_look_at_a_run(override, record):
     with pytest.raises(ConfigError, match=r"^plan.*the run's own value applies"):
         compose_from_run([f"run={record()}", override])
+
+
+# --- λ ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_lambda(tmp_path):
+    """A folder with algo=plain, which has no λ."""
+    (tmp_path / "own" / "algo").mkdir(parents=True)
+    (tmp_path / "own" / "algo" / "plain.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - _actor_critic@algo\n  - _self_\nalgo:\n  _target_: plain.py:Plain\n"
+    )
+    (tmp_path / "plain.py").write_text(
+        "from dataclasses import dataclass\nfrom apa_cli.algorithms.base import ActorCritic\n\n\n"
+        "@dataclass(frozen=True)\nclass Plain(ActorCritic):\n    def loss(self, batch, output):\n        raise\n"
+    )
+    return str(tmp_path / "own")
+
+
+@pytest.mark.parametrize("start", ["resume", "fork"])
+def test_a_run_without_lambda_continues(start, record, without_lambda, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    raw = build_config(compose(["algo=plain"], without_lambda), without_lambda).raw
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    (run / "environment.json").write_text('{"policy": "p", "reward": "r"}')
+    (run / "metrics.jsonl").touch()
+    assert "lambda" not in raw
+    config = continue_run(start, run, extra_dir=without_lambda)
+    assert "lambda" not in config.raw and type(config.algo).__name__ == "Plain"
+    assert continue_run("fork", run, "algo=ppo", extra_dir=without_lambda).raw["lambda"] == 0.05
+
+
+def test_a_fork_to_an_algorithm_without_lambda_drops_it(record, without_lambda, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "lambda" not in continue_run("fork", record(), "algo=plain", extra_dir=without_lambda).raw
+
+
+def test_a_key_that_follows_lambda_follows_it_in_a_fork_unless_it_had_a_value_of_its_own(record):
+    algo = continue_run("fork", record("algo=a2po"), "lambda=0.3").algo
+    assert (algo.beta1, algo.beta2) == (0.3, 0.3)
+    run = record("algo=a2po", "algo.beta1=0.5")
+    assert continue_run("resume", run).algo.beta1 == 0.5
+    algo = continue_run("fork", run, "lambda=0.3").algo
+    assert (algo.beta1, algo.beta2) == (0.5, 0.3)
+    with pytest.raises(ConfigError, match="^lambda: "):  # β₁ alone would follow λ
+        build_config(compose(["algo=a2po", "algo.beta2=1"]))

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from apa_cli.rollout.collect import concatenate_sequences
 from apa_cli.rollout.decode_step import EagerDecoder, GraphDecoder
 from apa_cli.rollout.engine import sample_responses
-from tests.builders import build_word_tokenizer, make_sampling_settings
+from tests.builders import build_word_tokenizer, make_mask, make_rollout, make_sampling_settings
 from tests.contract.plain import compute_log_distributions, list_rows, select_tokens
 
 
@@ -58,9 +59,8 @@ def test_the_policy_completes_prefixes_of_the_data(make_contract_trainer, logged
         own = compute_log_distributions(trainer.models.reference, prompt, response)
         expected = select_tokens(own, response)
         torch.testing.assert_close(rollout.logprobs["old"][i, : len(response)], expected, rtol=1e-4, atol=1e-5)
-    assert result.metrics["policy/entropy"] == pytest.approx(
-        -float(rollout.logprobs["sampler"][rollout.on_policy].mean())
-    )
+    entropy = -float(rollout.logprobs["sampler"][rollout.on_policy].mean())
+    assert result.metrics["policy/entropy"] == pytest.approx(entropy)
     # the reward scores the prefix with the rest, not the data set's own score
     assert rollout.scores.tolist() == pytest.approx(
         [sum(map(t.lower().count, "aeiou")) / (len(t) + 1) - 0.002 * len(t) for t in rollout.responses], abs=1e-6
@@ -103,6 +103,14 @@ def test_the_reward_scores_only_logged_responses_without_a_score(make_contract_t
     for example, text, value in zip(examples, rollout.responses, rollout.scores.tolist(), strict=True):
         vowels = sum(map(text.lower().count, "aeiou")) / (len(text) + 1) - 0.002 * len(text)
         assert value == pytest.approx(vowels if example.score is None else example.score, abs=1e-6)
+
+
+def test_token_scores_that_only_some_rows_have_are_left_out():
+    mask = make_mask([2, 1])
+    parts = [make_rollout(mask, token_scores=torch.ones(2, 2)), make_rollout(mask)]
+    assert concatenate_sequences(parts, 0).token_scores is None
+    assert concatenate_sequences(parts[::-1], 0).token_scores is None
+    assert concatenate_sequences(parts[:1] * 2, 0).token_scores.equal(torch.ones(4, 2))
 
 
 # --- positions ----------------------------------------------------------------------------------------------

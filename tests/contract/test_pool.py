@@ -27,18 +27,18 @@ def get_pool(trainer) -> Pool:
 
 
 def test_rows_are_drawn_from_all_iterations_and_relabelled_by_what_they_achieved(make_contract_trainer):
-    trainer = make_contract_trainer("algo=hindsight", "algo.rows=40", "seed=3")
+    trainer = make_contract_trainer("algo=hindsight", "algo.rows=24", "update_epochs=1", "seed=3")
     tokenizer, results = trainer.rollout_builder.prompt_format.tokenizer, []
     for iteration in (1, 2, 3):
         results.append(trainer.run_phases(iteration))
-        assert len(get_pool(trainer)) == 8 * iteration and len(results[-1].rollout) == 40
+        assert len(get_pool(trainer)) == 8 * iteration and len(results[-1].rollout) == 24
     pool = get_pool(trainer).rows(range(24))
     sampled = [row for result in results for row in zip(list_rows(result.sampled), result.sampled.scores, strict=True)]
     for row, ((prompt, response), score) in zip(pool, sampled, strict=True):
         assert row["tokens"] == response and row["score"] == float(score)
         assert tokenizer.decode(prompt) == RIGHT + row["example"]["prompt"]
-    # the rows of the last iteration are 40 of the 24 in the pool, drawn by the seed and the iteration
-    numbers = make_generator(3, Stream.process_rollout, 3).integers(0, 24, 40).tolist()
+    # the rows of the last iteration are drawn from the 24 in the pool by the seed and the iteration
+    numbers = make_generator(3, Stream.process_rollout, 3).integers(0, 24, 24).tolist()
     mean, rollout, batch = float(np.mean([row["score"] for row in pool])), results[-1].rollout, results[-1].batch
     for i, ((prompt, response), (other, same)) in enumerate(
         zip(list_rows(rollout), list_rows(rollout.related["other_instruction/0"]), strict=True)

@@ -53,11 +53,11 @@ def test_losses_over_other_prompts_and_lengths_are_those_of_single_sequences(mak
     contrast = [math.log(sum(math.exp(other - row[0]) for other in row)) for row in sums]
     assert result.metrics["loss/contrast"] == pytest.approx(sum(contrast) / 8, rel=1e-4)
     # the gap, ratio and KL are those of the response as it was sampled
-    assert result.metrics["policy/sampler_gap"] < 1e-5 and result.metrics["policy/ratio_max"] == pytest.approx(
-        1, abs=1e-4
-    )
+    assert result.metrics["policy/sampler_gap"] < 1e-5
+    assert result.metrics["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_microbatch_which_counts_every_sequence(make_contract_trainer):
     """Five sequences per row: 4 rows per microbatch of 20 sequences, 2 of 10, and one of 1, as a row cannot be torn."""
     runs = {}
@@ -67,15 +67,14 @@ def test_results_do_not_depend_on_the_microbatch_which_counts_every_sequence(mak
             f"microbatch_size={size}", "sampling.max_new_tokens=6",
         )  # fmt: skip
         forwarded = count_forwarded_sequences(trainer)
-        runs[size] = [trainer.run_phases(iteration).metrics for iteration in (1, 2)]
-        # two iterations of two epochs with one step each: rows are not sequences
-        assert forwarded == [5 * rows] * (4 * 20 // rows) and trainer.updater.steps == 4
+        runs[size] = trainer.run_phases(1).metrics
+        # two epochs with one step each: rows are not sequences
+        assert forwarded == [5 * rows] * (2 * 20 // rows) and trainer.updater.steps == 2
     for size in (10, 1):
-        for expected, actual in zip(runs[20], runs[size], strict=True):
-            assert actual.keys() == expected.keys()
-            for name, value in expected.items():
-                absolute = 8e-6 if name == "kl/sequence" else 1e-6  # a sum of up to 12 differences
-                assert actual[name] == pytest.approx(value, rel=1e-4, abs=absolute), name
+        assert runs[size].keys() == runs[20].keys()
+        for name, value in runs[20].items():
+            absolute = 8e-6 if name == "kl/sequence" else 1e-6  # a sum of up to 6 differences
+            assert runs[size][name] == pytest.approx(value, rel=1e-4, abs=absolute), name
 
 
 def test_a_reference_text_adds_its_loss_and_no_step(make_contract_trainer, logged_data, tiny):

@@ -152,10 +152,10 @@ def find_nearest_boundary(make_trainer, *overrides) -> float:
     config = trainer.config
     settings, nearest = config.sampling, 1.0
     rollout = trainer.rollout_builder.sample(1, {})[0].rollout
-    prompts = trainer.evaluator.prompts
+    evaluator, samplers = trainer.evaluator, {"policy": trainer.rollout_builder.policy_sampler}
     evaluated = collect_rollout(
-        {"policy": trainer.rollout_builder.policy_sampler}, trainer.evaluator.tokenizer, prompts, settings, trainer.evaluator.end_tokens,
-        config.evaluation.seed, Stream.evaluation, iteration=0,
+        samplers, evaluator.tokenizer, evaluator.prompts, settings, evaluator.end_tokens, config.evaluation.seed,
+        Stream.evaluation, iteration=0,
     )  # fmt: skip
     for part, key in (
         (rollout, (config.run.seed, Stream.rollout, 1)),

@@ -188,3 +188,25 @@ def test_a_state_that_cannot_be_saved_is_refused_before_anything_is_written():
         collect_state(Progress(algorithm={"a": {"b": set()}}), model, build_optimizer(model), None)
     with pytest.raises(ValueError, match=r"^state kept: "):
         collect_state(Progress(algorithm={"kept": Pool()}), model, build_optimizer(model), None)
+
+
+def test_a_fork_with_other_critics_keeps_the_policy_and_starts_the_critics_anew(tmp_path):
+    """The policy's weights and moments return; the critics keep theirs, and have no moments."""
+    source = build_model(0)
+    optimizer = build_optimizer(source)
+    for parameter in source.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors, values = collect_state(Progress(1), source, optimizer, None)
+    checkpoint = save_checkpoint(tmp_path / "checkpoints", 1, tensors, values)
+    model = TrainingModel(build_tiny_policy(seed=5), {"other": CriticModule(None, nn.Linear(16, 1))}, 1.0)
+    critic = {name: tensor.clone() for name, tensor in model.critics.state_dict().items()}
+    forked = build_optimizer(model)
+    restore_state(*load_checkpoint(checkpoint), {}, model, forked, None, tmp_path / "pools")
+    for name, tensor in source.policy.state_dict().items():
+        assert_same_bits(model.policy.state_dict()[name], tensor)
+    for name, tensor in critic.items():
+        assert_same_bits(model.critics.state_dict()[name], tensor)
+    for old, new in zip(source.policy_parameters(), model.policy_parameters(), strict=True):
+        assert_same_bits(forked.state[new]["exp_avg"], optimizer.state[old]["exp_avg"])
+    assert not any(parameter in forked.state for parameter in model.critic_parameters())

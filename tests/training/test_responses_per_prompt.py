@@ -79,3 +79,12 @@ def test_responses_are_cut_at_the_limit_of_the_present_run(kept):
     short = replace(SETTINGS, max_new_tokens=2)
     rollout = kept.build_rollout(INIT, [make_prompt(7, 0)], build_word_tokenizer(), short)
     assert rollout.response_ids.tolist() == [[2, 3], [5, 0]] and rollout.endings == ["length", "length"]
+
+
+def test_responses_of_other_settings_stay_in_the_pool_and_are_not_used(kept):
+    forked = ResponsesPerPrompt(kept.pool, "another reward")
+    assert not forked.has(INIT, 7)
+    forked.add(INIT, make_scored([7], [[8, EOS]], [100.0]))
+    rollout = forked.build_rollout(INIT, [make_prompt(7, 0)], build_word_tokenizer(), SETTINGS)
+    assert rollout.scores.tolist() == [100.0] and len(kept.pool) == 6
+    assert ResponsesPerPrompt(kept.pool).has(INIT, 7) and ResponsesPerPrompt(kept.pool, "another reward").has(INIT, 7)

@@ -303,7 +303,7 @@ def test_texts_of_the_data_set_become_related_sequences(make_trainer):
         expected = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] if text else [] for text in texts[name]]
         assert list_responses(sequences) == expected
         assert torch.equal(sequences.prompt_ids, whole.prompt_ids) and not sequences.on_policy.any()
-    assert [example.prompt for example in whole.examples] == whole.prompts
+    assert [builder.examples[row].prompt for row in whole.example_index.tolist()] == whole.prompts
 
 
 def test_a_text_that_no_row_has_is_one_line(make_trainer):
