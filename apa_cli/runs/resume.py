@@ -84,8 +84,7 @@ def find_differences(old: dict[str, Any], new: dict[str, Any]) -> list[Differenc
     return [
         (key, before, after)
         for key, before, after in differences
-        if not (is_within(key, "algo") and (before, after) == of_lambda)
-        and not (before is None and key in ADDED_KEYS)
+        if not (is_within(key, "algo") and (before, after) == of_lambda) and not (before is None and key in ADDED_KEYS)
     ]
 
 

@@ -85,7 +85,7 @@ def build_trainer(
     tokenizer = load_tokenizer(config.model, config.model.resolved_path)
     policy = load_policy(config.model, config.model.resolved_path, frozen_base=config.lora.rank > 0)
     models = prepare_models(config, policy, tokenizer, device)
-    inputs = load_inputs(config, train, held_out, policy, tokenizer, device, world)
+    inputs = load_inputs(config, select_training_rows(config, train), held_out, policy, tokenizer, device, world)
     update_meter = build_update_meter(config, models, device, world)
     models = distribute_models(config, models, device, world)
     checkpoint = None if resume is None else checkpoints.load_checkpoint(resume)
@@ -136,16 +136,21 @@ def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Exam
         say(
             f"dataset: {len(shared)} held-out prompts are also in train and are left out of it, such as {min(shared)!r}"
         )
-    train = config.plan.examples(train)
     if not train or not held_out:
         raise UserError(f"dataset: {len(train)} rows to train on, {len(held_out)} held out; both splits are needed")
-    for name in config.needs.texts:
-        if not any(get_text(example, name) for example in train):
-            raise UserError(f"dataset: no row has {name!r}, which the algorithm needs")
     columns = sorted({name for example in train for name in example.columns})
     further = f"; further columns: {', '.join(columns)}" if columns else ""
     say(f"dataset: {len(train)} rows to train on, {len(held_out)} held out{further}")
     return train, held_out
+
+
+def select_training_rows(config: Config, train: list[Example]) -> list[Example]:
+    """Return the rows that the plan trains on. Raise UserError if no row has a text that the algorithm needs."""
+    train = config.plan.examples(train)
+    for name in config.needs.texts:
+        if not any(get_text(example, name) for example in train):
+            raise UserError(f"dataset: no row has {name!r}, which the algorithm needs")
+    return train
 
 
 def run_missing_stages(

@@ -189,5 +189,5 @@ def test_a_key_that_follows_lambda_follows_it_in_a_fork_unless_it_had_a_value_of
     assert continue_run("resume", run).algo.beta1 == 0.5
     algo = continue_run("fork", run, "lambda=0.3").algo
     assert (algo.beta1, algo.beta2) == (0.5, 0.3)
-    with pytest.raises(ConfigError, match="^lambda: "):  # β₁ alone would follow λ
+    with pytest.raises(ConfigError, match=r"^lambda: "):  # β₁ alone would follow λ
         build_config(compose(["algo=a2po", "algo.beta2=1"]))

@@ -390,14 +390,19 @@ def test_the_outputs_for_related_sequences_are_those_of_passes_of_their_own(make
         "q": CriticModule(None, build_random_head(HeadKind.linear, 11), is_action=True),
     }
     model, tokens = TrainingModel(policy, critics, 0.7), make_tokens()
-    output = model(make(tokens, related=related), entropy=True, mean_logprob=True)
+    both = dict.fromkeys(related, ("reference", "value", "q"))
+    output = model(make(tokens, related=related), entropy=True, mean_logprob=True, related_critics=both)
     assert list(output.related) == ["rejected", "longer"]
     for part, sequences in ((output, tokens), *((output.related[name], related[name]) for name in related)):
         alone = model(sequences, entropy=True, mean_logprob=True)
         for field in ("logprobs", "values", "logsumexp", "entropy", "mean_logprob"):
             close(getattr(part, field), getattr(alone, field))
         assert alone.related == {} and part.logprobs.shape == sequences.mask.shape
-    assert list(model(make(tokens, related=related), critics=["q"]).related["longer"].values) == ["q"]
+    q_only = model(make(tokens, related=related), critics=["q"], related_critics=both).related["longer"]
+    assert list(q_only.values) == ["q"]
+    some = model(make(tokens, related=related), related_critics={"longer": ("value",)})
+    assert list(some.values) == ["value", "q"]
+    assert {name: list(part.values) for name, part in some.related.items()} == {"rejected": [], "longer": ["value"]}
     (gradient,) = torch.autograd.grad(output.related["longer"].logprobs.sum(), policy.get_input_embeddings().weight)
     assert gradient[4].any()  # a prompt token of that sequence
 
