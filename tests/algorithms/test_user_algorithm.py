@@ -13,6 +13,7 @@ import torch
 from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.types import PolicyOutput
+from apa_cli.user_code import import_object
 from tests.builders import make_mask, make_rollout
 
 ALGORITHM = '''\
@@ -120,3 +121,24 @@ def test_the_command_trains_it(project, small_overrides, records):
     # before the first update every log-ratio is 0 and the loss 1/(2 · 0.5)² = 1; later it is not
     assert all(row["loss/policy"] != 1 and row["ipo/difference"] != 0 for row in rows[1:])
     assert not any(name.startswith("value/") for row in rows for name in row)  # there is no critic
+
+
+def test_the_pairwise_example_of_the_manual_by_hand(tmp_path, monkeypatch):
+    """Two pairs with β = 0.5: margins 0.5 · ((−1 + 2) − (−3 + 1)) = 1.5 and 0.5 · ((−2 + 2) − (−1 + 2)) = −0.5."""
+    page = (Path(__file__).resolve().parents[2] / "apa_cli/pages/extending.md").read_text(encoding="utf-8")
+    (tmp_path / "my_slic.py").write_text(page.partition("# my_slic.py\n")[2].partition("```")[0])
+    monkeypatch.chdir(tmp_path)
+    slic = import_object("my_slic.py:SLiC")(beta=0.5)
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    reference = torch.tensor([[-1.0], [-2.0], [-2.0], [-2.0]])  # of samples 0, 1 to prompt 0 and 2, 3 to prompt 1
+    rollout = make_rollout(
+        mask, scores=torch.tensor([0.0, 1.0, 3.0, 2.0]), groups=torch.tensor([0, 0, 1, 1]),
+        logprobs={"reference": reference},
+    )  # fmt: skip
+    rollout, state = slic.process_rollout(rollout, {}, None, None)
+    batch, _ = slic.prepare(rollout, state)
+    better, worse = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-3.0], [-1.0]])  # sample 1 is the better of prompt 0
+    output = PolicyOutput(better, {}, related={"second": PolicyOutput(worse, {})})
+    loss = slic.loss(batch, output)
+    assert loss.metrics["slic/margin"].values.tolist() == [1.5, -0.5]
+    assert loss.terms[0].values.tolist() == [0.0, 1.5] and loss.terms[0].mask == "pair"
