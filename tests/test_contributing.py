@@ -49,6 +49,7 @@ def test_there_is_one_example_each():
     assert len(COMMANDS) == 2 and "dry_run=true" in COMMANDS[0]
 
 
+@pytest.mark.slow
 def test_a_dry_run_builds_all_three(project):
     done = run(COMMANDS[0], project)
     assert done.returncode == 0, done.stderr

@@ -62,6 +62,8 @@ def sized(line: str) -> list[str]:
         given = [word.split("=")[0] for word in words]
         longer = 3 if "fork" in given else 2 if "resume" in given else 1
         sizes |= SMALL | {"iterations": 2 * longer}
+        if "grpo" in line:  # it samples eight responses to a prompt
+            sizes["rollout_batch_size"] = 8
         if "resume" in given or "fork" in given:  # the run has its own model and data
             return words + [f"{key}={value}" for key, value in sizes.items() if key not in SMALL_DATA]
     if "model=smollm2_135m" in words:

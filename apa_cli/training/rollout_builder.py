@@ -226,9 +226,7 @@ class RolloutBuilder:
                 ]
                 again = self.kept.build_rollout(plan, prompts, tokenizer, self.config.sampling)
                 others = rollout.select_rows((rollout.plan_index != index).nonzero().squeeze(-1))
-                again = again.replace(
-                    plans=rollout.plans, plan_index=torch.full_like(again.plan_index, index),
-                )  # fmt: skip
+                again = again.replace(plans=rollout.plans, plan_index=torch.full_like(again.plan_index, index))
                 rollout = concatenate_sequences([others, again], tokenizer.pad_token_id)
         texts = {name: self.encode_texts(rollout, name, iteration) for name in self.config.needs.texts}
         rollout = rollout.replace(related=texts)

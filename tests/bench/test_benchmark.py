@@ -13,6 +13,8 @@ from apa_cli.hardware.roofline import Work
 from apa_cli.training.mfu import Stopwatch
 from apa_cli.training.updater import split_into_minibatches
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 GROWTH = Path(__file__).parents[1] / "benchmarks" / "growth.py"
 TOKENS = 12

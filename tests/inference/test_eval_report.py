@@ -16,6 +16,8 @@ from apa_cli.runs.old_names import CURRENT_NAMES
 from apa_cli.runs.records import RecordedRun
 from apa_cli.runs.tracking import Tracker
 
+pytestmark = pytest.mark.slow
+
 NO_BEST_OF_N = "evaluation.best_of=[]"
 
 

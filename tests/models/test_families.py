@@ -17,6 +17,8 @@ from apa_cli.stages.reward_model import train_reward_model
 from apa_cli.types import Example
 from tests.builders import build_tiny_policy, make_stage_context
 
+pytestmark = pytest.mark.slow
+
 DIMENSIONS = {"num_hidden_layers": 2, "max_position_embeddings": 128}
 FAMILIES = {
     "llama": ("llama-spm32k", {}),

@@ -249,6 +249,7 @@ def test_settings_that_exclude_each_other_are_an_error_of_one_line(overrides, me
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_lora_run_saves_the_policy_that_it_evaluated(run_train, records, tiny):
     directory = run_train(
         "lora=default", "lora.rank=3", "critic=adapter", "optimizer.lr=5e-3", "model.gradient_checkpointing=true",
@@ -265,6 +266,7 @@ def test_a_lora_run_saves_the_policy_that_it_evaluated(run_train, records, tiny)
     assert sizes["policy.safetensors"] < (tiny / "model.safetensors").stat().st_size / 2  # the base is not in it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_a_run_on_a_quantized_base_saves_an_unquantized_model_with_the_same_logits(
     bits, tiny, make_config, run_train, records, tmp_path

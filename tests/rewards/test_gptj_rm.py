@@ -9,6 +9,8 @@ from apa_cli.rewards.base import Placement
 from apa_cli.rewards.gptj_rm import GPTJReward
 from apa_cli.settings import DType
 
+pytestmark = pytest.mark.slow
+
 END = 50256
 ARCHITECTURE = {
     "vocab_size": 50400,

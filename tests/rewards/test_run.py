@@ -7,6 +7,8 @@ import pytest
 
 from apa_cli.algorithms.base import ActorCritic
 
+pytestmark = pytest.mark.slow
+
 SOURCE = """\
 def length(prompts, responses):
     return [0.1 * len(response) for response in responses]

@@ -20,6 +20,8 @@ from apa_cli.models.loading import load_policy, load_tokenizer
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
 
+pytestmark = pytest.mark.slow
+
 
 def error_message(call) -> str:
     """Return the message, of one line, with which `call` fails."""

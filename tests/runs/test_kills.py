@@ -118,6 +118,7 @@ def assert_equal(comparable, records):
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ppo-adaptive"])
 def test_killed_run_resumes_to_the_same_result(name, uninterrupted, fork_run, assert_equal, tmp_path):
     whole, seconds = uninterrupted(name)
@@ -173,7 +174,7 @@ def kill_at_call(monkeypatch, name: str, times: int, after: bool) -> None:
     ("function", "times", "after"),
     [
         pytest.param("save_file", 1, True, id="first-file", marks=pytest.mark.slow),
-        pytest.param("save_file", 7, True, id="incomplete"),
+        pytest.param("save_file", 7, True, id="incomplete", marks=pytest.mark.slow),
         pytest.param("write_files", 2, True, id="not-renamed", marks=pytest.mark.slow),
         pytest.param("prune_checkpoints", 2, False, id="before-pruning", marks=pytest.mark.slow),
         pytest.param("prune_checkpoints", 3, True, id="after-pruning", marks=pytest.mark.slow),

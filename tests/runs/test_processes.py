@@ -66,7 +66,7 @@ def assert_equal_runs(comparable, records):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["launch.strategy=ddp"],
+        pytest.param(["launch.strategy=ddp"], marks=pytest.mark.slow),
         pytest.param(["launch.strategy=fsdp"], marks=pytest.mark.slow),
         pytest.param(["algo=ppo", "launch.strategy=fsdp", "launch.frozen_placement=offloaded"], marks=pytest.mark.slow),
         pytest.param(

@@ -115,6 +115,7 @@ def read_last_table(run_dir, rows: list[dict]) -> list[list]:
     return content["data"]
 
 
+@pytest.mark.slow
 def test_without_key_wandb_records_offline_and_a_resumed_run_continues(clean_environment):
     output, records = run_offline(clean_environment, "", start=1)
     assert output.count("\n") == 1

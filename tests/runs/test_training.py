@@ -173,6 +173,7 @@ def find_nearest_boundary(make_trainer, *overrides) -> float:
     return nearest
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_microbatch_size(run_train, make_trainer, comparable, records):
     overrides = ["iterations=1", "minibatch_size=8", "optimizer.lr=1e-3", "sampling.max_new_tokens=8"]
     # A number within rounding of a CDF boundary may give either token: this seed has none within ten times that.
@@ -315,35 +316,6 @@ def test_long_prompts_are_truncated_and_counted(run_train, records):
     run = run_train("dataset=embedded", "sampling.max_prompt_tokens=20", "iterations=1")
     start, first = records(run / "metrics.jsonl")
     assert first["prompt/truncated_rate"] > 0.5 and are_finite([start, first])
-
-
-# --- learning -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        "algo=apa lambda=0.02 optimizer.lr=5e-3",
-        "algo=ppo lambda=0 optimizer.lr=1e-2",
-        "algo=awr lambda=0.5 optimizer.lr=1e-2",
-    ],
-    ids=["apa", "ppo", "awr"],
-)
-def test_score_rises(overrides, run_train, records, tmp_path):
-    (tmp_path / "letter.py").write_text(
-        "def letter(prompts, responses):\n"
-        "    return [text.lower().count('e') / (len(text) + 1) for text in responses]\n"
-    )
-    run = run_train(
-        *overrides.split(), f"reward.target={tmp_path}/letter.py:letter", "optimizer.critic_lr=1e-2",
-        "iterations=15", "rollout_batch_size=32", "minibatch_size=16", "microbatch_size=16",
-        "sampling.microbatch_size=32", "evaluation.prompts=10", "evaluation.every=0", "checkpoint.every=0",
-    )  # fmt: skip
-    _, *rows = records(run / "metrics.jsonl")
-    scores = [row["reward/mean"] for row in rows]
-    # 0.07 at the start; 0.13 and more in the last third.
-    assert np.mean(scores[-5:]) > np.mean(scores[:5]) + 0.04
-    assert rows[-1]["eval/kl_exact"] > 0.5
 
 
 # --- scores that are not finite -----------------------------------------------------------------------------

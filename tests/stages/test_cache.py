@@ -67,6 +67,7 @@ def test_a_failed_build_leaves_nothing_behind(find_or_build, build, tmp_path):
     assert (find_or_build() / "stage.json").is_file() and build.calls == 2
 
 
+@pytest.mark.slow
 def test_runs_of_several_seeds_share_their_stages(make_config, tmp_path, capsys):
     overrides = [
         "reward=model", "model=embedded", "dataset=embedded", "~reward.target", "~model.path",
