@@ -27,8 +27,8 @@ train: install ## run the main job: APA on the embedded default (4 minutes the f
 test: install ## the quick tests, one process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
-test-slow: install ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-slow: install ## the tests that take minutes, one process per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
 bench: bench-floor bench-trl bench-growth bench-head bench-processes ## every figure of tests/benchmarks/RESULTS.md (an hour or two on 2 cores)
 
