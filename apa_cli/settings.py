@@ -452,5 +452,5 @@ class Config:
 
     @property
     def needs(self) -> Needs:
-        """What the algorithm and the plan need together."""
+        """Needs of the algorithm and the plan together."""
         return self.plan.needs(self.algo.needs())

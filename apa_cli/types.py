@@ -102,8 +102,6 @@ class Prompt:
     """Index of the prompt's row in the data set."""
     response_ids: list[int] | None = None
     """Tokens of the row's logged response, with EOS unless it was cut; None if the row has none."""
-    score: float | None = None
-    """Score of the logged response; None if the row has none."""
 
 
 # --- what an algorithm and a plan ask for -------------------------------------------------------------------
@@ -329,7 +327,7 @@ class Batch(Sequences):
     returns: Mapping[str, Tensor] = field(default_factory=dict)
     """Critic name → [N, T] float32, the critic's target G."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """What an algorithm carries to its loss, [N] or [N, T]."""
+    """Tensors that an algorithm carries to its loss, [N] or [N, T]."""
     related: Mapping[str, Sequences] = field(default_factory=dict)
     """Further sequences of each row, by name, such as "rejected"; all are forwarded in the update."""
     responses_per_row: int = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from apa_cli.config.aliases import CHOSEN_BY_GROUP
 from apa_cli.config.explain import describe_missing_option
-from apa_cli.config.hydra_api import find_config_dir, list_config_dirs, list_groups
+from apa_cli.config.hydra_api import find_config_dir, list_config_dirs, list_groups, list_overridden_groups
 from apa_cli.errors import ConfigError
 
 COMMANDS = {
@@ -73,8 +73,6 @@ PACKAGE = "# @package _global_"
 KEY = re.compile(r"( *)(\w+):\s*(.*)$")
 DEFAULT = re.compile(r"^  - (?:override )?/?(\w+)(?:@\w+)?$", re.MULTILINE)
 """An entry of a yaml's defaults list that names another yaml of its group."""
-OVERRIDE = re.compile(r"^  - override /(\w+): (\w+)$", re.MULTILINE)
-"""An entry of a yaml's defaults list that selects the option of another group."""
 
 
 def print_help(command: str, extra_dir: str | None, arguments: list[str]) -> None:
@@ -96,8 +94,8 @@ def print_help(command: str, extra_dir: str | None, arguments: list[str]) -> Non
     given = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in chosen}
     groups, folders = list_groups(extra_dir), list_config_dirs(extra_dir)
     for group, option in {**chosen, **given}.items():
-        for text in _read_with_defaults(group, option, folders):
-            chosen |= {name: other for name, other in OVERRIDE.findall(text) if name in chosen}
+        if option in groups[group]:
+            chosen |= list_overridden_groups(group, option, extra_dir)
     chosen |= given
     print("\nGroups (conf/GROUP/OPTION.yaml; * marks the option whose keys are listed below):")
     for group, option in chosen.items():

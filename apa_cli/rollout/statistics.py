@@ -6,8 +6,8 @@ from torch import Tensor
 
 from apa_cli.kl import list_on_policy_sequences, measure_sequence_kl, measure_token_k3
 from apa_cli.rollout.engine import EOS, LENGTH
-from apa_cli.tensor_ops import masked_mean
-from apa_cli.types import INIT, REFERENCE, SAMPLER, Rollout, require
+from apa_cli.tensor_ops import masked_mean, masked_sum
+from apa_cli.types import INIT, OLD, REFERENCE, SAMPLER, Rollout, require
 
 
 def distinct_n(token_ids: Tensor, mask: Tensor, n: int) -> float:
@@ -57,6 +57,20 @@ def compute_kl_metrics(rollout: Rollout) -> dict[str, float]:
         if all(REFERENCE in part and part[REFERENCE] is not part[INIT] for part in parts):
             metrics["kl/refreshed"] = measure_sequence_kl(rollout, REFERENCE)
     return {name: value for name, value in metrics.items() if value is not None}
+
+
+def compute_sampler_gap(rollout: Rollout) -> dict[str, float]:
+    """Return policy/sampler_gap, the mean |log-prob of the training forward pass − log-prob of the sampler|, in nats.
+
+    Over the tokens that the present policy sampled, related sequences included. Return {} without old log-probs; the
+    updater then measures the gap.
+    """
+    parts = [part for part in list_on_policy_sequences(rollout) if OLD in part.logprobs]
+    if not parts:
+        return {}
+    gaps = [(part.get_logprobs(SAMPLER) - part.get_logprobs(OLD)).abs() for part in parts]
+    total = sum(masked_sum(gap, part.on_policy) for gap, part in zip(gaps, parts, strict=True))
+    return {"policy/sampler_gap": float(total / sum(part.on_policy.sum() for part in parts))}
 
 
 def confidence_half_width(values: Tensor) -> float:

@@ -38,6 +38,7 @@ from apa_cli.settings import Config, FrozenPlacement, LaunchSettings, ParallelSt
 from apa_cli.stages.cache import fill_model_paths, find_or_train_reward_model
 from apa_cli.training.dry_run import describe_run
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator
+from apa_cli.training.forward_passes import ForwardPasses
 from apa_cli.training.mfu import UpdateMeter, measure_run_matrix_rate
 from apa_cli.training.models import (
     RunModels,
@@ -47,7 +48,8 @@ from apa_cli.training.models import (
     check_training_options,
     load_guide,
 )
-from apa_cli.training.rollout_builder import RolloutBuilder, get_text
+from apa_cli.training.rollout_builder import RolloutBuilder
+from apa_cli.training.row_encoder import get_text
 from apa_cli.training.trainer import Trainer
 from apa_cli.training.updater import Updater, build_optimizer
 from apa_cli.types import Example
@@ -335,8 +337,9 @@ def construct_trainer(
         models=models,
         rollout_builder=RolloutBuilder(
             config, models, build_samplers(config, models, inputs.prompt_format.tokenizer), inputs.prompt_format,
-            inputs.end_tokens, inputs.train, sampling_batch, microbatch, device, world,
+            inputs.end_tokens, inputs.train, sampling_batch, world,
         ),
+        forward_passes=ForwardPasses(config, models, microbatch, device, world),
         score=inputs.score,
         updater=Updater(
             config.algo, config.needs, models.trained, optimizer, config.run, config.optimizer, config.model.dtype,

@@ -18,7 +18,7 @@ from apa_cli.models.structure import count_parameters, freeze_all_but_top
 from apa_cli.randomness import Stream, make_generator
 from apa_cli.rewards.base import NamedReward
 from apa_cli.settings import Config, CriticKind, Quantization
-from apa_cli.training.updater import count_steps
+from apa_cli.training.minibatches import count_steps
 from apa_cli.types import GUIDE, INIT, OLD, REFERENCE, Critic
 
 TRAINED_BYTES = 16

@@ -1,44 +1,30 @@
-"""Rollout of an iteration: prompts, sampled responses, and the log-probs and values that the algorithm needs."""
+"""Rollout of an iteration: prompts, sampled and scored responses, kept responses and texts of the data set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from apa_cli.distributed.world import SINGLE_PROCESS, World
 from apa_cli.errors import UserError
 from apa_cli.hardware.oom import BatchSizeHalver
-from apa_cli.models.forward import autocast_to, compute_response_logprobs
-from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.randomness import Stream, make_generator
 from apa_cli.rewards.base import CheckedScoreFunction, Scores
 from apa_cli.rollout.collect import collect_rollout, concatenate_sequences
-from apa_cli.rollout.engine import LENGTH, pad_left, pad_right
+from apa_cli.rollout.engine import LENGTH, pad_right
 from apa_cli.rollout.samplers import PolicySampler, Sampler
-from apa_cli.settings import Config, DType, PenaltySettings, SamplingSettings
-from apa_cli.tensor_ops import masked_mean
-from apa_cli.training.mfu import PhaseHook
+from apa_cli.settings import Config, PenaltySettings
 from apa_cli.training.models import RunModels
 from apa_cli.training.responses_per_prompt import ResponsesPerPrompt
-from apa_cli.training.updater import split_into_microbatches
+from apa_cli.training.row_encoder import RowEncoder, build_sequences, get_text
 from apa_cli.types import (
     DATA,
-    GUIDE,
-    INIT,
-    OLD,
     POLICY,
-    REFERENCE,
-    RESPONSE,
-    SAMPLER,
-    TARGET,
     Example,
     Prompt,
     Rollout,
@@ -70,9 +56,6 @@ class RolloutBuilder:
     examples: list[Example]
     sampling_batch: BatchSizeHalver
     """Sequences sampled in parallel."""
-    microbatch: BatchSizeHalver
-    """Sequences per forward pass."""
-    device: torch.device
     world: World = SINGLE_PROCESS
     kept: ResponsesPerPrompt = field(default_factory=ResponsesPerPrompt)
     """Responses of the plans that sample once per prompt."""
@@ -91,6 +74,9 @@ class RolloutBuilder:
         """
         rng = make_generator(self.config.run.seed, Stream.plan, iteration)
         plans = self.config.plan.rollout(iteration, rng, state)
+        once = [plan.roll_in for plan in plans if plan.once_per_prompt]
+        if len(set(once)) < len(once):  # their responses would be kept as one
+            raise ValueError(f"plan {self.config.plan.name}: two plans sample once per prompt from {once[0]}")
         parts, positions, start, number = [], [], 0, 0
         truncated_rate = 0.0
         for index, plan in enumerate(plans):
@@ -160,7 +146,7 @@ class RolloutBuilder:
         if DATA not in self.samplers or text is None:
             return prompt, is_truncated
         ids = self.prompt_format.encode_response(instructed, text, self.config.sampling.max_new_tokens)
-        return replace(prompt, response_ids=ids, score=example.score), is_truncated
+        return replace(prompt, response_ids=ids), is_truncated
 
     # --- the whole rollout ----------------------------------------------------------------------------------
 
@@ -181,7 +167,7 @@ class RolloutBuilder:
         prompts, responses = [rollout.prompts[i] for i in rest], [rollout.responses[i] for i in rest]
         scores = score(prompts, responses, [rollout.columns[i] for i in rest])
         if all(value is None for value in logged):
-            check_token_scores(scores, rollout)
+            check_token_counts(scores, rollout)
             return scores
         by_row = dict(zip(rest, scores.values, strict=True))
         return Scores([by_row[i] if value is None else value for i, value in enumerate(logged)])
@@ -251,155 +237,13 @@ class RolloutBuilder:
         """Encoder of an algorithm's own rows."""
         return RowEncoder(self.prompt_format, self.config.sampling, self.examples)
 
-    # --- forward passes -------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def run_forward_passes(self, rollout: Rollout, phase: PhaseHook = nullcontext) -> Rollout:
-        """Return the whole rollout with the log-probs and values that the algorithm and kl/* need, on every rank.
-
-        Each rank computes a shard. The phases are "reference", "moving reference", "guide", "old log-probs" and
-        "critic NAME".
-        """
-        if not len(rollout):
-            return rollout
-        shard = torch.tensor(self.world.shard_indices(len(rollout)))
-        names = {RESPONSE: rollout, **rollout.related}
-        computed = {
-            name: self.compute_passes(sequences, self.list_passes(name, sequences), shard, phase)
-            for name, sequences in names.items()
-        }
-        gathered = self.world.all_gather(computed)
-        complete: dict[str, Sequences] = {}
-        for name, sequences in names.items():
-            logprobs, values = dict(sequences.logprobs), dict(sequences.values)
-            for quantity in computed[name]:
-                tensor = torch.cat([rank[name][quantity] for rank in gathered])[: len(rollout)]
-                (logprobs if quantity in LOGPROBS else values)[quantity] = tensor
-            if self.models.moving_reference is None and INIT in logprobs and REFERENCE in logprobs:
-                logprobs[REFERENCE] = logprobs[INIT]  # `compute_kl_metrics` compares them by identity
-            complete[name] = sequences.replace(logprobs=logprobs, values=values)
-        own = complete.pop(RESPONSE)
-        return rollout.replace(logprobs=own.logprobs, values=own.values, related=complete)
-
-    def list_passes(self, name: str, sequences: Sequences) -> list[str]:
-        """Return what is computed for a sequence before the update: the algorithm's needs, and those of kl/*."""
-        passes = list(self.config.needs.passes.get(name, ()))
-        if self.config.reference.log_kl and bool(sequences.on_policy.any()):
-            passes += [INIT] if self.models.moving_reference is None else [INIT, REFERENCE]
-        return list(dict.fromkeys(passes))
-
-    def compute_passes(
-        self, sequences: Sequences, passes: list[str], rows: Tensor, phase: PhaseHook
-    ) -> dict[str, Tensor]:
-        """Return log-probs and values [n, T] float32 of the rows [n], by the names in `passes`."""
-        names = ("prompt_ids", "prompt_mask", "response_ids", "mask", "on_policy")
-        part = Sequences(**{name: getattr(sequences, name)[rows] for name in names})
-        models, computed = self.models, {}
-        if INIT in passes or (REFERENCE in passes and models.moving_reference is None):
-            with phase("reference"):
-                computed[INIT] = self.compute_logprobs(models.reference, part)
-        if REFERENCE in passes and models.moving_reference is None:
-            computed[REFERENCE] = computed[INIT]
-        elif REFERENCE in passes:
-            assert models.moving_reference is not None
-            with phase("moving reference"):
-                computed[REFERENCE] = self.compute_logprobs(models.moving_reference, part)
-        if GUIDE in passes:
-            with phase("guide"):
-                guide = self.config.guide
-                computed[GUIDE] = self.compute_logprobs(
-                    models.guide or models.reference, part, guide.temperature, guide.dtype
-                )
-        if OLD in passes:
-            with phase("old log-probs"):
-                computed[OLD] = self.compute_per_token(part, lambda micro: models.model(micro, critics=()).logprobs)
-        for name in passes:
-            if name not in LOGPROBS:
-                with phase(f"critic {name}"):
-                    computed[name] = self.compute_per_token(part, partial(self.compute_values, name))
-        return {name: tensor for name, tensor in computed.items() if name in passes}
-
-    def compute_logprobs(
-        self,
-        model: PreTrainedModel | AdapterDisabledModel,
-        sequences: Sequences,
-        temperature: float | None = None,
-        dtype: DType | None = None,
-    ) -> Tensor:
-        """Return log π of a model for the response tokens, [N, T] float32; by default as the policy is computed."""
-        scale = self.config.sampling.temperature if temperature is None else temperature
-        return self.compute_per_token(sequences, lambda part: compute_response_logprobs(model, part, scale), dtype)
-
-    def compute_values(self, critic: str, part: Sequences) -> Tensor:
-        """Return the value of a critic, or of its Polyak copy, for each response token of a microbatch [B, T]."""
-        name = critic.removesuffix(TARGET)
-        return self.models.model(part, with_policy=False, critics=(name, critic)).values[critic]
-
-    def compute_per_token(
-        self, sequences: Sequences, compute: Callable[[Sequences], Tensor], dtype: DType | None = None
-    ) -> Tensor:
-        """Return a forward pass's result per token, [N, T] float32, computed in microbatches of similar length."""
-
-        def attempt(microbatch: int) -> Tensor:
-            result = torch.zeros(sequences.mask.shape)
-            for rows in split_into_microbatches(sequences, microbatch):
-                with autocast_to(self.device, dtype or self.config.model.dtype):
-                    part = sequences.select_rows(rows).map_rows(lambda tensor: tensor.to(self.device))
-                    result[rows] = compute(part).float().cpu()
-            return result
-
-        return self.microbatch.run(attempt)
-
-
-@dataclass(frozen=True)
-class RowEncoder:
-    """Encoder of an algorithm's own rows, see `types.Encode`."""
-
-    prompt_format: PromptFormat
-    settings: SamplingSettings
-    examples: Sequence[Example]
-
-    def __call__(self, examples: list[Example], responses: list[list[int] | str]) -> Sequences:
-        pad = self.prompt_format.tokenizer.pad_token_id
-        longest_prompt, longest = self.settings.max_prompt_tokens, self.settings.max_new_tokens
-        prompts = [self.prompt_format.encode_prompt(example, 0, 0, longest_prompt)[0] for example in examples]
-        rows = [
-            self.prompt_format.encode_response(example, row, longest) if isinstance(row, str) else row
-            for example, row in zip(examples, responses, strict=True)
-        ]
-        ids, mask = pad_left([prompt.token_ids for prompt in prompts], pad)
-        return build_sequences(ids, mask.bool(), rows, pad)
-
-
-def build_sequences(prompt_ids: Tensor, prompt_mask: Tensor, responses: list[list[int]], pad: int) -> Sequences:
-    """Return off-policy rows of these prompts [N, P] and responses (token ids)."""
-    width = max(1, *map(len, responses))
-    mask = pad_right([[1] * len(row) for row in responses], 0, width, torch.bool)
-    return Sequences(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        response_ids=pad_right(responses, pad, width, torch.int64),
-        mask=mask,
-        on_policy=torch.zeros_like(mask),
-    )
-
-
-def get_text(example: Example, name: str) -> str | None:
-    """Return a response of the data set by its field's or column's name; None if the row has none."""
-    text = getattr(example, name, None) or example.columns.get(name)
-    return str(text) if text else None
-
-
-LOGPROBS = (INIT, REFERENCE, GUIDE, OLD)
-"""The passes that compute log-probs; all others compute values of the critic of that name."""
-
 
 def is_logged(plan: RolloutPlan) -> bool:
     """Return True if the responses of a plan are whole logged ones."""
     return plan.roll_in == DATA and plan.roll_out is None
 
 
-def check_token_scores(scores: Scores, rollout: Rollout) -> None:
+def check_token_counts(scores: Scores, rollout: Rollout) -> None:
     """Raise UserError if a response of the rollout has another number of scores per token than of tokens."""
     lengths = rollout.mask.sum(-1).tolist()
     for i, (row, length) in enumerate(zip(scores.token_scores or [], lengths, strict=False)):
@@ -427,15 +271,3 @@ def subtract_penalties(rollout: Rollout, penalties: Tensor | None) -> Rollout:
     if penalties is None or rollout.scores is None:
         return rollout
     return rollout.replace(scores=rollout.scores - penalties)
-
-
-def compute_sampler_gap(rollout: Rollout) -> dict[str, float]:
-    """Return policy/sampler_gap, the mean |log-prob of the training forward pass − log-prob of the sampler|, in nats.
-
-    Over the tokens that the present policy sampled. Return {} without old log-probs; the updater then measures the gap.
-    """
-    old = rollout.logprobs.get(OLD)
-    if old is None or not bool(rollout.on_policy.any()):
-        return {}
-    gap = (rollout.get_logprobs(SAMPLER) - old).abs()
-    return {"policy/sampler_gap": float(masked_mean(gap, rollout.on_policy))}

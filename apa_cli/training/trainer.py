@@ -23,7 +23,7 @@ from apa_cli.hardware.machine import read_peak_memory
 from apa_cli.randomness import Stream, make_generator
 from apa_cli.rewards.base import CheckedScoreFunction
 from apa_cli.rollout.samplers import ModelSampler
-from apa_cli.rollout.statistics import compute_kl_metrics, compute_sampling_metrics
+from apa_cli.rollout.statistics import compute_kl_metrics, compute_sampler_gap, compute_sampling_metrics
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory
@@ -34,6 +34,7 @@ from apa_cli.runs.tracking import Tracker
 from apa_cli.settings import Config, GuardAction, NonFiniteAction
 from apa_cli.training.evaluator import Evaluator
 from apa_cli.training.fault_dump import FaultDump
+from apa_cli.training.forward_passes import ForwardPasses
 from apa_cli.training.guard import GuardState, check_metrics, select_new_warnings
 from apa_cli.training.mfu import PhaseHook, Stopwatch, UpdateMeter
 from apa_cli.training.models import RunModels
@@ -48,7 +49,7 @@ from apa_cli.training.progress import (
 )
 from apa_cli.training.responses_per_prompt import ResponsesPerPrompt
 from apa_cli.training.results import plot_run, report_results, save_models
-from apa_cli.training.rollout_builder import RolloutBuilder, compute_penalties, compute_sampler_gap, subtract_penalties
+from apa_cli.training.rollout_builder import RolloutBuilder, compute_penalties, subtract_penalties
 from apa_cli.training.updater import NonFiniteUpdate, Updater
 from apa_cli.types import Batch, Rollout
 
@@ -79,6 +80,7 @@ class Trainer:
     tracker: Tracker
     models: RunModels
     rollout_builder: RolloutBuilder
+    forward_passes: ForwardPasses
     score: CheckedScoreFunction
     updater: Updater
     evaluator: Evaluator
@@ -165,7 +167,7 @@ class Trainer:
         """Run the phases of an iteration, each inside `phase(name)`.
 
         The phases are "sampling", "reward", "prepare", "update" and "refresh"; within "prepare" each forward pass is a
-        phase too, see `RolloutBuilder.run_forward_passes`.
+        phase too, see `ForwardPasses.run`.
         """
         with phase("sampling"):
             shard, truncated_rate = self.rollout_builder.sample(iteration, self.progress.algorithm)
@@ -174,7 +176,7 @@ class Trainer:
         with phase("prepare"):
             sampled, parts = self.rollout_builder.gather(shard, scores)
             rollout, penalties = self.process_rollout(iteration, sampled)
-            rollout = self.rollout_builder.run_forward_passes(rollout, phase)
+            rollout = self.forward_passes.run(rollout, phase)
             self.faults.check_rollout(iteration, rollout)
             batch = self.prepare(iteration, rollout)
             check_state(self.progress.algorithm)

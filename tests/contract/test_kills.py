@@ -1,11 +1,8 @@
 """kill -9 in the middle of an iteration and of a save, then resume=auto: the run is as if it had never been killed."""
 
-import contextlib
-import itertools
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.checkpoint import load_checkpoint
+from tests.forks import fork_silently, kill_at_call
 
 pytestmark = pytest.mark.slow
 
@@ -40,34 +38,10 @@ def fork_run(train_contract):
     """
 
     def run(directory: Path, *overrides: str, before=lambda: None) -> int:
-        sys.stdout.flush()
-        child = os.fork()
-        if not child:
-            status = 1
-            with contextlib.suppress(BaseException):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, 1)
-                os.dup2(null, 2)
-                before()
-                train_contract(directory, *overrides, "resume=auto")
-                status = 0
-            os._exit(status)
+        child = fork_silently(lambda: (before(), train_contract(directory, *overrides, "resume=auto")))
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     return run
-
-
-def kill_at_call(owner: object, name: str, number: int) -> None:
-    """Let this process kill itself after the given call of a function or method."""
-    original, calls = getattr(owner, name), itertools.count(1)
-
-    def call(*arguments, **keywords):
-        result = original(*arguments, **keywords)
-        if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, call)
 
 
 def list_files(run: Path, folder: str) -> dict[str, bytes]:

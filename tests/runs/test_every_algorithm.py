@@ -5,7 +5,6 @@ between two tokens, so that runs that round in another way sample the same respo
 """
 
 import multiprocessing
-import os
 import signal
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from apa_cli.models.loading import save_model
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.training.updater import Updater
 from tests.builders import build_tiny_policy, build_word_tokenizer
+from tests.forks import kill_at_call
 
 ALGORITHMS = sorted(list_groups(None)["algo"])
 OVERRIDES = {"ppo": ["algo.kl_controller=adaptive", "algo.kl_horizon=16"]}
@@ -156,19 +156,6 @@ def test_two_processes_give_the_numbers_of_one(name, uninterrupted, run_algorith
 # --- kills and resumes --------------------------------------------------------------------------------------
 
 
-def kill_at_call(owner: object, name: str, times: int) -> None:
-    """Make the process kill itself instead of calling a function or method for the given time."""
-    original, calls = getattr(owner, name), []
-
-    def call(*arguments, **keywords):
-        calls.append(name)
-        if len(calls) == times:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments, **keywords)
-
-    setattr(owner, name, call)
-
-
 MOMENTS = {"update": (Updater, "step_optimizer", 6), "save": (checkpoints, "save_checkpoint", 2)}
 """Moments in iteration 2 of a run with four optimizer steps per iteration and a checkpoint after each."""
 
@@ -179,7 +166,7 @@ def test_killed_run_resumes_to_the_same_bits(name, moment, uninterrupted, run_al
     run = tmp_path / "run"
 
     def train_until_killed() -> None:
-        kill_at_call(*MOMENTS[moment])
+        kill_at_call(*MOMENTS[moment], after=False)
         run_algorithm(name, run)
 
     child = multiprocessing.get_context("fork").Process(target=train_until_killed)

@@ -5,7 +5,6 @@ Only one test starts the real command; in the others the run is a fork of this p
 """
 
 import contextlib
-import itertools
 import os
 import random
 import shutil
@@ -20,6 +19,7 @@ import torch
 
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.checkpoint import load_checkpoint
+from tests.forks import fork_silently, kill_at_call
 
 KILLS = int(os.environ.get("APA_KILLS", "10"))
 """Kills of each slow test."""
@@ -56,20 +56,8 @@ def fork_run(train):
     children = []
 
     def start(directory: Path, *overrides: str, before=lambda: None) -> int:
-        sys.stdout.flush()
-        child = os.fork()
-        if child:
-            children.append(child)
-            return child
-        status = 1
-        with contextlib.suppress(BaseException):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            before()
-            train(directory, *overrides, "resume=auto")
-            status = 0
-        os._exit(status)
+        children.append(fork_silently(lambda: (before(), train(directory, *overrides, "resume=auto"))))
+        return children[-1]
 
     yield start
     for child in children:
@@ -154,22 +142,6 @@ def test_killed_command_resumes_to_the_same_result(uninterrupted, small_override
     assert_equal(run, whole)
 
 
-def kill_at_call(monkeypatch, name: str, times: int, after: bool) -> None:
-    """Make the process kill itself at the given call of a function of checkpoint.py, before or after the call."""
-    original, calls = getattr(checkpoints, name), itertools.count(1)
-
-    def call(*arguments, **keywords):
-        last = next(calls) == times
-        if last and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*arguments, **keywords)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    monkeypatch.setattr(checkpoints, name, call)
-
-
 @pytest.mark.parametrize(
     ("function", "times", "after"),
     [
@@ -181,11 +153,11 @@ def kill_at_call(monkeypatch, name: str, times: int, after: bool) -> None:
     ],
 )
 def test_run_killed_while_saving_resumes_to_the_same_result(
-    function, times, after, uninterrupted, fork_run, assert_equal, tmp_path, monkeypatch
+    function, times, after, uninterrupted, fork_run, assert_equal, tmp_path
 ):
     whole, _ = uninterrupted("apa")
     run, overrides = tmp_path / "run", [*ALGORITHMS["apa"], *LONG]
-    child = fork_run(run, *overrides, before=lambda: kill_at_call(monkeypatch, function, times, after))
+    child = fork_run(run, *overrides, before=lambda: kill_at_call(checkpoints, function, times, after))
     assert wait_for_exit(child, 120) == -signal.SIGKILL
     incomplete = list((run / "checkpoints").glob(".iteration_*"))
     assert bool(incomplete) == (function in ("save_file", "write_files"))

@@ -15,6 +15,7 @@ from apa_cli.hardware.oom import BatchSizeHalver
 from apa_cli.models.critic import CriticModule, build_value_head
 from apa_cli.models.forward import TrainingModel, compute_response_logprobs
 from apa_cli.settings import DType, HeadKind, LRScheduler, OptimizerSettings, RunSettings, UpdateOrder
+from apa_cli.training.objective import Objective
 from apa_cli.training.updater import Updater, build_optimizer
 from apa_cli.types import Batch, Loss, Needs, PolicyOutput
 from tests.builders import build_tiny_policy, make_algorithm, make_batch, make_sequences
@@ -167,3 +168,11 @@ class Probe(Algorithm):
 
     def loss(self, batch, output):
         return self.make_loss(batch, output)
+
+
+def make_objective(updater: Updater, counts: dict[str, int], gap_count: int = 0) -> Objective:
+    """Return the objective of one of the updater's steps, on a minibatch whose masks have these counts."""
+    return Objective(
+        updater.algorithm, updater.needs, updater.model, updater.dtype, updater.device, updater.world.size, counts,
+        gap_count,
+    )  # fmt: skip

@@ -9,12 +9,8 @@ import torch
 
 from apa_cli.distributed.world import World
 from apa_cli.settings import LRScheduler, UpdateOrder
-from apa_cli.training.updater import (
-    NO_MAXIMUM,
-    Objective,
-    split_into_microbatches,
-    split_into_minibatches,
-)
+from apa_cli.training.minibatches import split_into_microbatches, split_into_minibatches
+from apa_cli.training.objective import NO_MAXIMUM
 from apa_cli.types import Batch, Loss, LossTerm, Needs, PolicyOutput, Sequences
 from tests.training.builders import (
     ALGORITHMS,
@@ -25,6 +21,7 @@ from tests.training.builders import (
     build_model,
     compute_gradients,
     flatten,
+    make_objective,
     make_response_batch,
     make_updater,
 )
@@ -159,7 +156,7 @@ def test_a_microbatch_without_rows_adds_nothing():
     batch, model = add_related(make_response_batch(build_model(), drift=0.3)), build_model()
     updater = make_updater(ALGORITHMS["ppo"], model)
     counts = {name: int(mask.sum()) for name, mask in batch.masks.items()}
-    objective = Objective(updater, counts, gap_count=29)
+    objective = make_objective(updater, counts, gap_count=29)
     value = objective.compute(batch, torch.arange(0))
     value.backward()
     assert float(value.detach()) == 0 and not any(bool(p.grad.any()) for p in model.parameters())

@@ -140,7 +140,7 @@ def test_the_log_probs_of_the_guide_are_those_at_its_temperature(make_trainer, l
 
     overrides = ["guide=local", f"guide.path={llama}", "guide.temperature=0.5", "sampling.temperature=0.8"]
     trainer = make_trainer(*overrides, "algo=awr", "reference.log_kl=false", plan=Scored())
-    rollout = trainer.rollout_builder.run_forward_passes(trainer.rollout_builder.sample(1, {})[0].rollout)
+    rollout = trainer.forward_passes.run(trainer.rollout_builder.sample(1, {})[0].rollout)
     assert rollout.logprobs.keys() == {"sampler", "guide"}
     row = int(rollout.prompt_mask.sum(-1).argmin())
     length = int(rollout.mask[row].sum())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apa_cli.models.forward import TrainingModel, compute_response_logprobs
-from apa_cli.training.updater import Objective, average_over_steps, find_outputs
+from apa_cli.training.objective import average_over_steps, find_outputs
 from apa_cli.types import Batch, Loss, LossTerm, Metric, PolicyOutput
 from tests.builders import make_batch, make_sequences
 from tests.training.builders import (
@@ -17,6 +17,7 @@ from tests.training.builders import (
     build_model,
     compute_gradients,
     flatten,
+    make_objective,
     make_response_batch,
     make_updater,
 )
@@ -188,7 +189,7 @@ def test_every_trained_output_enters_the_graph():
     model = build_model(critics=("a", "b"))
     batch = make_masked_batch(model)
     updater = make_updater(Probe(lambda batch, output: Loss([])), model)
-    Objective(updater, {name: 29 for name in batch.masks}, gap_count=0).compute(batch, torch.arange(8)).backward()
+    make_objective(updater, {name: 29 for name in batch.masks}).compute(batch, torch.arange(8)).backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 

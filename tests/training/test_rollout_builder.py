@@ -13,6 +13,7 @@ from apa_cli.datasets.base import Dataset
 from apa_cli.errors import UserError
 from apa_cli.rewards.base import Scores
 from apa_cli.rollout.samplers import ModelSampler
+from apa_cli.training.forward_passes import ForwardPasses
 from apa_cli.training.responses_per_prompt import ResponsesPerPrompt
 from apa_cli.training.rollout_builder import RolloutBuilder
 from apa_cli.training.trainer import Trainer
@@ -336,7 +337,7 @@ def test_without_rows_there_are_no_passes(make_trainer):
     trainer = make_trainer(*SMALL)
     _, whole = build_whole(trainer.rollout_builder, 1)
     none = whole.select_rows(torch.arange(0))
-    assert trainer.rollout_builder.run_forward_passes(none) is none
+    assert trainer.forward_passes.run(none) is none
 
 
 # Several ranks
@@ -368,17 +369,21 @@ def test_ranks_give_the_rollout_of_one(ranks, make_trainer, run_on_ranks):
     def score(prompts, responses, columns):
         return Scores([float(len(text)) for text in responses], {"half": [len(text) / 2 for text in responses]})
 
-    def build(builder: RolloutBuilder) -> list:
+    def build(builder: RolloutBuilder, passes: ForwardPasses) -> list:
         result = []
         for iteration in ROWS:
             shard, _ = builder.sample(iteration, {})
             sampled, parts = builder.gather(shard, builder.score(shard.rollout, score))
-            result.append((builder.run_forward_passes(builder.complete(iteration, sampled)), parts))
+            result.append((passes.run(builder.complete(iteration, sampled)), parts))
         return result
 
-    expected = build(trainer.rollout_builder)
+    expected = build(trainer.rollout_builder, trainer.forward_passes)
     results = run_on_ranks(
-        ranks, lambda world: build(replace(trainer.rollout_builder, world=world, kept=ResponsesPerPrompt()))
+        ranks,
+        lambda world: build(
+            replace(trainer.rollout_builder, world=world, kept=ResponsesPerPrompt()),
+            replace(trainer.forward_passes, world=world),
+        ),
     )
     for result in results:
         for (rollout, parts), (other, other_parts) in zip(result, expected, strict=True):

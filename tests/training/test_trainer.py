@@ -11,7 +11,7 @@ import torch
 from apa_cli.algorithms.plans import Online
 from apa_cli.randomness import Stream, make_generator, sample_uniforms
 from apa_cli.rollout.engine import pad_right
-from apa_cli.training.rollout_builder import compute_sampler_gap
+from apa_cli.rollout.statistics import compute_sampler_gap
 from apa_cli.training.trainer import Trainer
 from apa_cli.types import Prefix, Rollout, RolloutPlan
 from tests.builders import make_mask, make_rollout
@@ -166,7 +166,7 @@ def test_forward_passes_match_plain_ones_at_the_temperature(make_trainer):
     sampled = sample(trainer)
     for number, module in enumerate((policy, moving, trainer.models.critics)):
         shift_weights(module, number)
-    rollout = trainer.rollout_builder.run_forward_passes(sampled)
+    rollout = trainer.forward_passes.run(sampled)
     expected = {
         "old": compute_plain_logprobs(policy, rollout),
         "reference": compute_plain_logprobs(moving, rollout),
@@ -187,7 +187,7 @@ def test_without_a_moving_reference_the_loss_uses_the_frozen_one(make_trainer):
     trainer = make_trainer("algo=apa", HOT)
     rollout = sample(trainer)
     shift_weights(trainer.models.policy, 0)
-    rollout = trainer.rollout_builder.run_forward_passes(rollout)
+    rollout = trainer.forward_passes.run(rollout)
     assert trainer.models.moving_reference is None
     assert rollout.logprobs["reference"] is rollout.logprobs["init"] and "old" not in rollout.logprobs
     assert_close(rollout.logprobs["reference"], compute_plain_logprobs(trainer.models.reference, rollout))

@@ -12,15 +12,9 @@ from apa_cli.algorithms.base import Whitening
 from apa_cli.errors import UserError
 from apa_cli.models.forward import TrainingModel, compute_response_logprobs
 from apa_cli.settings import LRScheduler, RunSettings, UpdateOrder
-from apa_cli.training.updater import (
-    StepMetrics,
-    average_over_steps,
-    build_optimizer,
-    compute_lr_factor,
-    reduce_over_ranks,
-    split_into_microbatches,
-    split_into_minibatches,
-)
+from apa_cli.training.minibatches import split_into_microbatches, split_into_minibatches
+from apa_cli.training.objective import StepMetrics, average_over_steps, reduce_over_ranks
+from apa_cli.training.updater import build_optimizer, compute_lr_factor
 from apa_cli.types import Batch, Loss, LossTerm, Metric, PolicyOutput
 from tests.builders import build_tiny_policy
 from tests.training.builders import (
