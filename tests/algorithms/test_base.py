@@ -17,7 +17,7 @@ from apa_cli.algorithms.ppo import PPO
 from apa_cli.algorithms.rebel import REBEL
 from apa_cli.algorithms.reinforce_pp import ReinforcePP
 from apa_cli.algorithms.rloo import RLOO
-from apa_cli.types import Batch, Critic, Loss, PolicyOutput, Rollout
+from apa_cli.types import Batch, Critic, Loss, PolicyOutput, Prefix, Rollout, RolloutPlan
 from tests.builders import make_algorithm, make_mask, make_rollout, make_sequences
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
@@ -406,3 +406,23 @@ def test_advantages_are_whitened_over_the_policys_tokens_or_the_whitening_mask(m
     algorithm = make_awr(whitening=Whitening.rollout)
     batch, _ = algorithm.prepare(responses, algorithm.initial_state())
     assert_close(batch.advantages, torch.tensor(expected))
+
+
+def test_each_row_has_the_critic_of_its_plan():
+    """Three responses of one token, the second under a plan with the critic "guide": A = score − that critic's value.
+
+    3 − 1, 5 − 20 and 4 − 2; each critic's loss is over its rows, the third of which the plan's mask leaves out.
+    """
+    plans = (RolloutPlan(), RolloutPlan("policy", Prefix("uniform"), "guide", critic="guide"))
+    mask = make_mask([1, 1, 1])
+    rollout = make_responses(
+        [3.0, 5.0, 4.0], [1, 1, 1], [[1.0], [10.0], [2.0]], plans=plans, plan_index=torch.tensor([0, 1, 0]),
+        masks={"policy": mask, "critic/value": torch.tensor([[True], [True], [False]])},
+    )  # fmt: skip
+    rollout = rollout.replace(values={**rollout.values, "guide": torch.tensor([[100.0], [20.0], [200.0]])})
+    algorithm = make_awr()
+    batch, _ = algorithm.prepare(rollout, algorithm.initial_state())
+    assert batch.advantages.tolist() == [[2.0], [-15.0], [2.0]]
+    assert batch.returns["value"].tolist() == batch.returns["guide"].tolist() == [[3.0], [5.0], [4.0]]
+    assert batch.masks["critic/value"].tolist() == [[True], [False], [False]]
+    assert batch.masks["critic/guide"].tolist() == [[False], [True], [False]]

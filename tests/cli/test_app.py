@@ -134,6 +134,8 @@ def test_help_has_plans_and_guides(tmp_path):
     assert "  guide.path=???" in text and "  guide.top_k=50" in text and "  reference.log_kl=true" in text
     assert "  guide.path=null" in run("--help", cwd=tmp_path).stdout
     assert "did you mean 'local'" in run("--help", "guide=locl", cwd=tmp_path).stderr
+    text = run("--help", "algo=a2po", cwd=tmp_path).stdout  # an algorithm that brings its plan
+    assert "\n  plan=          online, online_init*\n" in text and "  plan.init_samples=8" in text
 
 
 def test_help_knows_the_users_own_folder(tmp_path):

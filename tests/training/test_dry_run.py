@@ -35,6 +35,12 @@ def test_the_batch_arithmetic_divides_minibatches_over_processes(describe):
     assert describe(*SIZES, world_size=2)["updates"].endswith("each of 2 processes × 2 × 4 responses")
 
 
+def test_a_minibatch_of_pairs_is_of_whole_pairs(describe):
+    # 24 responses are 12 pairs: with minibatches of one response, one pair per step, 12 steps per epoch
+    one = [*SIZES, "algo=dpo", "minibatch_size=1", "microbatch_size=1"]
+    assert describe(*one)["updates"].startswith("2 epochs × 12 minibatches of 2 = 24 optimizer steps per iteration")
+
+
 def test_learning_rates_have_their_schedule(describe):
     rates = ["optimizer.lr=5e-4", "optimizer.critic_lr=1e-3", "optimizer.warmup_ratio=0.1"]
     line = describe(*rates, "optimizer.lr_scheduler=linear")["learning rates"]

@@ -140,6 +140,12 @@ def once(make_trainer) -> Trainer:
     return trainer
 
 
+def test_two_plans_that_keep_responses_of_one_sampler_are_refused(make_trainer):
+    trainer = make_trainer(*SMALL, plan=Listed((RolloutPlan(), INIT_TWICE, INIT_TWICE), ("init",)))
+    with pytest.raises(ValueError, match=r"two plans sample once per prompt from init$"):
+        trainer.rollout_builder.sample(1, {})
+
+
 def test_responses_are_sampled_once_per_prompt_and_added_whenever_it_comes_up(once):
     builder, scored = once.rollout_builder, []
 

@@ -207,11 +207,11 @@ def count_reference_passes(trainer: Trainer) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize(("algo", "rows_without"), [("awr", 0), ("apa", 8)])
+@pytest.mark.parametrize(("algo", "rows_without"), [("awr", 0), ("apa", 8), ("ppo algo.kl_controller=adaptive", 8)])
 def test_without_log_kl_the_reference_is_computed_only_if_the_algorithm_needs_it(algo, rows_without, make_trainer):
     results = {}
     for log_kl, expected_rows in ((True, 8), (False, rows_without)):
-        trainer = make_trainer(f"algo={algo}", f"reference.log_kl={str(log_kl).lower()}")
+        trainer = make_trainer(*f"algo={algo}".split(), f"reference.log_kl={str(log_kl).lower()}")
         rows = count_reference_passes(trainer)
         results[log_kl] = [trainer.run_phases(iteration).metrics for iteration in (1, 2)]
         # each response goes through the reference once in each iteration, packed or not
@@ -282,6 +282,12 @@ def test_the_gap_is_a_mean_over_the_mask():
     # ½ + ¼ + 0 of three tokens
     rollout = rollout.replace(logprobs={"sampler": table, "old": old})
     assert compute_sampler_gap(rollout) == {"policy/sampler_gap": 0.25}
+    # with a related sequence: 1 of its on-policy token, and 9 of another policy's, which does not count
+    other = make_rollout(
+        make_mask([2, 1]), on_policy=torch.tensor([[True, False], [False, False]]),
+        logprobs={"old": torch.tensor([[1.0, 9.0], [9.0, 0.0]])},
+    )  # fmt: skip
+    assert compute_sampler_gap(rollout.replace(related={"other": other})) == {"policy/sampler_gap": (0.75 + 1) / 4}
 
 
 def test_the_gap_of_ppo_is_of_the_whole_rollout_before_the_first_update(make_trainer, monkeypatch):
