@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from apa_cli.errors import ConfigError, UserError
 
@@ -63,3 +63,43 @@ def make_frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMo
 def count_parameters(model: nn.Module) -> int:
     """Return the number of the model's parameters, trained or not."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- context length -----------------------------------------------------------------------------------------
+
+RECURRENT_MODELS = ("rwkv",)
+"""Model types whose configuration names a context length that limits nothing but the training kernel."""
+
+
+def get_context_length(model: PreTrainedModel) -> int | None:
+    """Return the number of tokens that the model supports in one sequence; None if it has no limit.
+
+    A position table whose first rows are for padding, as RoBERTa's, has as many positions less.
+    """
+    lengths = [
+        part.num_embeddings - part.padding_idx - 1
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Embedding) and "position" in name and part.padding_idx is not None
+    ]
+    configured = compute_context_length(model.config)
+    return min([*lengths, *([] if configured is None else [configured])], default=None)
+
+
+def compute_context_length(config: PretrainedConfig) -> int | None:
+    """Return the context length that a configuration states, in tokens; None if it states none.
+
+    A sliding window is no limit, and neither is ALiBi (2108.12409). Rotary frequencies that are scaled by a factor
+    extend the context (linear; YaRN, 2309.00071), unless the configuration scales some layers only: then its length is
+    the extended one. Frequencies that depend on the longest sequence of a batch (dynamic, longrope) support only
+    lengths at which they are still the original ones; beyond, a token's log-prob depends on the rest of its batch.
+    """
+    config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+    if getattr(config, "alibi", False) or config.model_type in RECURRENT_MODELS or not length or length < 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor") or 1.0
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if kind in ("linear", "yarn"):
+        return int(max(length, (original or length) * factor))
+    return int(min(length, original or length)) if kind == "longrope" else int(length)

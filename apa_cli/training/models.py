@@ -18,7 +18,7 @@ from apa_cli.models.forward import TrainingModel, enable_activation_checkpointin
 from apa_cli.models.loading import TORCH_DTYPES, load_merged, load_policy, load_tokenizer
 from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapter
 from apa_cli.models.sharding import copy_gathered_weights
-from apa_cli.models.structure import freeze_all_but_top, get_trunk, make_frozen_copy, move_to_device
+from apa_cli.models.structure import freeze_all_but_top, get_context_length, get_trunk, make_frozen_copy, move_to_device
 from apa_cli.randomness import Stream, derive_torch_seed
 from apa_cli.rollout.samplers import DataSampler, ModelSampler, PolicySampler, Sampler
 from apa_cli.settings import Config, CriticInit, CriticKind, Quantization
@@ -250,7 +250,7 @@ def check_model_limits(config: Config, policy: PreTrainedModel, tokenizer: PreTr
 def check_positions(config: Config, model: PreTrainedModel, key: str) -> None:
     """Raise ConfigError, beginning with `key`, if prompt and response exceed the model's positions."""
     longest = config.sampling.max_prompt_tokens + config.sampling.max_new_tokens
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = get_context_length(model)
     if positions is not None and longest > positions:
         raise ConfigError(
             f"{key}: max_prompt_tokens {config.sampling.max_prompt_tokens} + max_new_tokens "
