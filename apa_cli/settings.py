@@ -249,6 +249,7 @@ class OptimizerSettings:
     eps: Annotated[float, Positive]
     weight_decay: Annotated[float, NonNegative]
     max_grad_norm: Annotated[float, Positive]
+    joint_clip: bool
     lr_scheduler: LRScheduler
     warmup_ratio: Annotated[float, UnitInterval]
     critic_warmup_iterations: Annotated[int, NonNegative]

@@ -122,7 +122,7 @@ class Updater:
             minibatch = self.algorithm.prepare_minibatch(batch.select_rows(rows))
             share = self.accumulate_gradients(minibatch, is_first=number == 0)
             # These metrics are equal on every rank, so they are not part of the share that is summed over ranks.
-            common = StepMetrics({**minibatch.metrics, **self.clip_gradients()})
+            common = StepMetrics({**minibatch.metrics, **self.clip_gradients(iteration)})
             if all(math.isfinite(common.sums[name]) for name in GRAD_NORMS if name in common.sums):
                 self.step_optimizer(iteration)
                 rank_shares.append(share)
@@ -221,17 +221,26 @@ class Updater:
             for parameter in model.list_output_parameters(name):
                 parameter.grad = None
 
-    def clip_gradients(self) -> dict[str, float]:
-        """Clip each group's gradient to `max_grad_norm`; return the norms before clipping, the same on every rank.
+    def clip_gradients(self, iteration: int) -> dict[str, float]:
+        """Clip the gradients to `max_grad_norm`; return each group's norm before clipping, the same on every rank.
 
-        A group without gradients has no norm.
+        Each group is clipped by itself, or with `joint_clip` all are scaled by one factor, 1 or limit / √Σ norm². A
+        group without gradients has no norm.
         """
-        limit, groups = self.settings.max_grad_norm, self.optimizer.param_groups
-        return {
-            name: float(gather_full_tensor(nn.utils.clip_grad_norm_(group["params"], limit)))
-            for name, group in zip(GRAD_NORMS, groups, strict=False)
+        limit = self.settings.max_grad_norm
+        is_joint = self.settings.joint_clip and iteration > self.settings.critic_warmup_iterations
+        norms = {
+            name: float(gather_full_tensor(nn.utils.clip_grad_norm_(group["params"], math.inf if is_joint else limit)))
+            for name, group in zip(GRAD_NORMS, self.optimizer.param_groups, strict=False)
             if any(parameter.grad is not None for parameter in group["params"])
         }
+        factor = limit / (math.hypot(*norms.values()) + 1e-6)  # 1e-6 as in `clip_grad_norm_`
+        if is_joint and factor < 1:
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(factor)
+        return norms
 
     def step_optimizer(self, iteration: int) -> None:
         """Step the optimizer, during the critics' warm-up without the policy, and update the critics' Polyak copies.

@@ -66,6 +66,7 @@ OPTIMIZER = OptimizerSettings(
     eps=1e-8,
     weight_decay=1e-6,
     max_grad_norm=1.0,
+    joint_clip=False,
     lr_scheduler=LRScheduler.constant,
     warmup_ratio=0.0,
     critic_warmup_iterations=0,

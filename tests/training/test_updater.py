@@ -353,10 +353,10 @@ def test_critic_warmup_leaves_the_policy_bit_identical_while_the_critic_moves(on
     assert not torch.equal(flatten(model.critics.parameters()), critic)
 
 
-def measure_step(max_grad_norm: float) -> tuple[float, float, dict[str, float]]:
+def measure_step(max_grad_norm: float, **changes) -> tuple[float, float, dict[str, float]]:
     """Return how far policy and critic move in a step at rate 1, and the metrics."""
     model = build_model()
-    settings = replace(OPTIMIZER, max_grad_norm=max_grad_norm)
+    settings = replace(OPTIMIZER, max_grad_norm=max_grad_norm, **changes)
     updater = make_updater(ALGORITHMS["awr"], model, plain_descent(model), settings)
     batch = make_response_batch(model, drift=0.3)
     start = [flatten(part.parameters()) for part in (model.policy, model.critics)]
@@ -378,6 +378,36 @@ def test_policy_and_critic_are_clipped_separately():
     assert sorted([policy, critic]) == pytest.approx([both[0], between], rel=1e-4)
     assert metrics["optimizer/grad_norm"] == pytest.approx(free_policy, rel=1e-4)  # the norm before clipping
     assert metrics["optimizer/critic_grad_norm"] == pytest.approx(free_critic, rel=1e-4)
+
+
+def test_joint_clipping_scales_policy_and_critic_by_one_factor():
+    free_policy, free_critic, free_metrics = measure_step(1e9, joint_clip=True)
+    joint = math.hypot(free_policy, free_critic)
+    # Above both norms and below the joint one: clipped separately, neither would change.
+    limit = (max(free_policy, free_critic) + joint) / 2
+    assert limit > 1.001 * max(free_policy, free_critic)
+    policy, critic, metrics = measure_step(limit, joint_clip=True)
+    expected = [free_policy * limit / joint, free_critic * limit / joint]
+    assert [policy, critic] == pytest.approx(expected, rel=1e-4)  # of differences between nearly equal weights
+    assert metrics == pytest.approx(free_metrics, rel=1e-6)  # the norms before clipping
+
+
+def test_the_joint_norm_is_that_of_3_and_4():
+    """Gradients (3, 0) and (0, 4) have the joint norm 5; at most 2.5 halves both. In the warm-up only 4 is clipped."""
+
+    def clip(iteration: int) -> tuple[list[float], dict[str, float]]:
+        parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+        parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+        optimizer = torch.optim.AdamW([{"params": [parameter]} for parameter in parameters])
+        settings = replace(OPTIMIZER, max_grad_norm=2.5, joint_clip=True, critic_warmup_iterations=1)
+        norms = make_updater(ALGORITHMS["awr"], build_model(), optimizer, settings).clip_gradients(iteration)
+        return [g for p in parameters if p.grad is not None for g in p.grad.tolist()], norms
+
+    gradients, norms = clip(iteration=2)
+    assert gradients == pytest.approx([1.5, 0, 0, 2], rel=1e-6)
+    assert norms == {"optimizer/grad_norm": 3.0, "optimizer/critic_grad_norm": 4.0}
+    # In the warm-up the policy's gradient is not used, so it does not shrink the critic's.
+    assert clip(iteration=1)[0] == pytest.approx([2.5, 0, 0, 2.5], rel=1e-6)
 
 
 def test_a_step_clears_the_gradients():
