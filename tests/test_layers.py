@@ -24,7 +24,8 @@ LEVELS = [
     ["models"],
     ["algorithms", "hardware"],
     ["settings", "datasets", "kl"],
-    ["types", "errors", "secrets", "losses", "advantages", "tensor_ops", "randomness", "network", "pool", "user_code"],
+    ["types", "errors", "secrets", "losses", "advantages", "tensor_ops", "randomness", "network", "pool", "user_code",
+     "hashing"],
 ]
 """From the commands down. A package, or a module that lies flat in apa_cli, imports its own level and lower."""
 

@@ -14,9 +14,21 @@ import yaml
 from filelock import FileLock, Timeout
 
 from apa_cli.errors import ConfigError, UserError
+from apa_cli.hashing import hash_code, hash_path
 from apa_cli.runs.environment import collect_environment
-from apa_cli.runs.files import CONFIG, ENVIRONMENT, METRICS, RESULT, SAMPLES, read_config, read_lines, read_result
-from apa_cli.runs.resume import AUTO, RESUME, find_differences, is_within
+from apa_cli.runs.files import (
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    RESULT,
+    SAMPLES,
+    list_checkpoints,
+    read_config,
+    read_lines,
+    read_result,
+    read_state,
+)
+from apa_cli.runs.resume import AUTO, INPUTS, RESUME, find_differences, is_within
 
 LOCK_FILE = ".lock"
 """File that a live run keeps locked; the lock ends with the process."""
@@ -99,7 +111,7 @@ class RunDirectory:
         refused = [
             (key, old, new)
             for key, old, new in find_differences(read_config(self.path), config)
-            if not any(is_within(key, section) for section in changeable)
+            if not any(is_within(key, section) for section in changeable) and not self._is_copy(key, new)
         ]
         if refused:
             shown = ", ".join(f"{key}: {old!r} → {new!r}" for key, old, new in refused[:SHOWN_DIFFERENCES])
@@ -108,6 +120,15 @@ class RunDirectory:
                 f"resume: the configuration differs from the run's: {shown}; leave these overrides out, or give "
                 f"'resume_changed=[{keys}]' to continue with them"
             )
+
+    def _is_copy(self, key: str, value: Any) -> bool:
+        """Return True if `value` is another place of the same model, file or function that the run had under `key`."""
+        try:
+            saved = list_checkpoints(self.checkpoints)
+            digest = (read_state(saved[-1]).get(INPUTS) or {}).get(key) if saved else None
+        except UserError:
+            return False
+        return digest is not None and isinstance(value, str) and digest in (hash_path(value), hash_code(value))
 
     def truncate_records(self, config: dict[str, Any], iteration: int) -> None:
         """Remove the records after `iteration`, and write the configuration of the resumed run."""

@@ -21,6 +21,24 @@ ADDED_KEYS = ("plan", "guide", "reference.log_kl")
 
 RESUME, FORK, AUTO = "resume", "fork", "auto"
 
+INPUTS = "inputs"
+"""Key of a checkpoint's state.json: the digest of each input of the run, by the key that names it."""
+
+INPUT_LABELS = {
+    "dataset.train": "rows to train on",
+    "dataset.test": "held-out rows; some may have been trained on",
+    "model.tokenizer.chat_template": "chat template",
+}
+"""Meaning of inputs whose key does not say it."""
+
+CHANGED_BY = {
+    "dataset.train": "dataset",
+    "dataset.test": "dataset",
+    "model.tokenizer": "model.path",
+    "model.tokenizer.chat_template": "model.path",
+}
+"""Inputs → the key or section whose change changes them."""
+
 CODE_KEYS = ("target", "trust_remote_code")
 """Names of keys that make a run execute the user's code; see `find_code`."""
 
@@ -67,6 +85,24 @@ def format_override_value(value: Any) -> str:
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def find_changed_inputs(recorded: dict[str, str], present: dict[str, str]) -> list[str]:
+    """Return the keys of the inputs whose digests differ.
+
+    An input on one side alone is left out: another key of the configuration, which is compared, added or removed it.
+    """
+    return [key for key, digest in recorded.items() if present.get(key, digest) != digest]
+
+
+def may_change(key: str, allowed: list[str]) -> bool:
+    """Return True if the keys and sections `allowed` let the input `key` differ."""
+    return any(is_within(key, each) or is_within(each, CHANGED_BY.get(key, key)) for each in allowed)
+
+
+def format_changed_inputs(keys: list[str]) -> str:
+    """Return the keys of inputs with the meaning of those that do not say it."""
+    return ", ".join(f"{key} ({INPUT_LABELS[key]})" if key in INPUT_LABELS else key for key in keys)
 
 
 def is_within(key: str, section: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 
 from apa_cli import models, stages
+from apa_cli.hashing import hash_chat_template, hash_examples, hash_model, hash_tokenizer
 from apa_cli.settings import Config
 from apa_cli.stages.fitting import ProgressFunction, SayFunction, StageContext
 from apa_cli.stages.reward_model import train_reward_model
@@ -127,21 +128,10 @@ def find_or_build(
     return folder
 
 
-def hash_examples(*splits: list[Example]) -> str:
-    """Return a digest of every example's prompt, as text and as messages, and of its replies."""
-    digest = hashlib.sha256()
-    for split in splits:
-        for example in split:
-            digest.update(json.dumps([example.prompt, example.chosen, example.rejected, example.messages]).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
-
-
-def identify_model(model: str) -> list[Any]:
-    """Return an identifier of a model's version: the hub id, or the folder with each file's name, size and mtime."""
-    folder = Path(model).expanduser()
-    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
-    return [model, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+def identify_model(path: str) -> list[str | None]:
+    """Return the digests of a model's weights, tokenizer and chat template, or a hub id, which may not be cached."""
+    is_folder = Path(path).expanduser().is_dir()
+    return [hash_model(path), hash_tokenizer(path), hash_chat_template(path)] if is_folder else [path]
 
 
 def hash_code() -> str:

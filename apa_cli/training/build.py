@@ -33,12 +33,15 @@ from apa_cli.rewards.base import CheckedScoreFunction, Placement, add_score_chec
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory
+from apa_cli.runs.files import read_state
+from apa_cli.runs.resume import INPUTS
 from apa_cli.runs.tracking import Tracker, make_tracker
 from apa_cli.settings import Config, FrozenPlacement, LaunchSettings, ParallelStrategy
 from apa_cli.stages.cache import fill_model_paths, find_or_train_reward_model
 from apa_cli.training.dry_run import describe_run
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator
 from apa_cli.training.forward_passes import ForwardPasses
+from apa_cli.training.input_digests import compare_inputs, digest_inputs
 from apa_cli.training.mfu import UpdateMeter, measure_run_matrix_rate
 from apa_cli.training.models import (
     RunModels,
@@ -88,17 +91,21 @@ def build_trainer(
     policy = load_policy(config.model, config.model.resolved_path, frozen_base=config.lora.rank > 0)
     models = prepare_models(config, policy, tokenizer, device)
     inputs = load_inputs(config, select_training_rows(config, train), held_out, policy, tokenizer, device, world)
+    digests = world.broadcast_from_main(partial(digest_inputs, config, train, held_out))
+    is_fork = resume is not None and not resume.resolve().is_relative_to(path.resolve())
+    if resume is not None:
+        recorded = read_state(resume).get(INPUTS)
+        compare_inputs(recorded, digests, config.run.resume_changed, is_fork, console.say)
     update_meter = build_update_meter(config, models, device, world)
     models = distribute_models(config, models, device, world)
     checkpoint = None if resume is None else checkpoints.load_checkpoint(resume)
-    wandb_id = None
-    if resume is not None and checkpoint is not None and resume.resolve().is_relative_to(path.resolve()):
-        wandb_id = checkpoint[1]["wandb_id"]
+    wandb_id = None if checkpoint is None or is_fork else checkpoint[1]["wandb_id"]
     directory, tracker = RunDirectory(path), Tracker()
     if world.is_main:
         tracker = start_tracker(config, path, group, wandb_id, console)
         write_environment(config, directory, device, world)
     trainer = construct_trainer(config, inputs, models, update_meter, directory, console, tracker, device, world)
+    trainer.inputs = digests
     if resume is not None and checkpoint is not None:
         trainer.restore_checkpoint(*checkpoint, RunDirectory(resume.parent.parent))
     return trainer

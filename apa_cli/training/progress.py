@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from apa_cli.models.forward import TrainingModel
 from apa_cli.pool import Pool
 from apa_cli.runs import checkpoint as checkpoints
+from apa_cli.tensor_ops import is_rounding
 from apa_cli.training.guard import GuardState
 from apa_cli.types import State
 
@@ -40,6 +41,8 @@ class Progress:
     """Rows of the rollout plans whose rows are sampled once per prompt."""
     sft_scores: dict[str, list[float]] = field(default_factory=dict)
     """Scores of the SFT model on the held-out prompts, by reward, see `Evaluator.evaluate`; empty before the start."""
+    sft_responses: list[str] = field(default_factory=list)
+    """The SFT model's responses that `sft_scores` score; empty in checkpoints of earlier versions."""
     measured_by: str | None = None
     """Digest of the settings that `sft_scores` depend on."""
     best_iteration: int | None = None
@@ -53,8 +56,9 @@ class Progress:
     """Metrics of the last iteration if they are not logged yet because a reward failed in its evaluation."""
 
     def update_best(self, reward: float) -> None:
-        """Record `reward`, the score after the current iteration, if it is higher than the best so far."""
-        if self.best_reward is None or reward > self.best_reward:
+        """Record `reward`, the score after the current iteration, if it is higher, beyond rounding, than the best."""
+        best = self.best_reward
+        if best is None or (reward > best and not is_rounding(reward - best, best)):
             self.best_reward, self.best_iteration = reward, self.iteration
 
     def forget_best(self) -> None:
@@ -67,9 +71,20 @@ def digest_sft_settings(raw: dict[str, Any]) -> str:
     return digest({"seed": raw["evaluation"]["seed"]} | {key: raw[key] for key in SFT_SCORE_SECTIONS})
 
 
-def digest_kept_settings(raw: dict[str, Any]) -> str:
-    """Return a digest of the settings that the kept responses to training prompts and their scores depend on."""
-    return digest({key: raw[key] for key in (*SFT_SCORE_SECTIONS, "seed", "penalty", "plan", "guide")})
+def digest_kept_settings(raw: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Return a digest of the settings that the kept responses to training prompts and their scores depend on.
+
+    `inputs` are the digests of the run's inputs, of which the relevant ones count too.
+    """
+    sections = (*SFT_SCORE_SECTIONS, "seed", "penalty", "plan", "guide")
+    chosen = {key: value for key, value in inputs.items() if key.partition(".")[0] in sections}
+    return digest({key: raw[key] for key in sections} | {"inputs": chosen})
+
+
+def select_sft_inputs(inputs: dict[str, str]) -> dict[str, str]:
+    """Return the digests of the inputs that the SFT model's held-out scores depend on."""
+    sections = (*SFT_SCORE_SECTIONS, "evaluation")
+    return {key: value for key, value in inputs.items() if key.partition(".")[0] in sections}
 
 
 def digest(settings: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.files import read_rows
-from apa_cli.runs.resume import build_resume_overrides
+from apa_cli.runs.resume import INPUTS, build_resume_overrides, find_changed_inputs
 from apa_cli.runs.stopping import GracefulStop, RunStopped
 from apa_cli.runs.tracking import Tracker
 from apa_cli.settings import Config, GuardAction, NonFiniteAction
@@ -46,6 +46,7 @@ from apa_cli.training.progress import (
     digest_sft_settings,
     restore_state,
     save_pools,
+    select_sft_inputs,
 )
 from apa_cli.training.responses_per_prompt import ResponsesPerPrompt
 from apa_cli.training.results import plot_run, report_results, save_models
@@ -87,6 +88,8 @@ class Trainer:
     update_meter: UpdateMeter
     device: torch.device
     world: World = SINGLE_PROCESS
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Digest of each input by its key, see `digest_inputs`."""
     progress: Progress = field(default_factory=Progress)
     stopping: GracefulStop = field(default_factory=GracefulStop)
     last_plot_time: float = 0.0
@@ -283,11 +286,12 @@ class Trainer:
         with self.save_on_reward_failure():
             sampler = self.rollout_builder.policy_sampler
             metrics, rows, scores = self.evaluator.evaluate(
-                sampler, sampler.model, self.progress.sft_scores, sampler.decoding
+                sampler, sampler.model, self.progress.sft_scores, sampler.decoding, self.progress.sft_responses
             )
         if faults := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
             raise UserError(f"evaluation after iteration {self.progress.iteration}: {', '.join(faults)}")
-        self.progress.sft_scores = self.progress.sft_scores or scores
+        if not self.progress.sft_scores:
+            self.progress.sft_scores, self.progress.sft_responses = scores, [row["response"] for row in rows]
         if self.world.is_main:
             counts = {"iteration": self.progress.iteration, "samples": self.progress.samples}
             rows = [{**counts, **row} for row in rows]
@@ -302,7 +306,8 @@ class Trainer:
             reference = self.models.borrow_reference_sampler()
             tokenizer = self.rollout_builder.prompt_format.tokenizer
             sampler = ModelSampler(cast(PreTrainedModel, reference), tokenizer, self.config.model.dtype)
-            self.progress.sft_scores = self.evaluator.sample_and_score(sampler, reference).scores
+            responses = self.evaluator.sample_and_score(sampler, reference)
+            self.progress.sft_scores, self.progress.sft_responses = responses.scores, responses.rollout.responses
         self.models.refresh_sampler()
         self.progress.measured_by = digest_sft_settings(self.config.raw)
         self.progress.forget_best()
@@ -386,7 +391,8 @@ class Trainer:
         """Set the progress of the run, in the parts of the trainer that share its state too."""
         self.progress = progress
         self.updater.steps = progress.optimizer_steps
-        self.rollout_builder.kept = ResponsesPerPrompt(progress.kept, digest_kept_settings(self.config.raw))
+        settings = digest_kept_settings(self.config.raw, self.inputs)
+        self.rollout_builder.kept = ResponsesPerPrompt(progress.kept, settings)
 
     # --- checkpoints and results ----------------------------------------------------------------------------
 
@@ -408,7 +414,7 @@ class Trainer:
         if not self.world.is_main:
             return
         save_pools(self.progress, self.directory.pools)
-        values["wandb_id"] = self.tracker.wandb_id
+        values |= {"wandb_id": self.tracker.wandb_id, INPUTS: self.inputs}
         path = checkpoints.save_checkpoint(self.directory.checkpoints, self.progress.iteration, tensors, values)
         self.prune_checkpoints()
         self.stopping.longest_save = max(self.stopping.longest_save or 0.0, time.monotonic() - start_time)
@@ -424,14 +430,16 @@ class Trainer:
         self, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any], directory: RunDirectory
     ) -> None:
         """Restore the state that `save_checkpoint` saved in the run of `directory`, of which this run may be a fork."""
-        values = {name: value for name, value in values.items() if name != "wandb_id"}
+        recorded = values.get(INPUTS) or {}
+        values = {name: value for name, value in values.items() if name not in ("wandb_id", INPUTS)}
         progress = restore_state(
             tensors, values, self.config.algo.initial_state(), self.models.model, self.updater.optimizer,
             self.models.moving_reference, directory.pools,
         )  # fmt: skip
         self.set_progress(progress)
         self.refresh_samplers()
-        if self.progress.measured_by != digest_sft_settings(self.config.raw):
+        has_changed = bool(find_changed_inputs(select_sft_inputs(recorded), self.inputs))
+        if has_changed or self.progress.measured_by != digest_sft_settings(self.config.raw):
             self.rescore_sft_model()
 
     def finish(self) -> None:
