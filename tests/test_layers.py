@@ -25,7 +25,7 @@ LEVELS = [
     ["algorithms", "hardware"],
     ["settings", "datasets", "kl"],
     ["types", "errors", "secrets", "losses", "advantages", "tensor_ops", "randomness", "network", "pool", "user_code",
-     "hashing"],
+     "hashing", "file_modes"],
 ]
 """From the commands down. A package, or a module that lies flat in apa_cli, imports its own level and lower."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.errors import UserError, get_first_line
+from apa_cli.file_modes import apply_umask
 from apa_cli.inference.model_card import format_model_card
 from apa_cli.inference.trained_policy import get_output_path, load_trained_policy
 from apa_cli.models.loading import TORCH_DTYPES, load_pretrained, load_tokenizer
@@ -94,6 +95,7 @@ def save_plain_folder(
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
+    apply_umask(folder)
 
 
 def compute_max_difference(expected: list[Tensor], actual: list[Tensor]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from apa_cli.errors import UserError, get_first_line
+from apa_cli.file_modes import apply_umask
+from apa_cli.hashing import hash_file
 from apa_cli.models.sharding import distribute_like, gather_full_tensor, get_storage_key
 from apa_cli.pool import Pool
 from apa_cli.runs.files import CHECKPOINT_NAME, CHECKPOINT_PATTERN, STATE, list_checkpoints, read_state
@@ -179,6 +180,7 @@ def write_files(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict
     for name, group in tensors.items():
         save_file(group, folder / f"{name}.safetensors")
     (folder / STATE).write_text(json.dumps(state))
+    apply_umask(folder)
     files = sorted(folder.iterdir())
     manifest = {file.name: hash_file(file) for file in files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -209,12 +211,6 @@ def verify_checkpoint(checkpoint: Path) -> list[str]:
 def parse_iteration(checkpoint: Path) -> int:
     """Return the iteration in a checkpoint's name."""
     return int(checkpoint.name.rpartition("_")[2])
-
-
-def hash_file(file: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def fsync_path(path: Path) -> None:

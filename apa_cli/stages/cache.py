@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 
 from apa_cli import models, stages
+from apa_cli.file_modes import apply_umask
 from apa_cli.hashing import hash_chat_template, hash_examples, hash_model, hash_tokenizer
 from apa_cli.settings import Config
 from apa_cli.stages.fitting import ProgressFunction, SayFunction, StageContext
@@ -121,6 +122,7 @@ def find_or_build(
         try:
             result = build(unfinished)
             (unfinished / "stage.json").write_text(json.dumps({"key": key, "result": result}, indent=2) + "\n")
+            apply_umask(unfinished)
             unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

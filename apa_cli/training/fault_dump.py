@@ -13,6 +13,7 @@ from torch import Tensor
 
 from apa_cli.distributed.world import World
 from apa_cli.errors import UserError
+from apa_cli.file_modes import apply_umask
 from apa_cli.types import Batch, Rollout, Sequences
 
 MAX_DUMPS = 20
@@ -103,6 +104,7 @@ def write_dump(
     responses = [describe_response(rollout, row) for row in rows.tolist()]
     file = folder / f"{name}.json"
     file.write_text(json.dumps({"what": message, "responses": responses}, indent=2, ensure_ascii=False) + "\n")
+    apply_umask(folder)
     return file
 
 
