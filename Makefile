@@ -8,7 +8,7 @@ ARGS ?=
 TORCH ?= 2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow check format clean bench bench-floor bench-trl bench-gpu bench-growth bench-head bench-processes
+.PHONY: help install train test test-slow check format clean bench bench-floor bench-trl bench-gpu bench-learning bench-growth bench-head bench-processes
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,7 +30,7 @@ test: install ## the quick tests, one process per core
 test-slow: install ## the tests that take minutes, one process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
-bench: bench-floor bench-trl bench-growth bench-head bench-processes ## every figure of tests/benchmarks/RESULTS.md (an hour or two on 2 cores)
+bench: bench-floor bench-trl bench-growth bench-head bench-processes ## every figure of tests/benchmarks/RESULTS.md but bench-learning's (an hour or two on 2 cores)
 
 # One iteration's work in all of them: 32 responses after prompts of 16 to 64 tokens.
 BENCH_WORK := sampling.max_prompt_tokens=64 rollout_batch_size=32 minibatch_size=8 update_epochs=2 sampling.stop_strings=[]
@@ -54,6 +54,9 @@ $(VENV)-bench/installed: pyproject.toml
 	$(VENV)-bench/bin/pip install --quiet torch==$(TORCH)
 	$(VENV)-bench/bin/pip install --quiet -e . trl==1.12.0 torch==$(TORCH)
 	touch $@
+
+bench-learning: $(VENV)-bench/installed ## held-out score of PPO and APA against TRL's PPO at equal KL (hours; resumable)
+	OMP_NUM_THREADS=1 $(VENV)-bench/bin/python tests/benchmarks/learning_against_trl.py --out $(OUT)/learning $(ARGS)
 
 bench-growth: install ## samples per second and memory against response length, batch and model size
 	rm -rf outputs/sweeps/bench_length outputs/sweeps/bench_batch outputs/sweeps/bench_size
