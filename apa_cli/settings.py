@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
-from apa_cli.types import AtLeastOne, Needs, NonNegative, Positive, Range, UnitInterval
+from apa_cli.types import AtLeastOne, EscapedText, Needs, NonNegative, Positive, Range, UnitInterval
 
 if TYPE_CHECKING:
     from apa_cli.datasets.base import Dataset
@@ -79,6 +79,17 @@ class LRScheduler(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+
+
+class RewardFormat(Enum):
+    """Text of a reward model: prompt + response as plain text, or as a chat in its tokenizer's template.
+
+    auto: as the model was trained if apa-reward trained it, else the template if the tokenizer has one.
+    """
+
+    auto = "auto"
+    chat = "chat"
+    plain = "plain"
 
 
 class TrackerKind(Enum):
@@ -159,6 +170,7 @@ class RunSettings:
     resume: str | None
     resume_changed: list[str]
     fork: str | None
+    overwrite: bool
     stop_after: str | None
     dry_run: bool
     run: str | None
@@ -234,7 +246,7 @@ class SamplingSettings:
     temperature: Annotated[float, Positive]
     top_k: Annotated[int, NonNegative]
     top_p: Annotated[float, PositiveProbability]
-    stop_strings: list[str]
+    stop_strings: Annotated[list[str], EscapedText]
     microbatch_size: Annotated[int, AtLeastOne]
     cuda_graph: bool
 
@@ -351,6 +363,7 @@ class SupervisedSettings:
 class RewardModelSettings(SupervisedSettings):
     """`reward_model`: training of the Bradley-Terry reward model."""
 
+    format: RewardFormat
     center_coef: Annotated[float, NonNegative]
     scored_pairs: Annotated[int, AtLeastOne]
 

@@ -9,9 +9,10 @@ torch at the top, so that commands can check a configuration before torch is loa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +56,20 @@ Positive = Range(0, open_low=True)
 NonNegative = Range(0)
 AtLeastOne = Range(1)
 UnitInterval = Range(0, 1)
+
+
+class EscapedText:
+    """Marker of a text, or a list of texts, in the configuration in which \\n, \\t, \\r and \\\\ name characters.
+
+    A shell and Hydra pass the two characters of an escape on; in YAML's double quotes they are one character already.
+    """
+
+    CHARACTERS: ClassVar = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+    @classmethod
+    def read(cls, text: str) -> str:
+        """Return the text with the characters that its escapes name; any other backslash stays."""
+        return re.sub(r"\\([ntr\\])", lambda match: cls.CHARACTERS[match[1]], text)
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,8 @@ class Prompt:
 
 # --- what an algorithm and a plan ask for -------------------------------------------------------------------
 
+MESSAGES = "messages"
+"""Column of a prompt that holds its turns, each {"role", "content"}, if it has turns."""
 POLICY, INIT, REFERENCE, GUIDE, DATA = "policy", "init", "reference", "guide", "data"
 """Names of samplers and of log-probs: the present policy, its frozen start, the loss's reference (the frozen start
 unless it is refreshed), the guide, and the data set, whose logged responses are read instead of sampled."""

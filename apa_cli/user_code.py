@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -77,8 +78,28 @@ def add_to_path(folder: Path) -> None:
 
 
 def describe_exception(error: BaseException) -> str:
-    """Return an exception's class and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    """Return an exception's class and message on one line; the class alone if the message cannot be made."""
+    try:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    except Exception:
+        return type(error).__name__
+
+
+def format_raise_location(error: BaseException) -> str:
+    """Return where the user's code raised, as " (FILE, line N)"; "" without a traceback.
+
+    The innermost frame counts that is neither in the standard library, nor in an installed package, nor in this one.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    paths = sysconfig.get_paths()
+    foreign = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")] + [str(Path(__file__).parent)]
+    own = [
+        f
+        for f in frames
+        if not f.filename.startswith("<") and not any(Path(f.filename).is_relative_to(p) for p in foreign)
+    ]
+    frame = next(reversed(own or frames), None)
+    return f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
 
 
 def format_import_location(error: BaseException) -> str:

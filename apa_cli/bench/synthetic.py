@@ -25,7 +25,8 @@ from apa_cli.errors import ConfigError, UserError
 from apa_cli.models.flops import count_kv_cache_numbers
 from apa_cli.models.loading import TORCH_DTYPES, build_architecture_config
 from apa_cli.models.prompting import PromptFormat
-from apa_cli.models.reward_model import score_texts
+from apa_cli.models.reward_model import score_rows
+from apa_cli.models.reward_text import encode_reward_text
 from apa_cli.models.structure import count_parameters
 from apa_cli.randomness import Stream, derive_torch_seed, make_generator
 from apa_cli.rewards.base import ScoreFunction, add_score_check
@@ -208,6 +209,8 @@ def build_score(
     def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
         if model is None:
             return [float(number % 2) for number in range(len(responses))]
-        return score_texts(model, tokenizer, list(zip(prompts, responses, strict=True)), rows, longest, model.device)
+        texts = zip(prompts, responses, strict=True)
+        ids = [encode_reward_text(tokenizer, prompt, response, longest) for prompt, response in texts]
+        return score_rows(model, ids, rows, model.device)
 
     return score

@@ -19,7 +19,8 @@ from transformers.utils import cached_file
 
 from apa_cli.errors import UserError, get_first_line
 from apa_cli.models.loading import TORCH_DTYPES, load_pretrained, resolve_model_source
-from apa_cli.models.reward_model import encode_text, score_in_batches
+from apa_cli.models.reward_model import score_in_batches
+from apa_cli.models.reward_text import encode_reward_text
 from apa_cli.settings import DType
 
 BODY, HEAD = "transformer.", "v_head.weight"
@@ -126,6 +127,11 @@ def format_names(names: Iterable[str]) -> str:
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
+def encode_with_eos(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, max_tokens: int) -> list[int]:
+    """Return the tokens of prompt + response and EOS, cut on the left to `max_tokens`."""
+    return [*encode_reward_text(tokenizer, prompt, response, max_tokens - 1), tokenizer.eos_token_id]
+
+
 def score_texts_at_eos(
     model: GPTJRewardModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -136,5 +142,5 @@ def score_texts_at_eos(
 ) -> list[float]:
     """Return the score of each (prompt, response) at the EOS after its tokens, `batch_size` texts per forward pass."""
     eos = tokenizer.eos_token_id
-    rows = [[*encode_text(tokenizer, prompt, response, max_tokens - 1), eos] for prompt, response in pairs]
+    rows = [encode_with_eos(tokenizer, prompt, response, max_tokens) for prompt, response in pairs]
     return score_in_batches(rows, batch_size, eos, device, lambda inputs: model(**inputs))

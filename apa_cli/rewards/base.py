@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from apa_cli.errors import UserError
+from apa_cli.types import Range
+from apa_cli.user_code import describe_exception
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,45 @@ ScoreFunction = Callable[[list[str], list[str], list[dict[str, Any]]], "list[flo
 
 CheckedScoreFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Scores]
 """A score function that returns exactly one finite number per response, or raises UserError."""
+
+InputFunction = Callable[[str, str, dict[str, Any]], dict[str, str]]
+"""(prompt, response, columns) → by name the text that a reward's model reads; "" names the only one."""
+
+ScoresT = TypeVar("ScoresT")
+
+TokenLimit = Range(1, 10**9)
+"""Range of a text's length in tokens."""
+Seconds = Range(0, 10**9, open_low=True)
+"""Range of a time limit; longer ones overflow in the system's calls."""
+
+
+@dataclass(frozen=True)
+class ModelScore(Generic[ScoresT]):
+    """A score function that can show what the model behind it reads."""
+
+    score: Callable[[list[str], list[str], list[dict[str, Any]]], ScoresT]
+    show_input: InputFunction
+
+    def __call__(self, prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> ScoresT:
+        return self.score(prompts, responses, columns)
+
+
+def show_model_input(score: Any, prompt: str, response: str, columns: dict[str, Any]) -> dict[str, str]:
+    """Return by name the texts that the models behind a score function read; {} if it has no model."""
+    return score.show_input(prompt, response, columns) if isinstance(score, ModelScore) else {}
+
+
+def join_inputs(scores: Mapping[str, Any]) -> InputFunction:
+    """Return the function of the texts of several score functions, each under its name or NAME/NAME."""
+
+    def show_inputs(prompt: str, response: str, columns: dict[str, Any]) -> dict[str, str]:
+        return {
+            f"{name}/{inner}".rstrip("/"): text
+            for name, score in scores.items()
+            for inner, text in show_model_input(score, prompt, response, columns).items()
+        }
+
+    return show_inputs
 
 
 @dataclass(frozen=True)
@@ -90,7 +133,7 @@ class NamedReward:
             with self._prefix_errors():
                 return score(prompts, responses, columns)
 
-        return score_with_name
+        return ModelScore(score_with_name, partial(show_model_input, score))
 
     @contextmanager
     def _prefix_errors(self) -> Iterator[None]:
@@ -113,21 +156,36 @@ def add_score_check(score: ScoreFunction) -> CheckedScoreFunction:
             token_scores = check_token_scores(token_scores, responses)
         return Scores(scores, checked_parts, token_scores)
 
-    return score_with_check
+    return ModelScore(score_with_check, partial(show_model_input, score))
 
 
 def to_finite_floats(result: Any, responses: list[str]) -> list[float]:
-    """Return `result` as one finite float per response. Raise UserError naming the first number that is not."""
+    """Return `result` as one finite float per response. Raise UserError naming the first number that is not.
+
+    Any iterable of numbers, such as an array, is taken, but for texts, mappings and sets, which have other items than
+    one number per response in order. A boolean counts as 0 or 1.
+    """
+    wanted, kind = "reward: expected one number per response", type(result).__name__
+    if isinstance(result, str | bytes | Mapping | Set):
+        hint = "; return the list of its values" if isinstance(result, Mapping) else ""
+        raise UserError(f"{wanted}, got {kind}{hint}")
     try:
-        scores = [float(value) for value in result]
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor of two dimensions
-        reason = " ".join(str(error).split())
-        raise UserError(f"reward: expected one number per response, got {type(result).__name__} ({reason})") from error
-    if len(scores) != len(responses):
-        raise UserError(f"reward: expected one number per response, got {len(scores)} for {len(responses)} responses")
-    for i, score in enumerate(scores):
-        if not math.isfinite(score):
-            raise UserError(f"reward: expected finite scores, got {score} for response {i}: {responses[i][:80]!r}")
+        values = list(result if hasattr(result, "__len__") else itertools.islice(result, len(responses) + 1))
+    except Exception as error:  # the iteration may run any code
+        raise UserError(f"{wanted}, got {kind} ({describe_exception(error)})") from error
+    if len(values) != len(responses):
+        raise UserError(f"{wanted}, got {len(values)} for {len(responses)} responses")
+    scores = []
+    for i, value in enumerate(values):
+        if value is None or isinstance(value, str | bytes):
+            raise UserError(f"{wanted}, got {value!r} for response {i}: {responses[i][:80]!r}")
+        try:
+            scores.append(float(value.item() if hasattr(value, "item") else value))  # arrays of one number
+        except Exception as error:  # of a list, of a tensor with several numbers, of a number beyond the range
+            got = f"{kind} with {type(value).__name__} for response {i}"
+            raise UserError(f"{wanted}, got {got} ({describe_exception(error)})") from error
+        if not math.isfinite(scores[-1]):
+            raise UserError(f"reward: expected finite scores, got {scores[-1]} for response {i}: {responses[i][:80]!r}")
     return scores
 
 

@@ -8,9 +8,18 @@ from enum import Enum
 from typing import Annotated, Any
 
 from apa_cli.errors import ConfigError
-from apa_cli.rewards.base import Placement, Reward, ScoreFunction, Scores, add_score_check
+from apa_cli.rewards.base import (
+    ModelScore,
+    Placement,
+    Reward,
+    ScoreFunction,
+    Scores,
+    TokenLimit,
+    add_score_check,
+    join_inputs,
+)
 from apa_cli.rewards.model import ModelReward
-from apa_cli.settings import DType
+from apa_cli.settings import DType, RewardFormat
 from apa_cli.types import AtLeastOne, NonNegative
 
 
@@ -37,14 +46,17 @@ class EnsembleReward(Reward):
     centered: bool
     dtype: DType | None
     microbatch_size: Annotated[int, AtLeastOne]
-    max_tokens: Annotated[int, AtLeastOne]
+    max_tokens: Annotated[int, TokenLimit]
+    format: RewardFormat
 
     def __post_init__(self) -> None:
         if not self.paths:
             raise ConfigError("reward=ensemble: paths needs at least one model")
 
     def load(self, placement: Placement) -> ScoreFunction:
-        options = (self.output, self.scale, self.centered, self.dtype, self.microbatch_size, self.max_tokens)
+        options = (
+            self.output, self.scale, self.centered, self.dtype, self.microbatch_size, self.max_tokens, self.format
+        )  # fmt: skip
         models = [add_score_check(ModelReward(path, *options).load(placement)) for path in self.paths]
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Scores:
@@ -52,7 +64,7 @@ class EnsembleReward(Reward):
             values = [self.reduce_scores(scores) for scores in zip(*rows, strict=True)]
             return Scores(values, {f"model_{number}": row for number, row in enumerate(rows, 1)})
 
-        return score
+        return ModelScore(score, join_inputs({f"model_{number}": model for number, model in enumerate(models, 1)}))
 
     def reduce_scores(self, scores: tuple[float, ...]) -> float:
         """Return one score from all models' scores of the same text."""

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.rewards.base import CallTimeout, Placement, Reward, ScoreFunction, call_with_timeout
-from apa_cli.types import AtLeastOne, NonNegative, Positive
+from apa_cli.rewards.base import CallTimeout, Placement, Reward, ScoreFunction, Seconds, call_with_timeout
+from apa_cli.types import AtLeastOne, NonNegative, Range
 
 URL_CHARACTERS = set(map(chr, range(33, 127)))
 """Printable ASCII characters except the space."""
@@ -56,11 +56,11 @@ class HTTPReward(Reward):
     columns: list[str]
     batch_size: Annotated[int, AtLeastOne]
     concurrency: Annotated[int, AtLeastOne]
-    timeout: Annotated[float, Positive]
+    timeout: Annotated[float, Seconds]
     retries: Annotated[int, NonNegative]
-    backoff: Annotated[float, NonNegative]
-    longest_backoff: Annotated[float, NonNegative]
-    max_bytes: Annotated[int, AtLeastOne]
+    backoff: Annotated[float, Range(0, 10**9)]
+    longest_backoff: Annotated[float, Range(0, 10**9)]
+    max_bytes: Annotated[int, Range(1, 10**15)]
     token_env: str | None
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class HTTPReward(Reward):
             try:
                 return parse_scores(self.post(body, headers), count, self.url)
             except RetryableError as error:
-                delay = min(max(self.backoff * 2 ** (attempt - 1), error.delay or 0.0), self.longest_backoff)
+                delay = min(max(self.backoff * 2.0 ** min(attempt - 1, 100), error.delay or 0.0), self.longest_backoff)
                 if attempt > self.retries or cancelled.wait(delay):
                     attempts = f"{attempt} {'attempt' if attempt == 1 else 'attempts'}"
                     raise UserError(

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from apa_cli.errors import UserError
-from apa_cli.rewards.base import Placement, Reward, ScoreFunction
-from apa_cli.settings import DType
-from apa_cli.types import AtLeastOne
+from apa_cli.rewards.base import ModelScore, Placement, Reward, ScoreFunction, TokenLimit
+from apa_cli.settings import DType, RewardFormat
+from apa_cli.types import MESSAGES, AtLeastOne
 
 
 @dataclass(frozen=True)
 class ModelReward(Reward):
-    """`scale` · one output of a sequence-classification model on prompt + response.
+    """`scale` · one output of a sequence-classification model on prompt + response, in the text of `format`.
 
     `path` is a model's folder or hub id, or a LoRA adapter's, whose base model then scores with the adapter merged in;
     None: the reward stage trains a model from the data set's pairs. `output` is the output's number or label. With
@@ -26,7 +26,8 @@ class ModelReward(Reward):
     centered: bool
     dtype: DType | None
     microbatch_size: Annotated[int, AtLeastOne]
-    max_tokens: Annotated[int, AtLeastOne]
+    max_tokens: Annotated[int, TokenLimit]
+    format: RewardFormat
 
     @property
     def needs_trained_model(self) -> bool:
@@ -41,21 +42,32 @@ class ModelReward(Reward):
             find_output_index,
             load_reward_model,
             read_score_mean,
-            score_texts,
+            read_stored_format,
+            score_rows,
         )
+        from apa_cli.models.reward_text import RewardTextEncoder, select_chat_format
+        from apa_cli.models.tokenization import show_tokens
 
         if self.path is None:
             raise UserError("reward.path: no model; the reward stage trains one first")
         path = self.path
         model, tokenizer = load_reward_model(path, self.dtype.value if self.dtype else placement.dtype)
         output = find_output_index(model, self.output, path)
-        max_tokens = compute_max_text_tokens(model, tokenizer, self.max_tokens)
+        is_chat = select_chat_format(tokenizer, self.format, read_stored_format(model))
+        encoder = RewardTextEncoder(tokenizer, is_chat, compute_max_text_tokens(model, tokenizer, self.max_tokens))
+        encoder.check_room("reward.max_tokens")
         mean = read_score_mean(model, path) if self.centered else 0.0
         model = placement.place_model(model)
 
+        def encode(prompt: str, response: str, row: dict[str, Any]) -> list[int]:
+            return encoder.encode(prompt, response, row.get(MESSAGES))[0]
+
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
-            pairs = list(zip(prompts, responses, strict=True))
-            values = score_texts(model, tokenizer, pairs, self.microbatch_size, max_tokens, placement.device, output)
+            rows = list(map(encode, prompts, responses, columns))
+            values = score_rows(model, rows, self.microbatch_size, placement.device, output)
             return [self.scale * (value - mean) for value in values]
 
-        return score
+        def show_input(prompt: str, response: str, row: dict[str, Any]) -> dict[str, str]:
+            return {"": show_tokens(tokenizer, encode(prompt, response, row))}
+
+        return ModelScore(score, show_input)

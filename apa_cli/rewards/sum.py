@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from apa_cli.errors import ConfigError
-from apa_cli.rewards.base import Placement, Reward, ScoreFunction, Scores
+from apa_cli.rewards.base import ModelScore, Placement, Reward, ScoreFunction, Scores, join_inputs
 from apa_cli.settings import RewardSpecs
 
 
@@ -46,4 +46,5 @@ class SumReward(Reward):
                 parts |= {f"{part.name}/{name}": values for name, values in scores.parts.items()}
             return Scores(total, parts)
 
-        return score
+        named = {part.name: function for part, function in zip(self.parts, functions, strict=True)}
+        return ModelScore(score, join_inputs(named))

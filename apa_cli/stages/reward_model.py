@@ -14,16 +14,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from apa_cli.errors import UserError
 from apa_cli.models.forward import autocast_to, checkpoint_activations
 from apa_cli.models.loading import load_tokenizer, save_model
-from apa_cli.models.reward_model import build_reward_model, encode_text, pad_token_rows, score_texts
+from apa_cli.models.reward_model import (
+    STORED_FORMAT,
+    build_reward_model,
+    compute_max_text_tokens,
+    pad_token_rows,
+    score_rows,
+)
+from apa_cli.models.reward_text import RewardTextEncoder, select_chat_format
 from apa_cli.models.structure import move_to_device
 from apa_cli.randomness import Stream, derive_torch_seed
-from apa_cli.settings import Config
-from apa_cli.stages.fitting import StageContext, fit
+from apa_cli.settings import Config, RewardFormat
+from apa_cli.stages.fitting import SayFunction, StageContext, fit
 from apa_cli.stages.sft import configure_trainable_weights
 from apa_cli.types import Example
 
 CALIBRATION_BINS = 10
 """Bins of the expected calibration error."""
+
+TokenPair = tuple[list[int], list[int]]
+"""Token ids of a prompt with its chosen reply, and of the same prompt with its rejected reply."""
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, center_coef: float) -> Tensor:
@@ -79,9 +89,9 @@ def train_reward_model(
 ) -> dict[str, float]:
     """Train a one-output classifier on the trunk of `model.path` and save it in `context.model_folder`.
 
-    Its config.json gets score_mean and score_std over both replies of the first `scored_pairs` training pairs. Return
-    these, the held-out metrics, the numbers of pairs, and the step of the saved weights. Raise UserError if the data
-    set has no pairs.
+    Its config.json gets score_mean and score_std over both replies of the first `scored_pairs` training pairs, and the
+    format of its texts. Return the moments, the held-out metrics, the numbers of pairs, and the step of the saved
+    weights. Raise UserError if the data set has no pairs.
     """
     settings = config.reward_model
     train, held_out = select_pairs(train), select_pairs(held_out)[: settings.held_out]
@@ -90,10 +100,8 @@ def train_reward_model(
             "reward_model: the data set has no pairs of chosen and rejected responses; set reward.path to a model"
         )
     model, tokenizer = load_trainable_classifier(config, seed, context.device)
-    pairs = [
-        tuple(encode_text(tokenizer, e.prompt, str(reply), settings.max_tokens) for reply in (e.chosen, e.rejected))
-        for e in train
-    ]
+    encoder = make_text_encoder(config, model, tokenizer)
+    pairs, held_out_pairs = (encode_pairs(encoder, examples, context.say) for examples in (train, held_out))
 
     def compute_loss(indices: list[int]) -> Tensor:
         rows = [pairs[i][side] for side in (0, 1) for i in indices]
@@ -102,16 +110,16 @@ def train_reward_model(
             scores = model(**inputs).logits[:, 0].float()
         return bradley_terry_loss(scores[: len(indices)], scores[len(indices) :], settings.center_coef).mean()
 
-    def score_pairs(examples: list[Example]) -> tuple[list[float], list[float]]:
-        texts = [(e.prompt, getattr(e, side)) for side in ("chosen", "rejected") for e in examples]
+    def score_pairs(pairs: list[TokenPair]) -> tuple[list[float], list[float]]:
+        rows = [pair[side] for side in (0, 1) for pair in pairs]
         with autocast_to(context.device, config.model.dtype):
-            scores = score_texts(model, tokenizer, texts, 2 * settings.batch_size, settings.max_tokens, context.device)
-        return scores[: len(examples)], scores[len(examples) :]
+            scores = score_rows(model, rows, 2 * settings.batch_size, context.device)
+        return scores[: len(pairs)], scores[len(pairs) :]
 
     lengths = [len(getattr(e, side)) for side in ("chosen", "rejected") for e in held_out]
 
     def measure() -> dict[str, float]:
-        chosen, rejected = score_pairs(held_out)
+        chosen, rejected = score_pairs(held_out_pairs)
         losses = bradley_terry_loss(torch.tensor(chosen), torch.tensor(rejected), 0.0)
         metrics = compute_preference_metrics(chosen, rejected, lengths)
         metrics |= compute_subset_accuracies(held_out, chosen, rejected)
@@ -119,16 +127,37 @@ def train_reward_model(
 
     best = fit(model, compute_loss, measure, [max(map(len, pair)) for pair in pairs], settings, seed, context)
     metrics = {name.removeprefix("eval/"): value for name, value in best.items() if name.startswith("eval/")}
-    train_scores = np.concatenate(score_pairs(train[: settings.scored_pairs]))
+    train_scores = np.concatenate(score_pairs(pairs[: settings.scored_pairs]))
     moments = {"score_mean": float(train_scores.mean()), "score_std": float(train_scores.std())}
     context.say(format_summary(metrics | moments, len(train), len(held_out)))
-    save_model(model, tokenizer, context.model_folder, **moments)
+    text_format = RewardFormat.chat if encoder.is_chat else RewardFormat.plain
+    save_model(model, tokenizer, context.model_folder, **moments, **{STORED_FORMAT: text_format.value})
     return {**metrics, **moments, "pairs": len(train), "held_out_pairs": len(held_out), "step": best["iteration"]}
 
 
 def select_pairs(examples: list[Example]) -> list[Example]:
     """Return the examples that have both a chosen and a rejected reply."""
     return [e for e in examples if e.chosen is not None and e.rejected is not None]
+
+
+def make_text_encoder(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RewardTextEncoder:
+    """Return the encoder of the model's texts, in training and later as a reward. Raise UserError if none fits."""
+    is_chat = select_chat_format(tokenizer, config.reward_model.format, None, "reward_model.format")
+    limit = compute_max_text_tokens(model, tokenizer, config.reward_model.max_tokens)
+    encoder = RewardTextEncoder(tokenizer, is_chat, limit)
+    encoder.check_room("reward_model.max_tokens")
+    return encoder
+
+
+def encode_pairs(encoder: RewardTextEncoder, examples: list[Example], say: SayFunction) -> list[TokenPair]:
+    """Return the tokens of both replies of each example after its prompt; report how many texts were cut."""
+    rows = [encoder.encode(e.prompt, str(reply), e.messages) for e in examples for reply in (e.chosen, e.rejected)]
+    if cut := sum(is_cut for _, is_cut in rows):
+        say(
+            f"reward model: {cut} of {len(rows)} texts are longer than {encoder.max_tokens} tokens and lose the start of "
+            "their prompt"
+        )
+    return [(chosen, rejected) for (chosen, _), (rejected, _) in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def load_trainable_classifier(
@@ -138,9 +167,10 @@ def load_trainable_classifier(
     tokenizer = load_tokenizer(config.model, config.model.resolved_path)
     tokenizer.padding_side = "right"
     head_seed, has_lora = derive_torch_seed(seed, Stream.initialization, 1), config.lora.rank > 0
-    model = build_reward_model(config.model, config.model.resolved_path, tokenizer, head_seed, has_lora)
+    model, new = build_reward_model(config.model, config.model.resolved_path, tokenizer, head_seed, has_lora)
     configure_trainable_weights(model, config, derive_torch_seed(seed, Stream.initialization, 2))
-    model.score.float().requires_grad_(True)
+    for parameter in new:
+        parameter.requires_grad_(True)
     return move_to_device(model, device), tokenizer
 
 

@@ -13,6 +13,7 @@ from apa_cli.config.compose import compose
 from apa_cli.models.loading import find_end_token_ids
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
+from apa_cli.settings import RewardFormat
 from apa_cli.stages.reward_model import train_reward_model
 from apa_cli.types import Example
 from tests.builders import build_tiny_policy, make_stage_context
@@ -106,7 +107,8 @@ def test_a_reward_model_of_every_family_learns_and_scores(name, family, tmp_path
     rows = [Example(f"Is {i} a number?", " Yes, it is.", " No.", {}) for i in range(24)]
     report = train_reward_model(config, rows[:16], rows[16:], 0, make_stage_context(tmp_path / "model"))
     assert report["accuracy"] == 1.0
-    score = ModelReward(str(tmp_path / "model"), 0, 1.0, False, None, 4, 40).load(Placement("cpu", "float32"))
+    reward = ModelReward(str(tmp_path / "model"), 0, 1.0, False, None, 4, 40, RewardFormat.auto)
+    score = reward.load(Placement("cpu", "float32"))
     good, bad = score(["Is 3 a number?"] * 2, [" Yes, it is.", " No."], [{}, {}])
     assert good > bad
 

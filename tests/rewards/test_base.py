@@ -1,5 +1,8 @@
 """The check of a reward's result: one finite number per response, or a one-line error."""
 
+import itertools
+from decimal import Decimal
+
 import numpy as np
 import pytest
 import torch
@@ -23,8 +26,11 @@ def check_result(result):
         np.array([1, 2.5, 1]),
         torch.tensor([1, 2.5, 1]),
         map(float, ["1", "2.5", "1"]),
+        [np.float32(1), torch.tensor(2.5), np.bool_(True)],
+        torch.tensor([[1], [2.5], [1]], dtype=torch.bfloat16),
+        [Decimal(1), Decimal("2.5"), np.array([1.0])],
     ],
-    ids=["list", "tuple", "array", "tensor", "iterator"],
+    ids=["list", "tuple", "array", "tensor", "iterator", "scalars", "column", "others"],
 )
 def test_any_sequence_of_numbers_becomes_floats(result):
     scores = check_result(result).values
@@ -41,9 +47,18 @@ def test_any_sequence_of_numbers_becomes_floats(result):
         ([0.0, 0.0, float("-inf")], r"got -inf for response 2: 'a third\\nreply'"),
         (None, "one number per response, got NoneType"),
         (0.5, "one number per response, got float"),
-        (["good", "bad", "ugly"], "one number per response, got list"),
-        ([None, 1.0, 2.0], "one number per response, got list"),
-        ([[1.0], [2.0, 3.0], [4.0]], "one number per response, got list"),
+        (["good", "bad", "ugly"], "one number per response, got 'good' for response 0: 'one'"),
+        ([1.0, "2", 3.0], "one number per response, got '2' for response 1: 'two'"),
+        ([1.0, None, 2.0], "one number per response, got None for response 1: 'two'"),
+        ([[1.0], [2.0, 3.0], [4.0]], "one number per response, got list with list for response 0"),
+        ([1.0, 2 + 0j, 4.0], "one number per response, got list with complex for response 1"),
+        ([1.0, 10**400, 4.0], "one number per response, got list with int for response 1"),
+        ("123", "one number per response, got str"),
+        (b"123", "one number per response, got bytes"),
+        ({1: 0.5, 2: 0.5, 3: 0.5}, "one number per response, got dict; return the list of its values"),
+        ({1.0, 2.0, 3.0}, "one number per response, got set"),
+        (itertools.count(), "got 4 for 3 responses"),
+        (map(float, ["1", "x", "3"]), r"one number per response, got map \(ValueError"),
         (torch.zeros(3, 2), "one number per response, got Tensor"),
     ],
 )

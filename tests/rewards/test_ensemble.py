@@ -6,13 +6,16 @@ from apa_cli.errors import ConfigError, UserError
 from apa_cli.rewards.base import Placement, add_score_check
 from apa_cli.rewards.ensemble import EnsembleReward, Reduction
 from apa_cli.rewards.model import ModelReward
+from apa_cli.settings import RewardFormat
 
 # 1, 2 and 6: mean 3; squared distances 4, 1 and 9, so the population deviation is √(14/3) = 2.160247.
 SCORES = (1.0, 2.0, 6.0)
 
 
 def make_ensemble(paths, reduce=Reduction.mean, deviations=1.0, output=0, scale=1.0):
-    return EnsembleReward([str(path) for path in paths], reduce, deviations, output, scale, False, None, 3, 64)
+    return EnsembleReward(
+        [str(path) for path in paths], reduce, deviations, output, scale, False, None, 3, 64, RewardFormat.auto
+    )
 
 
 @pytest.mark.parametrize(

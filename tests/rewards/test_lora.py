@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from apa_cli.errors import UserError
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
+from apa_cli.settings import RewardFormat
 
 RANK, ALPHA = 4, 6
 
@@ -49,7 +50,9 @@ def compute_expected_scores(tiny, adapter, texts):
 
 
 def score(path, texts):
-    return ModelReward(str(path), 0, 1.0, False, None, 3, 64).load(Placement("cpu", "float32"))(*texts)
+    return ModelReward(str(path), 0, 1.0, False, None, 3, 64, RewardFormat.auto).load(Placement("cpu", "float32"))(
+        *texts
+    )
 
 
 def copy_adapter(adapter, folder, **changes):

@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from apa_cli.errors import UserError
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
-from apa_cli.settings import DType
+from apa_cli.settings import DType, RewardFormat
 
 PROMPTS = [
     "Hi",
@@ -21,7 +21,9 @@ RESPONSES = [" It takes about three hours to bake bread, and then it should rest
 
 
 def make_reward(path, output=0, scale=1.0, centered=False, dtype=None, microbatch=64, max_tokens=64):
-    return ModelReward(path if path is None else str(path), output, scale, centered, dtype, microbatch, max_tokens)
+    return ModelReward(
+        path if path is None else str(path), output, scale, centered, dtype, microbatch, max_tokens, RewardFormat.auto
+    )
 
 
 def score_with(path, prompts=PROMPTS, responses=RESPONSES, **settings):
@@ -153,5 +155,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 def test_the_loaded_model_is_frozen(classifier):
     score = make_reward(classifier).load(Placement("cpu", "float32"))
-    model = next(cell.cell_contents for cell in score.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
+    model = next(
+        cell.cell_contents for cell in score.score.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)
+    )
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())

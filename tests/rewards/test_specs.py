@@ -12,6 +12,7 @@ from apa_cli.rewards.ensemble import EnsembleReward
 from apa_cli.rewards.function import FunctionReward
 from apa_cli.rewards.model import ModelReward
 from apa_cli.rewards.sum import SumReward
+from apa_cli.settings import RewardFormat
 
 HEAVY = "sorted({'torch', 'transformers', 'peft'} & set(sys.modules))"
 
@@ -28,7 +29,7 @@ def test_a_spec_is_a_yamls_name_or_a_mapping_with_changed_keys():
     first, second, third = build_parts(
         "[{use: model, path: D, output: toxic, weight: -1}, vader, {use: vader, weight: 0.3}]"
     )
-    assert first.reward == ModelReward("D", "toxic", 1.0, False, None, 64, 512)
+    assert first.reward == ModelReward("D", "toxic", 1.0, False, None, 64, 512, RewardFormat.auto)
     assert second.reward == third.reward == FunctionReward("apa_cli.rewards.vader:compound", None)
     assert [part.weight for part in (first, second, third)] == [-1.0, 1.0, 0.3]
 
@@ -79,7 +80,7 @@ WRONG = {
     "[{use: vader, wieght: 3}]": "reward.parts[0].wieght: unknown key; did you mean 'reward.parts[0].weight'?",
     "[{use: gptj_rm, architecture: {n_emb: 3}}]": "reward.parts[0].architecture.n_emb: unknown key; did you mean "
     "'reward.parts[0].architecture.n_embd'?",
-    "[{use: gptj_rm, architecture: 3}]": "reward.parts[0].architecture: 3 is not a dict",
+    "[{use: gptj_rm, architecture: 3}]": "reward.parts[0].architecture: 3 is not a mapping, as {name: value}",
     "[{use: sum, parts: [vader, {use: vadr}]}]": "reward.parts[0].parts[1]: no 'vadr'; did you mean 'vader'?",
     "[{use: sum, parts: []}]": "reward=sum: parts needs at least one reward",
     "[{use: model, microbatch_size: x}]": "reward.parts[0].microbatch_size: 'x' is not a whole number",
@@ -135,7 +136,7 @@ def config_dir(tmp_path):
 
 def test_specs_find_the_users_yamls(config_dir):
     kind, vader = build_parts("[kind, vader]", extra_dir=str(config_dir))
-    assert kind.reward == ModelReward("outputs/kindness", "kind", 1.0, False, None, 64, 512)
+    assert kind.reward == ModelReward("outputs/kindness", "kind", 1.0, False, None, 64, 512, RewardFormat.auto)
     assert vader.reward == FunctionReward("apa_cli.rewards.vader:compound", None)
     with pytest.raises(ConfigError, match="no 'kind'"):
         build_parts("[kind]")

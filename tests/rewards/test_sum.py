@@ -7,6 +7,7 @@ from apa_cli.rewards.base import NamedReward, Placement, add_score_check
 from apa_cli.rewards.function import FunctionReward
 from apa_cli.rewards.model import ModelReward
 from apa_cli.rewards.sum import SumReward
+from apa_cli.settings import RewardFormat
 
 SOURCE = """\
 def length(prompts, responses):
@@ -47,13 +48,17 @@ def test_nested_parts_are_named_by_both_names(make_part):
 def test_an_error_begins_with_the_parts_name(make_part, tmp_path):
     with pytest.raises(UserError, match=r"^broken: reward: expected finite scores, got nan for response 0"):
         score(make_part("length", 1.0), make_part("broken", 1.0))
-    absent = NamedReward("classifier", 1.0, ModelReward(str(tmp_path / "absent"), 0, 1.0, False, None, 8, 64))
+    absent = NamedReward(
+        "classifier", 1.0, ModelReward(str(tmp_path / "absent"), 0, 1.0, False, None, 8, 64, RewardFormat.auto)
+    )
     with pytest.raises(UserError, match=r"^classifier: reward\.path: "):
         score(absent)
 
 
 def test_a_trained_model_fills_the_parts_that_need_it(make_part):
-    without_path, with_path = (ModelReward(path, 0, 1.0, False, None, 8, 64) for path in (None, "mine"))
+    without_path, with_path = (
+        ModelReward(path, 0, 1.0, False, None, 8, 64, RewardFormat.auto) for path in (None, "mine")
+    )
     reward = SumReward(
         [NamedReward("a", 1.0, without_path), NamedReward("b", 2.0, with_path), make_part("length", 3.0)]
     )

@@ -19,6 +19,7 @@ from apa_cli.errors import UserError
 from apa_cli.models.loading import load_policy, load_tokenizer
 from apa_cli.rewards.base import Placement
 from apa_cli.rewards.model import ModelReward
+from apa_cli.settings import RewardFormat
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +93,7 @@ def test_damaged_reward_model(damage, tiny, tmp_path):
         remove_tensor(model / "model.safetensors", "score.weight")  # it would be initialized at random
     else:
         DAMAGES[damage](model)
-    reward = ModelReward(str(model), 0, 1.0, False, None, 4, 64)
+    reward = ModelReward(str(model), 0, 1.0, False, None, 4, 64, RewardFormat.auto)
     message = error_message(lambda: reward.load(Placement("cpu", "float32")))
     assert message.startswith("reward.path: ") and str(model) in message
 
@@ -106,7 +107,7 @@ def test_damaged_tokenizer(damage, model, make_config):
 
 def test_text_beyond_the_reward_models_positions_is_cut_at_the_prompt(tiny, tmp_path):
     model = save_reward_model(tmp_path / "model", tiny, positions=16)
-    score = ModelReward(str(model), 0, 1.0, False, None, 4, 512).load(Placement("cpu", "float32"))
+    score = ModelReward(str(model), 0, 1.0, False, None, 4, 512, RewardFormat.auto).load(Placement("cpu", "float32"))
     (long,) = score(["tea " * 100], [" Yes, do! Yes, do! Yes, do! Yes, do!"], [{}])
     (longer,) = score(["bread " * 100 + "tea " * 100], [" Yes, do! Yes, do! Yes, do! Yes, do!"], [{}])
     assert long == pytest.approx(longer, rel=1e-6)

@@ -13,7 +13,7 @@ from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.datasets.embedded import EmbeddedDataset
 from apa_cli.errors import UserError
-from apa_cli.models.reward_model import encode_text
+from apa_cli.models.reward_text import encode_reward_text
 from apa_cli.stages.reward_model import (
     bradley_terry_loss,
     compute_preference_metrics,
@@ -124,7 +124,7 @@ def test_the_reward_stage_learns_and_stores_the_moments_of_its_scores(tiny, tmp_
     scores = []
     for example in train:
         for reply in (example.chosen, example.rejected):
-            ids = torch.tensor([encode_text(tokenizer, example.prompt, reply, 100)])
+            ids = torch.tensor([encode_reward_text(tokenizer, example.prompt, reply, 100)])
             with torch.no_grad():
                 scores.append(float(model(ids).logits[0, 0]))
     stored = json.loads((folder / "config.json").read_text())
