@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from apa_cli.models.lm_head import compute_head_statistics
 from apa_cli.models.lora import add_adapter
-from apa_cli.models.structure import get_trunk
+from apa_cli.models.structure import get_state_width, get_trunk
 from apa_cli.settings import CriticKind, CriticSettings, HeadKind, LoraSettings
 from apa_cli.types import Critic
 
@@ -124,7 +124,7 @@ def build_critic(
     outputs = cast(nn.Linear, policy.get_output_embeddings()).out_features if is_action else 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = build_value_head(head_kind, policy.config.hidden_size, outputs, is_zero=spec.init == "zero")
+        head = build_value_head(head_kind, get_state_width(policy), outputs, is_zero=spec.init == "zero")
     if kind is CriticKind.head:
         return CriticModule(None, head, is_action=is_action)
     if kind is CriticKind.adapter:

@@ -21,7 +21,9 @@ from transformers import (
 )
 
 from apa_cli.errors import UserError, get_first_line
+from apa_cli.file_modes import apply_umask
 from apa_cli.models.lora import find_lora_layers, is_adapter, merge_adapter_tensors, read_adapter_base, save_adapter
+from apa_cli.models.tokenization import find_turn_end
 from apa_cli.network import probe_hub
 from apa_cli.settings import DType, ModelSettings, Quantization
 
@@ -130,6 +132,8 @@ def load_policy(
         options["quantization_config"] = build_quantization_config(settings)
     load = require_all_weights(AutoModelForCausalLM.from_pretrained)
     model = load_merged(load, path, key, **options).eval()
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # for a loss of `transformers`' own, which fails with a KV cache
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # In evaluation mode bitsandbytes would repack a CPU's 4-bit weights into a form without gradients.
@@ -233,19 +237,35 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerBas
 
 
 def find_end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids of the tokens that end a response: EOS of tokenizer, model and generation configuration."""
+    """Return the ids of the tokens that end a response.
+
+    They are EOS of tokenizer, model and generation configuration, and the end of a turn in the chat template.
+    """
     end_tokens: set[int] = set()
-    for ids in (tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id):
+    turn_end, generation = find_turn_end(tokenizer), model.generation_config.eos_token_id
+    for ids in (tokenizer.eos_token_id, model.config.eos_token_id, generation, turn_end):
         if ids is not None:
             end_tokens.update([ids] if isinstance(ids, int) else ids)
     return frozenset(end_tokens)
 
 
+def add_turn_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the end of a turn in the chat template to the end tokens of the generation configuration, in place."""
+    turn_end = find_turn_end(tokenizer)
+    if turn_end is None or not model.can_generate():
+        return
+    known = model.generation_config.eos_token_id
+    if turn_end not in ([known] if isinstance(known, int) else known or []):
+        model.generation_config.eos_token_id = sorted(find_end_token_ids(model, tokenizer))
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, **entries: Any) -> None:
     """Save a plain `transformers` folder, with `entries` added to its config.json.
 
-    A LoRA adapter is merged into the weights, and also saved alone in the subfolder adapter/.
+    Its generation_config.json names the end of a turn in the chat template as an end token. A LoRA adapter is merged
+    into the weights, and also saved alone in the subfolder adapter/.
     """
+    add_turn_end(model, tokenizer)
     if find_lora_layers(model):
         save_adapter(model, folder / "adapter", base=model.config._name_or_path)
         build_unquantized_shell(model).save_pretrained(folder, state_dict=merge_adapter_tensors(model))
@@ -255,6 +275,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     if entries:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **entries}, indent=2) + "\n")
+    apply_umask(folder)
 
 
 def build_unquantized_shell(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,13 +22,30 @@ def move_to_device(model: ModelT, device: torch.device) -> ModelT:
 
 def get_trunk(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model without its output head; a model without a head is its own trunk."""
-    return cast(PreTrainedModel, model.base_model)
+    trunk = cast(PreTrainedModel, model.base_model)
+    if trunk is model and model.get_output_embeddings() is not None:
+        # Llama 4's text model does not have its trunk under the name that `base_model` expects.
+        trunk = next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
+    return trunk
+
+
+def get_state_width(model: PreTrainedModel) -> int:
+    """Return the number of features of a language model's last hidden state, the input of its output head.
+
+    It is not the blocks' width if the trunk projects its output, as OPT 350M's does.
+    """
+    return cast(nn.Linear, model.get_output_embeddings()).in_features
 
 
 def find_blocks(trunk: PreTrainedModel) -> nn.ModuleList:
-    """Return the transformer blocks of a trunk. Raise UserError if the trunk has no single stack of blocks."""
+    """Return the transformer blocks of a trunk: its outermost list of as many modules as the model has blocks.
+
+    Raise UserError if the trunk has no such list, or several.
+    """
     count = trunk.config.num_hidden_layers
-    stacks = [part for part in trunk.children() if isinstance(part, nn.ModuleList) and len(part) == count]
+    parts = [(name, part) for name, part in trunk.named_modules() if isinstance(part, nn.ModuleList)]
+    depths = {part: name.count(".") for name, part in parts if len(part) == count}
+    stacks = [part for part, depth in depths.items() if depth == min(depths.values())]
     if len(stacks) != 1:
         raise UserError(f"model: cannot find the {count} blocks of a {trunk.config.model_type} model")
     return stacks[0]
@@ -44,12 +61,30 @@ def freeze_all_but_top(model: PreTrainedModel, trainable_layers: int) -> None:
     count = len(stack)
     if trainable_layers > count:
         raise ConfigError(f"model.trainable_layers: {trainable_layers} is more than the model's {count} blocks")
-    parts = list(trunk.children())
     head = model.get_output_embeddings()
     is_tied = head is None or head.weight is model.get_input_embeddings().weight
     model.requires_grad_(False)
-    for part in [*stack[count - trainable_layers :], *parts[parts.index(stack) + 1 :], *([] if is_tied else [head])]:
+    for part in [*stack[count - trainable_layers :], *find_parts_after(trunk, stack), *([] if is_tied else [head])]:
         part.requires_grad_(True)
+
+
+@torch.no_grad()
+def find_parts_after(trunk: PreTrainedModel, stack: nn.ModuleList) -> list[nn.Module]:
+    """Return the modules beside the blocks that run after the last block, in a pass of one token.
+
+    Their place in the code says nothing: OPT's last norm is declared before the blocks.
+    """
+    owner = next(part for part in trunk.modules() if stack in part.children())
+    last, order = stack[-1], []
+    handles = [
+        part.register_forward_pre_hook(lambda module, _: order.append(module)) for part in [*owner.children(), last]
+    ]
+    try:
+        trunk(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=trunk.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order[order.index(last) + 1 :]
 
 
 def make_frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

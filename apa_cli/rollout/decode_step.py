@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import LongTensor, Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.rollout.kv_cache import build_kv_cache, find_cache_argument, make_static_cache
@@ -45,7 +46,7 @@ class Decoder:
     logits: Tensor
     """Logits of the latest step, [B, V]."""
 
-    def forward(self, attention_mask: Tensor) -> None:
+    def forward(self, attention_mask: Tensor | None) -> None:
         """Compute the logits of the next token and append `input_ids` to the cache."""
         self.logits = self.model(
             input_ids=self.input_ids,
@@ -74,12 +75,16 @@ class EagerDecoder(Decoder):
         self.input_ids, self.attention_mask, self.uniforms = input_ids, attention_mask, uniforms
         self.position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
         self.cache, self.cache_argument = build_kv_cache(model), find_cache_argument(model)
+        layers = self.cache.layers
+        self.has_attention = not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
+        """False if the cache holds recurrent states alone, which have no padding; Mamba misreads a mask after the
+        prefill."""
         self.step_index = 0
         """Index of the next step."""
 
     def step(self) -> tuple[Tensor, Tensor]:
         """Return the next token of each row, [B] int64, and its log-probability, [B]. The first step is the prefill."""
-        self.forward(self.attention_mask)
+        self.forward(self.attention_mask if self.has_attention or self.step_index == 0 else None)
         tokens, logprobs = sample_tokens(self.logits, self.uniforms[:, self.step_index], self.settings)
         self.step_index += 1
         self.input_ids = tokens.unsqueeze(-1)

@@ -20,7 +20,9 @@ from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapte
 from apa_cli.models.sharding import copy_gathered_weights
 from apa_cli.models.structure import freeze_all_but_top, get_context_length, get_trunk, make_frozen_copy, move_to_device
 from apa_cli.randomness import Stream, derive_torch_seed
+from apa_cli.rollout.response_text import check_stop_strings
 from apa_cli.rollout.samplers import DataSampler, ModelSampler, PolicySampler, Sampler
+from apa_cli.rollout.sampling_probe import check_sampling
 from apa_cli.settings import Config, CriticInit, CriticKind, Quantization
 from apa_cli.types import DATA, GUIDE, INIT, POLICY, REFERENCE
 
@@ -144,7 +146,9 @@ def load_guide(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTok
         raise ConfigError(f"guide.path: the vocabulary of {path} is not the policy's")
     guide = load_policy(settings, path, frozen_base=True, key="guide.path").requires_grad_(False)
     check_positions(config, guide, "guide.path")
-    return move_to_device(guide, policy.device)
+    move_to_device(guide, policy.device)
+    check_sampling(guide, config.guide.dtype, "guide.path")
+    return guide
 
 
 def build_training_model(
@@ -164,6 +168,8 @@ def build_training_model(
         reference = AdapterDisabledModel(policy)
     else:
         reference = make_frozen_copy(policy, TORCH_DTYPES[config.model.dtype])
+        if reference.dtype is not policy.dtype:
+            check_sampling(reference, config.model.dtype, "model.dtype")
         if config.model.trainable_layers is not None:
             freeze_all_but_top(policy, config.model.trainable_layers)
     critics = critics or build_critics(config, policy)
@@ -239,12 +245,17 @@ def check_training_options(config: Config) -> None:
 
 
 def check_model_limits(config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError if prompt and response exceed the model's positions, or the tokenizer its vocabulary."""
+    """Raise ConfigError if prompt and response exceed the model's positions, or the tokenizer its vocabulary.
+
+    The same for a stop string that the tokenizer's texts never contain, and for a model that `check_sampling` refuses.
+    """
     check_positions(config, policy, "sampling")
+    check_stop_strings(tokenizer, config.sampling.stop_strings)
     embedding = cast(nn.Embedding, policy.get_input_embeddings())
     size, highest = embedding.num_embeddings, max(tokenizer.get_vocab().values())
     if highest >= size:
         raise ConfigError(f"model.tokenizer: the highest token id is {highest}, but the model has {size} embeddings")
+    check_sampling(policy, config.model.dtype, "model.path")
 
 
 def check_positions(config: Config, model: PreTrainedModel, key: str) -> None:

@@ -112,3 +112,11 @@ def test_rows_of_the_position_table_that_are_for_padding_are_no_positions():
     bert = AutoModelForSequenceClassification.from_config(make_tiny_config("bert"))
     assert get_context_length(bert) == 64
     assert get_context_length(build_tiny_policy("opt", ffn_dim=16, word_embed_proj_dim=16)) == 64
+
+
+def test_the_last_norm_is_what_runs_after_the_blocks():
+    opt = build_tiny_policy("opt", ffn_dim=16, word_embed_proj_dim=16, num_hidden_layers=2)
+    freeze_all_but_top(opt, 1)  # OPT's blocks are two levels deep, and its last norm is declared before them
+    parts = {name.rpartition("layers.")[2].split(".")[0] for name in find_trained_names(opt)}
+    assert parts == {"1", "model"} and "model.decoder.final_layer_norm.weight" in find_trained_names(opt)
+    assert not any("project" in name or "embed" in name for name in find_trained_names(opt))
