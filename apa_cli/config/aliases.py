@@ -135,8 +135,10 @@ def suggest_for_option(group: str, option: str) -> str | None:
         return "dry_run=true"
     if group in ("algo", "plan", "dataset") and ".py:" in option:
         return f"--config-dir DIR with DIR/{group}/NAME.yaml, whose _target_ is {option}, and {group}=NAME"
-    if group == "dataset" and suffix in (".jsonl", ".json"):
+    if group == "dataset" and (suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz") or "/" in option):
         return f"dataset=jsonl dataset.path={option}"
+    if group == "dataset" and option.lower() in ("json", "csv", "parquet", "sharegpt", "hub", "local", "custom"):
+        return "dataset=jsonl dataset.path=FILE_FOLDER_OR_HUB_ID"
     if group == "dataset" and suffix == ".txt":
         return f"dataset=prompts dataset.path={option}"
     if group == "reward" and ".py:" in option:

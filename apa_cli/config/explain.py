@@ -9,7 +9,15 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig
 
 from apa_cli.config.aliases import suggest_for_key, suggest_for_option
-from apa_cli.config.hydra_api import compose_unchecked, list_groups, list_keys, parse_override
+from apa_cli.config.hydra_api import (
+    PATH_KEY,
+    compose_unchecked,
+    list_groups,
+    list_keys,
+    parse_override,
+    quote_for_shell,
+    quote_value,
+)
 from apa_cli.errors import ConfigError, get_first_line
 
 LAMBDA = "lambda"
@@ -51,20 +59,41 @@ def explain_error(error: Exception, overrides: list[str], extra_dir: str | None,
             if key not in known and not override.startswith("+") and not key.startswith("hydra"):
                 return describe_unknown_key(key, base, list(groups))
     if "Ambiguous value" in str(error):
-        return f"{get_first_line(error)}: several values need -m (a sweep), a list needs brackets"
+        return explain_sweep(get_first_line(error), overrides)
+    unknown = re.search(r"is not in struct\n\s*full_key: (\S+)", str(error.__cause__))
+    if base is not None and unknown:  # a key inside of a value {key: …}
+        return describe_unknown_key(unknown[1], base, list(groups))
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    return _add_override(get_first_line(cause), overrides, extra_dir, config_name)
+    return _add_override(get_first_line(cause), overrides, choices, extra_dir, config_name)
 
 
-def _add_override(message: str, overrides: list[str], extra_dir: str | None, config_name: str | None) -> str:
-    """Return the message after the override that cannot be composed even alone, if there is such an override."""
-    if len(overrides) == 1:
-        return f"{overrides[0]!r}: {message}"
+def explain_sweep(message: str, overrides: list[str]) -> str:
+    """Return one line for an override with several values outside a sweep, which may be one path with a comma."""
     for override in overrides:
+        parsed = parse_override(override)
+        if parsed.is_sweep_override() and PATH_KEY.search(parsed.key_or_group):
+            quoted = quote_for_shell(quote_value(override))
+            return (
+                f"{parsed.key_or_group}: several values need -m (a sweep), a path with a comma quotes, {quoted}"
+            )
+    return f"{message}: several values need -m (a sweep), a list needs brackets"
+
+
+def _add_override(
+    message: str, overrides: list[str], choices: list[str], extra_dir: str | None, config_name: str | None
+) -> str:
+    """Return the message after the override that cannot be composed even alone, with `choices`, if there is one.
+
+    `choices` are the overrides among them that choose a group's option.
+    """
+    others = [override for override in overrides if override not in choices]
+    if len(others) <= 1:
+        return f"{(others or overrides)[0]!r}: {message}"
+    for override in others:
         try:
-            compose_unchecked([override], extra_dir, config_name)
+            compose_unchecked([*choices, override], extra_dir, config_name)
         except Exception as error:
-            return explain_error(error, [override], extra_dir, config_name)
+            return explain_error(error, [*choices, override], extra_dir, config_name)
     return message
 
 

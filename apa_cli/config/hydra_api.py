@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -21,6 +22,8 @@ CONFIG_NAME = "config"
 """The primary configuration, conf/config.yaml."""
 OVERRIDE = re.compile(r"^\s*- override /(\w+): *([\w/]+)", re.MULTILINE)
 """An entry of a yaml's defaults list that overrides another group."""
+PATH_KEY = re.compile(r"(^|[.+])(\w*path|\w*_dir|target|run|resume|fork)$")
+"""Keys whose values are paths, in which any character may occur."""
 SHARED = "_"
 """Prefix of yamls that other yamls of their group start from; such a yaml is not an option."""
 
@@ -66,9 +69,25 @@ def parse_override(override: str) -> Override:
     except HydraException as error:
         key, equals, value = override.partition("=")
         hint = "overrides have the form key=value"
-        if equals and value.isprintable() and value and not set(value) & set("'\"[]{}$,"):
-            hint = f"quote the value twice, \"{key}='{value}'\""
+        is_text = PATH_KEY.search(key) or not set(value) & set("'\"[]{}$,")
+        if equals and value.isprintable() and value and is_text:
+            hint = f"quote the value twice, {quote_for_shell(quote_value(override))}"
+        elif value.startswith(("{", "[")):
+            hint = "quote the whole override, as 'key={name: value}' or 'key=[value, value]'"
         raise ConfigError(f"{override!r}: not an override ({get_first_line(error)}); {hint}") from error
+
+
+def quote_value(override: str) -> str:
+    """Return an override with its value in quotes, so that Hydra takes it as one text."""
+    key, _, value = override.partition("=")
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def quote_for_shell(override: str) -> str:
+    """Return an override in double quotes, as a shell takes it."""
+    escaped = re.sub(r'(["$`\\])', r"\\\1", override)
+    return f'"{escaped}"'
 
 
 def expand_sweep(overrides: list[str]) -> list[list[str]]:
@@ -93,6 +112,29 @@ def list_overridden_groups(group: str, option: str, extra_dir: str | None) -> di
     files = [folder / group / f"{option}.yaml" for folder in list_config_dirs(extra_dir)]
     file = next(file for file in files if file.is_file())
     return dict(OVERRIDE.findall(file.read_text(encoding="utf-8")))
+
+
+def read_experiment(name: str, extra_dir: str | None) -> tuple[dict[str, Any], list[str]]:
+    """Return the keys that an experiment's yaml sets, nested, and the groups of which it chooses an option.
+
+    Those of the experiments that it starts from are included.
+    """
+    file = next(
+        file
+        for folder in reversed(list_config_dirs(extra_dir))
+        if (file := folder / "experiment" / f"{name}.yaml").is_file()
+    )
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    keys: dict[str, Any] = {}
+    groups: list[str] = []
+    for entry in content.pop("defaults", []):
+        if isinstance(entry, dict):
+            groups += [str(group).rpartition("/")[2].partition("@")[0] for group, option in entry.items() if option]
+        elif entry != "_self_":
+            base = entry.removeprefix("/experiment/") if entry.startswith("/") else str(Path(name).parent / entry)
+            inherited, chosen = read_experiment(base, extra_dir)
+            keys, groups = to_dict(OmegaConf.merge(keys, inherited)), groups + chosen
+    return to_dict(OmegaConf.merge(keys, content)), list(dict.fromkeys(groups))
 
 
 def list_keys(cfg: DictConfig, prefix: str = "") -> list[str]:

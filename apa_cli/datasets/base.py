@@ -45,6 +45,11 @@ class Dataset(ABC):
         return {}
 
 
+def make_prompt_key(prompt: str) -> str:
+    """Return the text by which prompts count as the same one: they may differ in white space only."""
+    return " ".join(prompt.split())
+
+
 def is_held_out(number: int, every: int) -> bool:
     """Return True if the `number`-th distinct prompt of a file, counted from 1, is held out: one in each `every`.
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from apa_cli.datasets.base import Dataset
-from apa_cli.datasets.source import Candidate, Row, Source, get_text, select_split, take_examples
+from apa_cli.datasets.row_file import Row
+from apa_cli.datasets.source import Candidate, Source, get_text, select_split, take_examples
 from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.types import AtLeastOne, Example, Examples, NonNegative, Range
 
@@ -36,7 +37,8 @@ class IMDB(Dataset):
         reviews: Iterable[Row]
         _, reviews = source.rows(split if "test" in source else "train", _LAYOUTS)
         if "test" not in source:
-            reviews = select_split(reviews, lambda row: row["text"], self.held_out_every, held_out=split == "test")
+            held_out = split == "test"
+            reviews = select_split(reviews, lambda row: get_text(row, "text"), self.held_out_every, held_out)
         rows = list(reviews)
         order = sample_permutation(len(rows), self.data_seed, Stream.data_order)
         limit = self.test_rows if split == "test" else self.train_rows

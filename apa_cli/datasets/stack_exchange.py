@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Annotated, Any
+from typing import Annotated
 
 from apa_cli.datasets.base import Dataset
-from apa_cli.datasets.source import Candidate, Row, Source, get_text, select_split, take_examples
+from apa_cli.datasets.row_file import Row, abbreviate
+from apa_cli.datasets.source import Candidate, Source, get_text, select_split, take_examples
 from apa_cli.errors import UserError
 from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.types import AtLeastOne, Example, Examples, NonNegative, Range
@@ -23,19 +24,33 @@ def score_votes(upvotes: int, accepted: bool) -> int:
     return -1 if upvotes < 0 else round(math.log2(1 + upvotes)) + int(accepted)
 
 
-def score_answer(answer: dict[str, Any]) -> int:
+def score_answer(answer: Row) -> int:
     """Return the answer's `pm_score`, or else the score computed from `upvotes` and `selected` or `accepted`.
 
     Raise UserError if the answer has neither `pm_score` nor `upvotes`.
     """
-    if answer.get("pm_score") is not None:
-        return answer["pm_score"]
-    if answer.get("upvotes") is None:
-        raise UserError(f"dataset.path: an answer needs pm_score or upvotes, got only {', '.join(answer)}")
-    return score_votes(answer["upvotes"], bool(answer.get("selected") or answer.get("accepted")))
+    name = "pm_score" if answer.get("pm_score") is not None else "upvotes"
+    number = answer.get(name)
+    if number is None:
+        raise UserError(
+            f"dataset.path: {answer.place}: an answer needs pm_score or upvotes, got only {', '.join(answer)}"
+        )
+    if not isinstance(number, int):
+        raise UserError(f"dataset.path: {answer.place}: {name} must be a whole number, got {abbreviate(number)}")
+    if name == "pm_score":
+        return number
+    return score_votes(number, bool(answer.get("selected") or answer.get("accepted")))
 
 
-def pair_answers(answers: list[dict[str, Any]], limit: int) -> list[tuple[str, str]]:
+def get_answers(row: Row) -> list[Row]:
+    """Return a question's answers, [] for null. Raise UserError if they are not a list of objects."""
+    answers = row["answers"] or []
+    if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+        raise UserError(f"dataset.path: {row.place}: answers must be a list of objects, got {abbreviate(answers)}")
+    return [Row(answer, row.place) for answer in answers]
+
+
+def pair_answers(answers: list[Row], limit: int) -> list[tuple[str, str]]:
     """Return at most `limit` (better, worse) pairs of answers with different scores.
 
     Pairs are sorted by descending difference of scores; pairs with equal differences keep the order of the answers.
@@ -69,7 +84,7 @@ class StackExchange(Dataset):
         held_out = split == "test"
         limit = self.test_rows if held_out else self.train_rows
         layout, all_rows = Source(self.path, self.folder, streamed=limit is not None).rows("train", _LAYOUTS)
-        rows = select_split(all_rows, lambda row: row["qid"], self.held_out_every, held_out)
+        rows = select_split(all_rows, lambda row: str(row["qid"]), self.held_out_every, held_out)
         candidates = (candidate for row in rows for candidate in self._iterate_candidates(row, layout))
         examples = take_examples(candidates, limit)
         return Examples(shuffle_round_robin(examples, self.data_seed), examples.drop_counts)
@@ -78,7 +93,7 @@ class StackExchange(Dataset):
         if layout == "paired":
             pairs = [(get_text(row, "response_j"), get_text(row, "response_k"))]
         else:
-            pairs = pair_answers(row["answers"] or [], self.max_pairs)
+            pairs = pair_answers(get_answers(row), self.max_pairs)
             if not pairs:
                 yield "questions without two answers of different scores"
         question = get_text(row, "question")

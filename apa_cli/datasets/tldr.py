@@ -7,7 +7,8 @@ from typing import Annotated
 
 from apa_cli.datasets.base import Dataset
 from apa_cli.datasets.dialogue import add_leading_space
-from apa_cli.datasets.source import Candidate, Row, Source, get_text, take_examples
+from apa_cli.datasets.row_file import Row
+from apa_cli.datasets.source import Candidate, Source, get_text, take_examples
 from apa_cli.types import AtLeastOne, Example, Examples
 
 _LAYOUTS = {

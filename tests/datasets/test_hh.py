@@ -117,11 +117,10 @@ def test_missing_folders_and_columns_are_named_with_the_existing_ones(write, tmp
     )
 
 
-def test_a_column_that_is_not_text_is_an_error(write, tmp_path, error_line):
-    write("helpful-base/train.jsonl", [{"chosen": ["a"], "rejected": "b"}])
-    assert (
-        error_line(lambda: make_dataset(tmp_path).load("train"))
-        == "dataset.path: column chosen contains ['a'], not text"
+def test_a_column_that_is_not_text_is_an_error_with_file_and_row(write, tmp_path, error_line):
+    file = write("helpful-base/train.jsonl", [row(1), {"chosen": ["a"], "rejected": "b"}])
+    assert error_line(lambda: make_dataset(tmp_path).load("train")) == (
+        f'dataset.path: {file}, row 2: column chosen must be text, got ["a"]; dataset=jsonl reads lists of messages'
     )
 
 

@@ -30,6 +30,26 @@ def test_examples_are_prompts_with_prefix_and_suffix(tmp_path):
     assert example.chosen is None and example.rejected is None and example.columns == {}
 
 
+def test_lines_end_at_line_ends_only_and_a_byte_order_mark_is_dropped(tmp_path):
+    odd = "a\u2028b\x85c\x0cd\x0be\x1ff\u2029g"  # str.splitlines would end a line at each of these
+    data = make_dataset(tmp_path, f"\ufeff{odd}\r\nx\ry\r\nz\n", every=2)
+    assert sorted(texts(data, "train") + texts(data, "test")) == [odd, "x", "y", "z"]
+
+
+def test_repeated_lines_are_counted_and_lines_that_differ_in_white_space_stay_on_one_side(tmp_path):
+    data = make_dataset(tmp_path, "a b\nc\nd\na b\na  b \ne\nf\n\ta b\ng\n")
+    # distinct: a b, c, d | e, f, g; the second and the sixth are held out
+    assert texts(data, "test") == ["c", "g"]
+    assert texts(data, "train") == ["a b", "d", "a  b ", "e", "f", "\ta b"]
+    assert data.load("train").drop_counts == {"repeated lines": 1} and data.load("test").drop_counts == {}
+
+
+def test_a_file_of_rows_is_not_read_as_lines_of_text(tmp_path, error_line):
+    for name in ("rows.jsonl", "rows.JSON.gz", "rows.csv", "rows.parquet"):
+        message = error_line(lambda name=name: PromptFile(str(tmp_path / name), 2, "", "", []).load("train"))
+        assert message == f"dataset.path: {tmp_path / name} holds rows, not lines of text; give dataset=jsonl"
+
+
 def test_leading_spaces_are_kept(tmp_path):
     assert texts(make_dataset(tmp_path, "  indented\nb\n", every=2), "train") == ["  indented"]
 
@@ -47,7 +67,7 @@ def test_unreadable_files_are_errors_of_one_line(tmp_path):
         data.load("train")
     assert "\n" not in str(error.value)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\nx\n")
-    with pytest.raises(UserError, match=r"latin\.txt"):
+    with pytest.raises(UserError, match=r"latin\.txt, row 1: not UTF-8 \(byte 0xe9 at position 4\)"):
         PromptFile(str(tmp_path / "latin.txt"), 2, "", "", []).load("train")
     with pytest.raises(UserError, match=r"dataset\.path"):
         PromptFile(str(tmp_path), 2, "", "", []).load("train")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from apa_cli.datasets.row_file import Row
 from apa_cli.datasets.stack_exchange import StackExchange, pair_answers, score_votes, shuffle_round_robin
 from apa_cli.errors import UserError
 from apa_cli.types import Example
@@ -16,7 +17,7 @@ def row(qid, number=1):
 
 
 def answer(text, **marks):
-    return {"text": text, **marks}
+    return Row({"text": text, **marks}, "FILE, row 3")
 
 
 @pytest.mark.parametrize(
@@ -58,8 +59,29 @@ def test_pairs_are_sorted_by_descending_difference_of_scores():
 def test_a_stored_score_is_used_unchanged():
     answers = [answer("a", pm_score=1, upvotes=100), answer("b", pm_score=5), answer("c", pm_score=0, selected=True)]
     assert pair_answers(answers, 10) == [("b", "c"), ("b", "a"), ("a", "c")]
-    with pytest.raises(UserError, match="pm_score or upvotes, got only text, votes"):
+    with pytest.raises(UserError, match="FILE, row 3: an answer needs pm_score or upvotes, got only text, votes"):
         pair_answers([answer("a", votes=1), answer("b", votes=2)], 10)
+
+
+@pytest.mark.parametrize(
+    ("answers", "problem"),
+    [
+        (["a", "b"], 'answers must be a list of objects, got ["a", "b"]'),
+        ("text", 'answers must be a list of objects, got "text"'),
+        ([{"text": "a", "upvotes": "3"}, {"text": "b", "upvotes": 1}], 'upvotes must be a whole number, got "3"'),
+    ],
+)
+def test_answers_of_another_form_are_errors_with_file_and_row(write, tmp_path, error_line, answers, problem):
+    good = {"qid": 1, "question": "Q", "answers": []}
+    file = write("train.jsonl", [good, {**good, "answers": answers}])
+    message = error_line(lambda: make_dataset(tmp_path, held_out_every=99).load("train"))
+    assert message == f"dataset.path: {file}, row 2: {problem}"
+
+
+def test_a_row_without_a_column_and_a_key_that_is_a_list(write, tmp_path, error_line):
+    file = write("train.jsonl", [{**row(1), "qid": [1]}, {"qid": 2}])
+    message = error_line(lambda: make_dataset(tmp_path).load("train"))
+    assert message == f"dataset.path: {file}, row 2: no column question, only qid"
 
 
 def test_stored_pairs_get_stackllamas_prompt_format(write, tmp_path):
