@@ -30,7 +30,7 @@ from apa_cli.runs.resume import AUTO, RESUME
 from apa_cli.runs.stopping import parse_duration
 from apa_cli.secrets import check_secrets
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, RewardSpecs, RewardSpecSettings, RunSettings
-from apa_cli.types import Needs, Range
+from apa_cli.types import EscapedText, Needs, Range
 from apa_cli.user_code import import_object
 
 LONGEST_FILE_NAME = 255
@@ -141,8 +141,10 @@ def check_algorithm(config: Config) -> None:
 
 
 def check_continuation(config: Config, cfg: DictConfig) -> None:
-    """Raise ConfigError for resume=auto without a name, or an invalid time limit."""
+    """Raise ConfigError for resume=auto without a name, for overwrite with resume, or an invalid time limit."""
     run = config.run
+    if run.overwrite and run.resume is not None:
+        raise ConfigError(f"overwrite: {RESUME}={run.resume} continues the run that this would remove; leave one out")
     if run.resume == AUTO and "${run_name:" in str(to_dict(cfg).get("name")):
         raise ConfigError(f"{RESUME}: {AUTO} needs name=…, which identifies the run")
     if run.stop_after is not None:
@@ -228,6 +230,8 @@ def _build_section(
     except (TypeError, ValueError) as error:  # of the class's own __post_init__
         raise ConfigError(f"{section}: {get_first_line(error)}") from error
     for key, hint in hints.items():
+        if EscapedText in getattr(hint, "__metadata__", ()):
+            typed = replace(typed, **{key: _unescape(getattr(typed, key))})
         if RewardSpecs in getattr(hint, "__metadata__", ()):
             typed = replace(typed, **{key: _build_parts(values[key], f"{prefix}{key}", cfg, extra_dir)})
     return typed
@@ -318,6 +322,13 @@ def _check_range(name: str, value: Any, hint: Any) -> None:
             raise ConfigError(f"{name}: {value} must be {allowed}")
 
 
+def _unescape(value: Any) -> Any:
+    """Return a text, or each text of a list, with its escapes replaced, as `EscapedText` describes them."""
+    if isinstance(value, list):
+        return [_unescape(part) for part in value]
+    return EscapedText.read(value) if isinstance(value, str) else value
+
+
 def _describe_type(hint: Any) -> str:
     """Return a type as a user names it, such as "a whole number or null"."""
     if typing.get_origin(hint) is Annotated:
@@ -330,4 +341,6 @@ def _describe_type(hint: Any) -> str:
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
     if len(kinds) > 1 and kind is kinds[0]:
         return " or ".join(words[each] for each in kinds) + optional
+    if typing.get_origin(kind) is dict:
+        return "a mapping, as {name: value}" + optional
     return words.get(kind, f"a {typing.get_origin(kind).__name__}" if typing.get_origin(kind) else str(kind)) + optional

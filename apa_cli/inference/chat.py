@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from apa_cli.datasets.dialogue import format_dialogue
-from apa_cli.errors import ConfigError
+from apa_cli.errors import ConfigError, UserError
 from apa_cli.inference.trained_policy import PromptKind, load_trained_policy, read_first_prompt
 from apa_cli.models.loading import find_end_token_ids, load_tokenizer
 from apa_cli.models.prompting import Messages, PromptFormat
@@ -85,8 +85,18 @@ def run_chat(config: Config, run: RecordedRun | None) -> None:
     )
     mode = "earlier turns stay in the prompt" if is_dialogue else "every line is a prompt of its own"
     print(f"{config.run.run or config.model.path}: {CHAT_COMMANDS}; {mode}", file=sys.stderr)
-    input_prompt = "> " if sys.stdin.isatty() else ""
-    converse(conversation, lambda: input(input_prompt), lambda line: print(strip_control_characters(line), flush=True))
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stdout.reconfigure(errors="replace")
+    converse(conversation, read_line, lambda line: print(strip_control_characters(line), flush=True))
+
+
+def read_line() -> str:
+    """Return the next line of the input. Raise UserError if it is not UTF-8, EOFError at the end."""
+    line = input("> " if sys.stdin.isatty() else "")
+    if any("\ud800" <= character <= "\udfff" for character in line):
+        shown = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        raise UserError(f"chat: the input {shown[:80]!r} is not UTF-8; convert it, such as by iconv -f latin1 -t utf-8")
+    return line
 
 
 def choose_prompt_form(config: Config, run: RecordedRun | None) -> tuple[bool, bool]:

@@ -15,6 +15,7 @@ from apa_cli.inference.trained_policy import PromptKind, get_output_path, read_f
 from apa_cli.report.formatting import format_lambda, format_value
 from apa_cli.report.groups import flatten_settings
 from apa_cli.runs.records import RecordedRun
+from apa_cli.types import EscapedText
 
 TRAINING_EVALUATION = {
     "eval/reward_mean": "score",
@@ -144,7 +145,8 @@ def format_example(sampling: Mapping[str, Any], prompt: str, kind: PromptKind) -
         ]
     else:
         inputs = [f"prompt = {prompt!r}", 'inputs = tokenizer(prompt, return_tensors="pt")']
-    stops = [f"    stop_strings={sampling['stop_strings']!r}, tokenizer=tokenizer,"] if sampling["stop_strings"] else []
+    strings = [EscapedText.read(string) for string in sampling["stop_strings"]]
+    stops = [f"    stop_strings={strings!r}, tokenizer=tokenizer,"] if strings else []
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",

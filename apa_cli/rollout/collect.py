@@ -12,31 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from apa_cli.randomness import Stream, make_generator
-from apa_cli.rollout.engine import EOS, LENGTH, Sampled, pad_left, pad_right
+from apa_cli.rollout.engine import Sampled, pad_left, pad_right
+from apa_cli.rollout.response_text import LENGTH, read_response
 from apa_cli.rollout.samplers import Draws, Sampler
 from apa_cli.settings import SamplingSettings
 from apa_cli.types import POLICY, SAMPLER, Prompt, Rollout, RolloutPlan, Sequences
 
 S = TypeVar("S", bound=Sequences)
-
-
-def decode_response(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[int],
-    response: list[int],
-    ending: str,
-    stop_strings: list[str],
-) -> str:
-    """Return the text that is scored: without the end token, cut before the first stop string, stripped on the right.
-
-    The response is decoded after the prompt's last tokens, because some tokenizers drop the first space of a text.
-    """
-    tokens = response[:-1] if ending == EOS else response
-    context = str(tokenizer.decode(prompt[-4:], skip_special_tokens=True))
-    text = str(tokenizer.decode(prompt[-4:] + tokens, skip_special_tokens=True))
-    text = text[len(context) :] if text.startswith(context) else str(tokenizer.decode(tokens, skip_special_tokens=True))
-    cuts = [text.index(string) for string in stop_strings if string and string in text]
-    return text[: min(cuts)].rstrip() if cuts else text.rstrip()
 
 
 def collect_rollout(
@@ -68,6 +50,7 @@ def collect_rollout(
         for i, (place, number) in enumerate(places):
             rng = make_generator(seed, Stream.roll_in_cut, iteration, place, number)
             has_prefix, tokens = rng.random() < plan.prefix.probability, roll_in.tokens[i]
+            tokens = tokens[: read_response(tokenizer, tokens, LENGTH, settings.stop_strings)[0]]
             if has_prefix and len(tokens) >= 2:
                 cut = int(rng.integers(1, len(tokens)))
                 prefixes[i], prefix_logprobs[i] = tokens[:cut], roll_in.logprobs[i][:cut]
@@ -85,7 +68,10 @@ def assemble_rollout(
     settings: SamplingSettings,
     plan: RolloutPlan | None = None,
 ) -> Rollout:
-    """Join prefixes and completions into one rollout, with responses cut at `max_new_tokens`."""
+    """Join prefixes and completions into one rollout, with responses cut at `max_new_tokens`.
+
+    No token follows the one that completed a stop string, also in logged responses.
+    """
     plan, limit = plan or RolloutPlan(), settings.max_new_tokens
     tokens = [(prefix + row)[:limit] for prefix, row in zip(prefixes, completions.tokens, strict=True)]
     logprobs = [(prefix + row)[:limit] for prefix, row in zip(prefix_logprobs, completions.logprobs, strict=True)]
@@ -93,6 +79,11 @@ def assemble_rollout(
         LENGTH if len(prefix) + len(row) > limit else ending
         for prefix, row, ending in zip(prefixes, completions.tokens, completions.endings, strict=True)
     ]
+    responses = []
+    for i, row in enumerate(tokens):
+        count, endings[i], text = read_response(tokenizer, row, endings[i], settings.stop_strings)
+        tokens[i], logprobs[i] = row[:count], logprobs[i][:count]
+        responses.append(text)
     is_prefix_on_policy = plan.roll_in == POLICY
     is_rest_on_policy = (plan.roll_in if plan.roll_out is None else plan.roll_out) == POLICY
     on_policy = [
@@ -109,10 +100,7 @@ def assemble_rollout(
         on_policy=pad_right(on_policy, 0, width, torch.bool),
         logprobs={SAMPLER: pad_right(logprobs, 0.0, width, torch.float32)},
         prompts=[prompt.text for prompt in prompts],
-        responses=[
-            decode_response(tokenizer, prompt.token_ids, row, ending, settings.stop_strings)
-            for prompt, row, ending in zip(prompts, tokens, endings, strict=True)
-        ],
+        responses=responses,
         endings=endings,
         groups=torch.tensor([prompt.place for prompt in prompts]),
         columns=[prompt.columns for prompt in prompts],

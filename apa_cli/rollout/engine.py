@@ -16,10 +16,9 @@ from apa_cli.models.sequence_packing import can_pack
 from apa_cli.rollout.decode_step import EagerDecoder, GraphDecoder
 from apa_cli.rollout.fast_linear import use_fast_linears
 from apa_cli.rollout.graph_probe import can_decode_with_graph
+from apa_cli.rollout.response_text import EOS, LENGTH, STOP, StopSearch
 from apa_cli.settings import SamplingSettings
 
-EOS, STOP, LENGTH = "eos", "stop", "length"
-"""Endings of a response: an end token, a stop string, the length limit."""
 LOOKAHEAD_STEPS = {"cuda": 1}
 """Device type → decode steps queued before the tokens of an earlier step are read; other types: 0."""
 
@@ -34,23 +33,6 @@ class Sampled:
     """Log-probability of each token at the sampling temperature, before truncation by top_k and top_p."""
     endings: list[str]
     """EOS, STOP or LENGTH."""
-
-
-class StopStringMatcher:
-    """Search for stop strings in the decoded text of responses as they grow."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: list[str]):
-        self.tokenizer = tokenizer
-        self.strings = [string for string in strings if string]
-        self.window = 2 * max((len(string) for string in self.strings), default=0) + 8
-        """Tokens that are decoded: more than the longest stop string has characters."""
-
-    def has_match(self, tokens: list[int]) -> bool:
-        """Return True if the text of the last `window` tokens contains a stop string."""
-        if not self.strings:
-            return False
-        text = self.tokenizer.decode(tokens[-self.window :], skip_special_tokens=True)
-        return any(string in text for string in self.strings)
 
 
 @torch.no_grad()
@@ -105,7 +87,11 @@ def sample_microbatch(
     """
     device, length = model.device, uniforms.shape[1]
     ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id, device)
-    stop_strings = StopStringMatcher(tokenizer, settings.stop_strings)
+    searches = [StopSearch(tokenizer, settings.stop_strings) for _ in prompts]
+    has_stops = any(settings.stop_strings)
+    for prefix, search in zip(prefixes, searches, strict=True):
+        for token in prefix if has_stops else []:
+            search.add(token)
     responses: list[list[int]] = [[] for _ in prompts]
     endings = [LENGTH] * len(prompts)
     logprobs = torch.zeros(len(prompts), length, device=device)
@@ -132,7 +118,7 @@ def sample_microbatch(
         for i, token in zip(rows, read_tokens(), strict=True):
             if i in unfinished:
                 responses[i].append(token)
-                if token in end_tokens or stop_strings.has_match(prefixes[i] + responses[i]):
+                if token in end_tokens or (has_stops and searches[i].add(token)):
                     endings[i] = EOS if token in end_tokens else STOP
                     unfinished.discard(i)
                 elif len(prefixes[i]) + len(responses[i]) == length:

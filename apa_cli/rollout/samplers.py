@@ -15,7 +15,8 @@ from apa_cli.errors import UserError
 from apa_cli.models.forward import TrainingModel, autocast_to
 from apa_cli.models.sharding import copy_gathered_weights
 from apa_cli.randomness import Stream, make_generator, sample_uniforms
-from apa_cli.rollout.engine import EOS, LENGTH, Sampled, sample_responses
+from apa_cli.rollout.engine import Sampled, sample_responses
+from apa_cli.rollout.response_text import EOS, LENGTH
 from apa_cli.settings import DType, SamplingSettings
 from apa_cli.types import Prompt
 

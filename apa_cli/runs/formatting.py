@@ -20,6 +20,8 @@ MARGIN = 16
 """Columns to the left of a wrapped text, for its label."""
 PROMPT_LINES, PROMPT_CHARACTERS = 4, 600
 """The last lines and characters of a prompt that are shown."""
+QUOTED_CHARACTERS = 600
+"""Characters that are shown of a text in quotes."""
 RESPONSE_LINES, RESPONSE_CHARACTERS = 12, 1200
 """The first lines and characters of a response that are shown."""
 
@@ -146,6 +148,12 @@ def _format_cell(value: object) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def quote_text(text: str) -> str:
+    """Return a text in quotes on one line, with line breaks as \\n; of a long one the first and the last characters."""
+    half, rest = QUOTED_CHARACTERS // 2, len(text) - QUOTED_CHARACTERS
+    return repr(text) if rest <= 0 else f"{text[:half]!r} … {rest} characters … {text[-half:]!r}"
 
 
 def strip_control_characters(text: str) -> str:

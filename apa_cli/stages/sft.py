@@ -1,4 +1,4 @@
-"""Supervised fine-tuning (SFT): cross-entropy on the tokens of the chosen replies, each ended by EOS."""
+"""Supervised fine-tuning (SFT): cross-entropy on the tokens of the chosen replies, each with its end token."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from apa_cli.errors import UserError
 from apa_cli.models.forward import autocast_to, checkpoint_activations, enable_activation_checkpointing
 from apa_cli.models.loading import build_policy, load_policy, load_tokenizer, save_model, train_tokenizer
 from apa_cli.models.lora import POLICY_ADAPTER, add_adapter
-from apa_cli.models.prompting import PromptFormat
-from apa_cli.models.structure import freeze_all_but_top, move_to_device
+from apa_cli.models.prompting import PromptFormat, Target
+from apa_cli.models.structure import freeze_all_but_top, get_context_length, move_to_device
+from apa_cli.models.tokenization import show_tokens
 from apa_cli.randomness import Stream, derive_torch_seed
 from apa_cli.rollout.engine import pad_left
+from apa_cli.runs.formatting import quote_text
 from apa_cli.settings import Config, ModelSettings
-from apa_cli.stages.fitting import StageContext, fit
+from apa_cli.stages.fitting import SayFunction, StageContext, fit
 from apa_cli.tensor_ops import masked_mean, masked_sum, token_logprobs
 from apa_cli.types import Example
 
@@ -63,18 +65,19 @@ def train_sft_model(
     weights. Raise UserError if the data set has no chosen replies.
     """
     settings = config.sft
-    train = [example for example in train if example.chosen is not None]
-    held_out = [example for example in held_out if example.chosen is not None][: settings.held_out]
+    train = select_replies(train, "train", context.say)
+    held_out = select_replies(held_out, "held-out", context.say)[: settings.held_out]
     if not train or not held_out:
         raise UserError("sft: the data set has no chosen responses to train on; set model.path to an SFT model")
     model, tokenizer = load_or_build_model(config.model, train, seed, frozen_base=config.lora.rank > 0)
     configure_trainable_weights(model, config, derive_torch_seed(seed, Stream.initialization, 1))
     move_to_device(model, context.device)
     prompt_format, pad_id = PromptFormat(tokenizer, config.dataset.prompt_style), tokenizer.pad_token_id
-    rows, held_out_rows = (
-        [prompt_format.encode_target(example, settings.max_tokens) for example in examples]
-        for examples in (train, held_out)
-    )
+    max_tokens = min(settings.max_tokens, get_context_length(model) or settings.max_tokens)
+    targets = encode_targets(prompt_format, train, max_tokens, "train", context.say)
+    context.say(describe_target(tokenizer, targets[0]))
+    held_out_targets = encode_targets(prompt_format, held_out, max_tokens, "held-out", context.say)
+    rows, held_out_rows = ([target.row for target in part] for part in (targets, held_out_targets))
 
     def compute_loss(indices: list[int]) -> Tensor:
         with autocast_to(context.device, config.model.dtype), checkpoint_activations(model):
@@ -95,6 +98,37 @@ def train_sft_model(
     )
     save_model(model, tokenizer, context.model_folder)
     return {"perplexity_before": before, "perplexity_after": after, "replies": len(rows), "step": best["iteration"]}
+
+
+def select_replies(examples: list[Example], split: str, say: SayFunction) -> list[Example]:
+    """Return the examples with a chosen reply that is not empty; report how many are left out, if any are kept."""
+    kept = [example for example in examples if example.chosen is not None and example.chosen.strip()]
+    if 0 < len(kept) < len(examples):
+        say(f"sft: {len(examples) - len(kept)} of {len(examples)} {split} rows have no chosen reply and are left out")
+    return kept
+
+
+def encode_targets(
+    prompt_format: PromptFormat, examples: list[Example], max_tokens: int, split: str, say: SayFunction
+) -> list[Target]:
+    """Return the tokens of each example's prompt and reply, in at most `max_tokens`; report how many are cut."""
+    targets = [prompt_format.encode_target(example, max_tokens) for example in examples]
+    prompts, replies = (sum(getattr(target, name) for target in targets) for name in ("is_prompt_cut", "is_reply_cut"))
+    if prompts or replies:
+        say(
+            f"sft: of {len(targets)} {split} rows, {prompts} lose text of their prompt and {replies} the end of their "
+            f"reply, because sft.max_tokens and the model's context allow {max_tokens} tokens"
+        )
+    return targets
+
+
+def describe_target(tokenizer: PreTrainedTokenizerBase, target: Target) -> str:
+    """Return one line with a row as the model reads it, special tokens visible."""
+    prompt, reply = (show_tokens(tokenizer, ids) for ids in (target.prompt_ids, target.reply_ids))
+    return (
+        f"sft: first row, {len(target.prompt_ids)} + {len(target.reply_ids)} tokens: {quote_text(prompt)} → "
+        f"{quote_text(reply)}"
+    )
 
 
 def configure_trainable_weights(model: PreTrainedModel, config: Config, seed: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apa_cli.errors import UserError
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.rollout.engine import pad_left, pad_right
 from apa_cli.settings import SamplingSettings
@@ -30,6 +31,11 @@ class RowEncoder:
             self.prompt_format.encode_response(example, row, longest) if isinstance(row, str) else row
             for example, row in zip(examples, responses, strict=True)
         ]
+        if max(map(len, rows), default=0) > longest:
+            raise UserError(
+                f"algo: encode() got a response of {max(map(len, rows))} tokens, more than sampling.max_new_tokens "
+                f"{longest}; cut it"
+            )
         ids, mask = pad_left([prompt.token_ids for prompt in prompts], pad)
         return build_sequences(ids, mask.bool(), rows, pad)
 

@@ -11,7 +11,7 @@ is not repeated, so the command may be stopped and started again. Both sides hav
 - work: 40 iterations of 64 responses of up to 64 tokens, to prompts of the same training set; minibatches of 32,
   2 passes, temperature 1, linear decay of 5e-4 for policy and critic (APA: apa-train's own 1e-3 for the critic);
 - scores: TRL's trainer scores by apa-train's function, that is, text without the end token, from a prompt as text;
-- evaluation: all held-out prompts, and the same random numbers for all policies.
+- evaluation: 1024 held-out prompts, and the same random numbers for all policies.
 
 Everything else is each tool's own. TRL's critic starts from the reward model, and it never clips gradients; its own
 settings stay but λ, which is the price of KL: vf_coef 0.1, Adam with 0.9, 0.999 and no weight decay.
@@ -41,6 +41,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS, RESPONSES, MINIBATCH, EPOCHS, LR = 40, 64, 32, 2, 5e-4
+HELD_OUT = 1024
+"""Prompts of the evaluation; with fewer its own noise exceeds the differences."""
 TRL, PPO, APA = "trl", "ppo", "apa"
 SIDES: dict[str, tuple[list[str], tuple[float, ...]]] = {
     TRL: ([], (0.2, 0.05, 0.02)),
@@ -113,14 +115,15 @@ def compare_sides(first: dict[int, list[float]], second: dict[int, list[float]])
 # --- jobs ---------------------------------------------------------------------------------------------------
 
 
-def get_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Return the overrides that training and evaluation of both sides share."""
+def get_overrides(arguments: argparse.Namespace, policy: Path | None = None) -> list[str]:
+    """Return the overrides that training and evaluation of both sides share; `policy`: None, the SFT model."""
     return [
         "model=embedded",
-        f"model.path={arguments.sft}",
+        f"model.path={policy or arguments.sft}",
         f"reward.path={arguments.reward}",
         f"launch.threads={arguments.threads}",
         "launch.device=cpu",
+        f"dataset.test_prompts={HELD_OUT}",
     ]
 
 
@@ -169,7 +172,7 @@ def train_trl(arguments: argparse.Namespace, lambda_: float, seed: int, folder: 
     from apa_cli.models.loading import load_tokenizer
     from apa_cli.models.prompting import PromptFormat
     from apa_cli.rewards.base import Placement
-    from apa_cli.rollout.collect import decode_response
+    from apa_cli.rollout.response_text import read_response
     from apa_cli.training.build import load_examples
 
     torch.set_num_threads(arguments.threads)
@@ -196,7 +199,7 @@ def train_trl(arguments: argparse.Namespace, lambda_: float, seed: int, folder: 
             answer = [token for token in row[context_length:] if token != pad_token_id]
             ending = "eos" if tokenizer.eos_token_id in answer else "length"
             questions.append(texts[tuple(question)])
-            answers.append(decode_response(tokenizer, question, answer, ending, config.sampling.stop_strings))
+            answers.append(read_response(tokenizer, answer, ending, config.sampling.stop_strings)[2])
         return None, torch.tensor(score(questions, answers, [{} for _ in answers])), None
 
     ppo_trainer.get_reward = get_reward
@@ -248,8 +251,8 @@ def train_trl(arguments: argparse.Namespace, lambda_: float, seed: int, folder: 
 
 def evaluate(arguments: argparse.Namespace, folder: Path) -> dict:
     """Evaluate the policy in `folder`/model by apa-eval: mean score, exact KL, and both of each prompt's response."""
-    overrides = [*get_overrides(arguments), "evaluation.best_of=[]", f"evaluation.reference={arguments.sft}"]
-    overrides[1] = f"model.path={folder / 'model'}"
+    options = [f"evaluation.prompts={HELD_OUT}", "evaluation.best_of=[]", f"evaluation.reference={arguments.sft}"]
+    overrides = [*get_overrides(arguments, policy=folder / "model"), *options]
     report = json.loads((run_command("evaluate", overrides, folder) / "eval.json").read_text())
     rows = [row["policy"] for row in report["replies"]]
     return {
@@ -355,7 +358,8 @@ def find_models(arguments: argparse.Namespace) -> None:
     from apa_cli.training.build import load_examples, run_missing_stages
 
     given = {"model.path": arguments.sft, "reward.path": arguments.reward}
-    overrides = ["model=embedded", *(f"{key}={path}" for key, path in given.items() if path)]
+    overrides = ["model=embedded", f"dataset.test_prompts={HELD_OUT}"]
+    overrides += [f"{key}={path}" for key, path in given.items() if path]
     with Console(None, 0, live=False) as console:
         config = build_config(compose(overrides))
         train, held_out = load_examples(config, console.say)

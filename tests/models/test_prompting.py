@@ -1,12 +1,15 @@
 """Encoding of rows as plain text or through a chat template, truncation, SFT's targets, and the text for rewards."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from apa_cli.datasets.base import PromptStyle
 from apa_cli.errors import ConfigError, UserError
+from apa_cli.models.loading import find_end_token_ids
 from apa_cli.models.prompting import PromptFormat
 from apa_cli.types import Example
+from tests.builders import build_tiny_policy
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }};{% endfor %}"
@@ -61,7 +64,8 @@ def test_rows_that_go_through_the_template(style, messages, template, chat, toke
 
 def test_place_sample_and_columns_are_copied(tokenizer):
     prompt, _ = PromptFormat(tokenizer, PromptStyle.auto).encode_prompt(make_row(), place=3, sample=1, max_tokens=100)
-    assert (prompt.place, prompt.sample, prompt.columns) == (3, 1, {"topic": "health"})
+    assert (prompt.place, prompt.sample) == (3, 1)
+    assert prompt.columns == {"topic": "health", "messages": MESSAGES}
 
 
 def test_a_plain_prompt_becomes_one_user_message(tokenizer):
@@ -108,7 +112,7 @@ QUESTION, REPLY = "\n\nHuman: How long does it take?\n\nAssistant:", " It takes 
 def encode_target(tokenizer, max_tokens: int):
     """Return the token ids of QUESTION and REPLY as plain text, and for each token if it is one of the reply."""
     example = make_row(QUESTION, None, REPLY)
-    return PromptFormat(tokenizer, PromptStyle.hh).encode_target(example, max_tokens)
+    return PromptFormat(tokenizer, PromptStyle.hh).encode_target(example, max_tokens).row
 
 
 def test_the_target_is_the_reply_and_eos(tokenizer):
@@ -138,7 +142,7 @@ def test_a_long_reply_is_cut_and_has_no_eos(tokenizer):
 
 
 def test_the_target_of_a_chat_ends_with_eos_and_begins_without_a_space(tokenizer):
-    ids, flags = PromptFormat(tokenizer, PromptStyle.auto).encode_target(make_row(), max_tokens=100)
+    ids, flags = PromptFormat(tokenizer, PromptStyle.auto).encode_target(make_row(), max_tokens=100).row
     assert tokenizer.decode([i for i, flag in zip(ids, flags, strict=True) if flag]) == f"Better.{tokenizer.eos_token}"
     prompt = [i for i, flag in zip(ids, flags, strict=True) if not flag]
     assert tokenizer.decode(prompt) == "<user>How are you?;<assistant>Fine.;<user>And now?;<assistant>"
@@ -156,3 +160,90 @@ def test_a_template_error_is_one_line(tokenizer):
     with pytest.raises(UserError, match=r"^dataset: the tokenizer's chat template refuses") as error:
         encode(tokenizer, PromptStyle.auto, make_row())
     assert "\n" not in str(error.value)
+
+
+# Real and unusual tokenizers
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Add these up: 1234567890 and 9876543210 and 1000 and 9999999999 and 8888888888 and 7777777777",
+        "123456789" * 30,
+        "请写一首关于梦想鑫鑫" * 9,
+        "Ünïcödé \u0301\u0301 👩‍👩‍👧 " * 9,
+        " \n\t  \n" * 40,
+        "What does\n\n\nthis   mean ? " * 9,
+    ],
+)
+@pytest.mark.parametrize("name", ["tokenizers/llama-spm32k", "models/stories260k", "tokenizers/gptj"])
+def test_the_cut_of_a_chat_ends_for_every_text(name, text, shared):
+    """Text cut by tokens, decoded and encoded again may be as long as before."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / name)
+    tokenizer.chat_template = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    prompt_format = PromptFormat(tokenizer, PromptStyle.chat)
+    example = Example(text, None, None, {}, [{"role": "user", "content": text}])
+    prompt, is_truncated = prompt_format.encode_prompt(example, 0, 0, max_tokens=32)
+    (message,) = prompt.columns["messages"]
+    assert is_truncated and text.endswith(message["content"]) and message["content"]
+    assert prompt.token_ids == prompt_format.render_messages([message]) and 24 <= len(prompt.token_ids) <= 32
+
+
+def test_a_cut_prompt_keeps_bos_and_whole_characters(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama-spm32k")
+    prompt, _ = PromptFormat(tokenizer, PromptStyle.hh).encode_prompt(
+        Example("Once, 鑫鑫鑫鑫", None, None, {}), 0, 0, 9
+    )
+    assert prompt.token_ids[0] == tokenizer.bos_token_id and prompt.text == "鑫鑫"
+    assert len(prompt.token_ids) == 7  # BOS and 2 · 3 bytes; the ninth and eighth token are the rest of a character
+
+
+def test_an_eos_that_the_tokenizer_adds_is_neither_in_prompts_nor_twice_in_targets(tokenizer):
+    prompt, reply, eos = tokenizer(HH)["input_ids"], tokenizer(" Better.")["input_ids"], tokenizer.eos_token_id
+    special = [(tokenizer.eos_token, eos)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {tokenizer.eos_token}", special_tokens=special)
+    assert tokenizer(HH)["input_ids"] == [*prompt, eos]
+    prompt_format = PromptFormat(tokenizer, PromptStyle.hh)
+    assert prompt_format.encode_prompt(make_row(), 0, 0, 100)[0].token_ids == prompt
+    assert prompt_format.encode_target(make_row(), 100).row[0] == [*prompt, *reply, eos]
+    assert prompt_format.encode_response(make_row(), " Better.", 100) == [*reply, eos]
+
+
+def test_a_reply_ends_as_the_chat_template_ends_a_turn(tokenizer):
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat, plain = PromptFormat(tokenizer, PromptStyle.auto), PromptFormat(tokenizer, PromptStyle.hh)
+    assert end != tokenizer.eos_token_id
+    assert chat.encode_target(make_row(), 100).reply_ids[-1] == chat.encode_response(make_row(), "Yes", 100)[-1] == end
+    assert plain.encode_target(make_row(), 100).reply_ids[-1] == tokenizer.eos_token_id
+    policy = build_tiny_policy(vocab_size=len(tokenizer))
+    assert find_end_token_ids(policy, tokenizer) >= {end, tokenizer.eos_token_id}
+
+
+def test_a_tokenizer_without_an_end_token_needs_a_template_that_ends_turns(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"^model\.tokenizer: the tokenizer has no end token"):
+        PromptFormat(tokenizer, PromptStyle.auto).encode_target(make_row(), 100)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    ids = PromptFormat(tokenizer, PromptStyle.auto).encode_target(make_row(), 100).reply_ids
+    assert tokenizer.decode(ids) == "Better.<|im_end|>"
+
+
+def test_the_target_of_a_long_chat_loses_turns_and_keeps_the_templates_start(tokenizer):
+    prompt_format = PromptFormat(tokenizer, PromptStyle.auto)
+    whole = prompt_format.encode_target(make_row(), 1000)
+    length = len(whole.prompt_ids) + len(whole.reply_ids)
+    assert not whole.is_prompt_cut and prompt_format.encode_target(make_row(), length) == whole
+    cut = prompt_format.encode_target(make_row(), length - 1)
+    assert (cut.is_prompt_cut, cut.is_reply_cut, cut.reply_ids) == (True, False, whole.reply_ids)
+    assert tokenizer.decode(cut.prompt_ids) == "<user>And now?;<assistant>"
+    # A reply that leaves the template no room keeps the prompt's last tokens.
+    few = prompt_format.encode_target(make_row(), 4)
+    assert few.prompt_ids == whole.prompt_ids[-1:] and few.reply_ids == whole.reply_ids[:3] and few.is_reply_cut

@@ -1,4 +1,4 @@
-"""Rollouts: the text that is scored, prefixes of one policy completed by another, and concatenation."""
+"""Rollouts: prefixes of one policy completed by another, and concatenation."""
 
 import bisect
 import itertools
@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from apa_cli.randomness import Stream, make_generator, sample_uniforms
-from apa_cli.rollout.collect import assemble_rollout, collect_rollout, concatenate_sequences, decode_response
+from apa_cli.rollout.collect import assemble_rollout, collect_rollout, concatenate_sequences
 from apa_cli.rollout.engine import Sampled
 from apa_cli.rollout.samplers import ModelSampler
 from apa_cli.settings import DType
@@ -24,61 +24,6 @@ from tests.builders import (
     make_sampling_settings,
     make_sequences,
 )
-
-# The text that is scored
-
-
-@pytest.fixture(scope="module")
-def byte_level(tiny):
-    return AutoTokenizer.from_pretrained(tiny)
-
-
-def tokenize_and_decode(
-    tokenizer, response: str, ending: str = "length", stop_strings=(), prompt="\n\nHuman: Hi\n\nAssistant:"
-):
-    """Return the scored text of the tokens of `response`."""
-    tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
-    return decode_response(tokenizer, tokenizer(prompt)["input_ids"], tokens, ending, list(stop_strings))
-
-
-def test_a_text_is_stripped_on_the_right_only(byte_level):
-    assert tokenize_and_decode(byte_level, "  Yes, I do. \n\n ") == "  Yes, I do."
-    assert tokenize_and_decode(byte_level, "\n Yes") == "\n Yes"
-
-
-def test_the_end_token_is_not_in_the_text_also_if_it_is_an_ordinary_token(byte_level):
-    tokens = byte_level(" Yes!")["input_ids"]
-    assert byte_level.decode(tokens[-1:]) == "!"  # an ordinary token; a special one is not decoded anyway
-    for ending, text in (("eos", " Yes"), ("length", " Yes!"), ("stop", " Yes!")):
-        assert decode_response(byte_level, byte_level("Hi")["input_ids"], tokens, ending, []) == text
-    eos = byte_level.eos_token_id
-    assert decode_response(byte_level, byte_level("Hi")["input_ids"], [*tokens, eos], "eos", []) == " Yes!"
-    assert decode_response(byte_level, byte_level("Hi")["input_ids"], [eos], "eos", []) == ""
-
-
-@pytest.mark.parametrize("stop_strings", [["Human:", "Assistant:"], ["Assistant:", "Human:"], ["", "Assistant:", "x"]])
-def test_the_first_stop_string_in_the_text_cuts_it(byte_level, stop_strings):
-    response = " No. \n\nAssistant: Yes.\n\nHuman: Sure? Assistant:"
-    assert tokenize_and_decode(byte_level, response, "stop", stop_strings) == " No."
-
-
-def test_a_stop_string_cuts_at_any_place_and_with_any_ending(byte_level):
-    assert tokenize_and_decode(byte_level, "Human: Hi", "length", ["Human:"]) == ""
-    assert tokenize_and_decode(byte_level, " A human. Human:", "stop", ["human:", "Human:"]) == " A human."
-    assert tokenize_and_decode(byte_level, " Yes", "length", ["Human:"]) == " Yes"  # those in the prompt do not count
-
-
-@pytest.mark.parametrize("prompt", ["Human: Hi\n\nAssistant:", "A:", "Assistant: "])
-def test_the_first_space_of_a_response_is_kept_by_a_tokenizer_that_drops_that_of_a_text(shared, prompt):
-    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama-spm32k")
-    tokens = tokenizer.convert_tokens_to_ids(["▁Yes", ",", "▁I", "▁do"])
-    assert tokenizer.decode(tokens) == "Yes, I do"
-    ids = tokenizer(prompt)["input_ids"]
-    assert decode_response(tokenizer, ids, tokens, "length", []) == " Yes, I do"
-    assert decode_response(tokenizer, ids, tokens[2:], "length", []) == " I do"
-    bare = tokenizer.convert_tokens_to_ids(["Y", "es"])
-    assert decode_response(tokenizer, ids, bare, "length", []) == "Yes"
-
 
 # Whole rollouts
 

@@ -14,7 +14,7 @@ from apa_cli.models.forward import compute_response_logprobs
 from apa_cli.models.lora import AdapterDisabledModel
 from apa_cli.models.sequence_packing import can_pack
 from apa_cli.rollout import decode_step, engine
-from apa_cli.rollout.engine import Sampled, StopStringMatcher, pad_left, pad_right, sample_responses
+from apa_cli.rollout.engine import Sampled, pad_left, pad_right, sample_responses
 from apa_cli.rollout.kv_cache import PreallocatedCacheLayer
 from apa_cli.types import Sequences
 from tests.builders import (
@@ -308,24 +308,6 @@ def test_logits_in_bfloat16_are_normalised_in_float32(tokenizer, prompts, unifor
     assert logits.dtype == torch.bfloat16
     exact = float(logits.float().log_softmax(-1)[sampled.tokens[0][0]])
     assert sampled.logprobs[0] == pytest.approx([exact], rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("strings", "tokens", "expected"),
-    [
-        ([], [4, 5], False),
-        ([""], [4, 5], False),  # the empty string is in every text, and is ignored
-        (["e f"], [4], False),
-        (["e f"], [4, 5], True),
-        (["e f"], [5, 4], False),
-        (["e f"], [1] * 100 + [4, 5], True),
-        (["j j", "e f"], [4, 5], True),  # any of several
-        (["e f"], [4, PAD, 5], True),  # special tokens are not decoded
-        (["e f", " ".join("bcdefghijbcde")], [*range(1, 10), 1, 2, 3, 4], True),  # the window holds the longest string
-    ],
-)
-def test_a_stop_string_is_found_in_the_decoded_text(tokenizer, strings, tokens, expected):
-    assert StopStringMatcher(tokenizer, strings).has_match(tokens) is expected
 
 
 def test_the_token_that_completes_a_stop_string_ends_the_response(policy, tokenizer, prompts, uniforms):
