@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from apa_cli.tensor_ops import drop_rounding, is_rounding, masked_variance
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -59,6 +61,24 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_l
     return advantages, (advantages + values).where(mask, zero)
 
 
+def sum_rewards_to_go(token_rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """Return the Monte-Carlo returns Σ_{k ≥ t} γ^(k−t) r_k, without any value. [N, T] → [N, T], 0 outside the mask."""
+    return gae(token_rewards, token_rewards.new_zeros(token_rewards.shape), mask, gamma, 1.0)[1]
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float | None:
+    """Return 1 − Var(R − V) / Var(R) over true tokens, at most 1; None if R does not differ beyond rounding.
+
+    R are the Monte-Carlo returns [N, T], see `sum_rewards_to_go`: λ-returns contain V, so that a critic of pure noise
+    would seem to explain them. Computed in float64.
+    """
+    wide, zero = returns.double(), returns.new_zeros((), dtype=values.double().dtype)
+    spread = float(masked_variance(wide, mask))
+    if is_rounding(spread**0.5, float(wide.where(mask, zero).abs().max())):
+        return None
+    return 1 - float(masked_variance(wide - values.double(), mask)) / spread
+
+
 def group_mean(token_rewards: Tensor, groups: Tensor, mask: Tensor) -> Tensor:
     """Return each response's total reward minus the mean of the other responses to its prompt, on every true token.
 
@@ -90,18 +110,21 @@ def match_prompts(groups: Tensor) -> Tensor:
 def subtract_mean_of_others(rewards: Tensor, groups: Tensor) -> Tensor:
     """Return each response's reward minus the mean of the other responses to its prompt (RLOO, 2402.14740).
 
-    rewards [N], groups [N] → [N] float64. Raise ValueError if a prompt has only one response.
+    rewards [N], groups [N] → [N] float64, exactly 0 for a difference that may be rounding alone. Raise ValueError if a
+    prompt has only one response.
     """
     same_prompt, rewards = match_prompts(groups), rewards.double()
-    return rewards - (same_prompt @ rewards - rewards) / (same_prompt.sum(-1) - 1)
+    return drop_rounding(rewards - (same_prompt @ rewards - rewards) / (same_prompt.sum(-1) - 1), rewards)
 
 
-def measure_groups(scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each response the mean and standard deviation (n − 1) of the scores of all responses to its prompt.
+def center_in_groups(scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each score minus the mean of all responses to its prompt, and their standard deviation (n − 1).
 
-    scores [N], groups [N] → two of [N] float64. Raise ValueError if a prompt has only one response.
+    scores [N], groups [N] → two of [N] float64; differences and deviations that may be rounding alone are exactly 0.
+    Raise ValueError if a prompt has only one response.
     """
     same_prompt, scores = match_prompts(groups), scores.double()
     count = same_prompt.sum(-1)
     mean = same_prompt @ scores / count
-    return mean, (same_prompt @ (scores - mean) ** 2 / (count - 1)).sqrt()
+    deviation = (same_prompt @ (scores - mean) ** 2 / (count - 1)).sqrt()
+    return drop_rounding(scores - mean, mean), drop_rounding(deviation, mean)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from apa_cli.losses import MAX_LOG_RATIO
 from apa_cli.tensor_ops import masked_row_sum, masked_sum
 from apa_cli.types import SAMPLER, Rollout, Sequences
 
@@ -55,6 +56,7 @@ def measure_token_k3(rollout: Rollout, reference: str) -> float | None:
     for part in parts:
         # In float64: in float32 small values would be rounding, of either sign.
         difference = k1(part.get_logprobs(SAMPLER), part.get_logprobs(reference)).double()
+        difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         total += float(masked_sum((-difference).expm1() + difference, part.on_policy))
         count += int(part.on_policy.sum())
     return float(parts[0].get_logprobs(SAMPLER).new_tensor(total / count)) if count else None

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Bound on |log-ratio| before exp, in nats: without one, 0 · ∞ could arise. Beyond the bound there is no gradient."""
+"""Bound on |log-ratio|, or on AWR's Â/λ, before exp, in nats: without one, 0 · ∞ could arise. Beyond the bound a
+log-ratio has no gradient."""
 
 
 def apa_loss(
@@ -36,14 +37,12 @@ def apa_loss(
 def awr_loss(logprobs: Tensor, advantages: Tensor, lambda_: float, weight_clip: float | None) -> Tensor:
     """Return the loss of Advantage-Weighted Regression (1910.00177, algorithm 1; per token: 2306.02231, equation 6).
 
-        − w ℓ_θ,   w = exp( min(Â/λ, log weight_clip) )
+        − w ℓ_θ,   w = exp( min(Â/λ, log weight_clip, `MAX_LOG_RATIO`) )
 
-    `weight_clip` None leaves the weights unbounded. Arguments [B, T]; λ > 0, in the unit of Â → [B, T].
+    With `weight_clip` None only `MAX_LOG_RATIO` bounds the weights. Arguments [B, T]; λ > 0, in the unit of Â → [B, T].
     """
-    exponent = advantages / lambda_
-    if weight_clip is not None:
-        exponent = exponent.clamp(max=math.log(weight_clip))
-    return -exponent.exp() * logprobs
+    bound = MAX_LOG_RATIO if weight_clip is None else min(math.log(weight_clip), MAX_LOG_RATIO)
+    return -(advantages / lambda_).clamp(max=bound).exp() * logprobs
 
 
 def exp_log_ratio(log_ratio: Tensor) -> Tensor:

@@ -7,6 +7,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+ROUNDING = 2.0**-18
+"""Share of a number, or of 1 if the number is smaller, within which two results in float32 count as equal: 32 units in
+the last place. Measured: a reward model of 4 layers scores a text up to 1.4e-6 apart in batches of other sizes."""
+
+
+def is_rounding(difference: float, magnitude: float) -> bool:
+    """Return True if a difference of numbers of this magnitude may be rounding alone, see `ROUNDING`."""
+    return abs(difference) <= ROUNDING * max(1.0, abs(magnitude))
+
+
+def choose_divisor(deviation: float, magnitude: float) -> float:
+    """Return the standard deviation of numbers of this magnitude, or 1 if they do not differ beyond rounding."""
+    return 1.0 if is_rounding(deviation, magnitude) else deviation
+
+
+def drop_rounding(differences: Tensor, magnitudes: Tensor) -> Tensor:
+    """Return differences of numbers of these magnitudes, with those that may be rounding alone set to 0."""
+    return differences.masked_fill(differences.abs() <= ROUNDING * magnitudes.abs().clamp(min=1), 0)
+
+
+def differ(x: Tensor, y: Tensor) -> Tensor:
+    """Return bool, true where x and y differ beyond rounding."""
+    return drop_rounding(x - y, x.abs().maximum(y.abs())) != 0
+
 
 def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
     """Return the sum of `x` over true tokens; values outside the mask, even inf and NaN, do not enter. → scalar."""
@@ -36,14 +60,14 @@ def masked_variance(x: Tensor, mask: Tensor) -> Tensor:
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Return (x − mean) / std over the true tokens, 0 outside the mask. x [B, T] → [B, T].
 
-    Computed in float64 with the population standard deviation, floored at 1e-8 and at 1e-6 of the largest true |x|:
-    an `x` that is constant, or constant up to rounding, gives zeros.
+    Computed in float64 with the population standard deviation. An `x` that does not differ beyond rounding gives zeros.
     """
-    wide = x.double()
+    wide, zero = x.double(), x.new_zeros(())
+    deviation = masked_variance(wide, mask).sqrt()
     largest = float(wide.where(mask, wide.new_zeros(())).abs().max()) if x.numel() else 0.0
-    deviation = masked_variance(wide, mask).sqrt().clamp(min=max(1e-8, 1e-6 * largest))
-    whitened = ((wide - masked_mean(wide, mask)) / deviation).to(x.dtype)
-    return whitened.where(mask, x.new_zeros(()))
+    if is_rounding(float(deviation), largest):
+        return zero.expand(x.shape).clone()
+    return ((wide - masked_mean(wide, mask)) / deviation).to(x.dtype).where(mask, zero)
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:

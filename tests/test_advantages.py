@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from apa_cli.advantages import (
+    center_in_groups,
     gae,
     group_mean,
-    measure_groups,
     place_scores_at_end,
     spread_over_tokens,
     subtract_mean_of_others,
@@ -164,8 +164,8 @@ def test_the_mean_of_the_other_responses_is_subtracted():
 
 def test_mean_and_deviation_of_groups_by_hand():
     # prompt 3, scores 1, 2, 6: mean 3, squares 4 + 1 + 9 = 14 over 3 − 1; prompt 8, scores 10, 4: mean 7, 18 over 1
-    mean, std = measure_groups(torch.tensor([1.0, 10.0, 2.0, 6.0, 4.0]), torch.tensor([3, 8, 3, 3, 8]))
-    assert_close(mean, torch.tensor([3.0, 7.0, 3.0, 3.0, 7.0], dtype=torch.float64))
+    centered, std = center_in_groups(torch.tensor([1.0, 10.0, 2.0, 6.0, 4.0]), torch.tensor([3, 8, 3, 3, 8]))
+    assert_close(centered, torch.tensor([-2.0, 3.0, -1.0, 3.0, -3.0], dtype=torch.float64))
     assert_close(std, torch.tensor([7.0, 18.0, 7.0, 7.0, 18.0], dtype=torch.float64).sqrt())
 
 
@@ -173,13 +173,25 @@ def test_mean_and_deviation_of_groups_by_hand():
 def test_equal_float32_scores_have_exactly_their_mean_and_no_deviation(size):
     # in float32, 0.1 + 0.1 + 0.1 over 3 would be another number than 0.1
     scores = torch.tensor([0.1, 0.7, 1 / 3, -1e8]).repeat(size)
-    mean, std = measure_groups(scores, torch.arange(4).repeat(size))
-    assert mean.tolist() == scores.double().tolist()
-    assert not std.any()
+    centered, std = center_in_groups(scores, torch.arange(4).repeat(size))
+    assert not centered.any() and not std.any()
     assert not subtract_mean_of_others(scores, torch.arange(4).repeat(size)).any()
 
 
-@pytest.mark.parametrize("measure", [measure_groups, subtract_mean_of_others])
+@pytest.mark.parametrize("offset", [0.0, 0.3, -1e6])
+def test_scores_of_a_group_that_differ_by_rounding_are_equal(offset):
+    # 2⁻¹⁸ = 3.8e-6 of the score, at least of 1; the second prompt's scores differ by 12.5 times that
+    unit = 2.0**-18 * max(1, abs(offset))
+    scores = torch.tensor([offset, offset + unit / 2, offset, offset + 12.5 * unit], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 1, 1])
+    centered, std = center_in_groups(scores, groups)
+    difference = subtract_mean_of_others(scores, groups)
+    for result, size in ((centered, 6.25), (difference, 12.5)):
+        assert_close(result, torch.tensor([0, 0, -size, size], dtype=torch.float64) * unit, rtol=1e-4, atol=0.0)
+    assert (std > 0).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("measure", [center_in_groups, subtract_mean_of_others])
 def test_a_prompt_with_a_single_response_is_refused(measure):
     with pytest.raises(ValueError, match=r"^samples_per_prompt: at least two responses to every prompt"):
         measure(torch.ones(3), torch.tensor([0, 0, 1]))

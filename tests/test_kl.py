@@ -179,3 +179,10 @@ def test_exact_kl_does_not_depend_on_a_shift_of_the_logits():
 )
 def test_adaptive_coefficient_by_hand(kl, expected):
     assert adapt_kl_coef(0.05, kl, target=6.0, n=64, horizon=10_000) == pytest.approx(expected, rel=1e-12)
+
+
+def test_k3_of_far_policies_is_finite():
+    """exp(1000) is ∞ also in float64; log-ratios are clamped to ±20: k = −20 gives exp(20) − 1 − 20."""
+    mask = make_mask([1])
+    rollout = make_rollout(mask, logprobs={"sampler": torch.tensor([[-1000.0]]), "init": torch.tensor([[0.0]])})
+    assert measure_token_k3(rollout, "init") == pytest.approx(math.exp(20) - 21, rel=1e-6)

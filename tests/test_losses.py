@@ -81,6 +81,15 @@ def test_awr_weights_are_clipped_from_above_only():
     assert_close(awr_loss(logprobs, advantages, 0.5, None)[1:3], torch.tensor([math.exp(1.5), math.exp(20)]))
 
 
+@pytest.mark.parametrize("weight_clip", [None, 1e30])
+def test_awr_weights_stay_finite(weight_clip):
+    # Â/λ = 200: exp would be ∞ in float32, and ∞ · 0 NaN; the bound is 20 nats. Â/λ = 19 is not changed
+    logprobs = torch.tensor([0.0, -1.0], requires_grad=True)
+    loss = awr_loss(logprobs, torch.tensor([20.0, 1.9]), 0.1, weight_clip)
+    assert_close(loss.detach(), torch.tensor([0.0, math.exp(19)]), rtol=1e-5)
+    assert_close(gradient(loss, logprobs), -torch.tensor([math.exp(20), math.exp(19)]), rtol=1e-5)
+
+
 def test_awr_gradient_is_minus_the_weight():
     logprobs = torch.tensor([-2.0, -3.0], requires_grad=True)
     loss = awr_loss(logprobs, torch.tensor([1.0, 9.0]), 1.0, 20.0)

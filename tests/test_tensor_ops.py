@@ -7,6 +7,10 @@ import pytest
 import torch
 
 from apa_cli.tensor_ops import (
+    choose_divisor,
+    differ,
+    drop_rounding,
+    is_rounding,
     masked_mean,
     masked_row_mean,
     masked_row_sum,
@@ -87,11 +91,30 @@ def test_whitening_removes_shift_and_scale():
     assert_close(whiten(-x, mask), -whiten(x, mask))
 
 
-def test_a_constant_whitens_to_zeros_and_the_standard_deviation_is_floored_at_1e_8():
-    mask = torch.tensor([[True, True, False]])
-    assert not whiten(torch.tensor([[3.0, 3.0, 9.0]]), mask).any()
-    # ±1e-9 have the deviation 1e-9, below the floor: ±1e-9 / 1e-8
-    assert_close(whiten(torch.tensor([[1e-9, -1e-9, 9.0]]), mask), torch.tensor([[0.1, -0.1, 0.0]]))
+@pytest.mark.parametrize("values", [[3.0, 3.0, 9.0], [0.0, 0.0, math.nan], [1e-7, -1e-7, 9.0], [1e6, 1e6 + 2, 0.0]])
+def test_what_does_not_differ_beyond_rounding_whitens_to_zeros(values):
+    # deviations 0, 0, 1e-7 and 1; 2⁻¹⁸ = 3.8e-6 of the largest, at least of 1: 3.8e-6 and 3.8
+    assert whiten(torch.tensor([values]), torch.tensor([[True, True, False]])).tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("values", [[5e-6, -5e-6, 0.0], [1e6, 1e6 + 16, 0.0]])
+def test_a_small_difference_beyond_rounding_is_whitened(values):
+    # deviations 5e-6 and 8, above 3.8e-6 and 3.8
+    high, low = max(values[:2]), min(values[:2])
+    expected = [[1.0 if value == high else -1.0 for value in values[:2]] + [0.0]]
+    assert high > low
+    assert_close(whiten(torch.tensor([values]), torch.tensor([[True, True, False]])), torch.tensor(expected))
+
+
+def test_rounding_is_relative_to_the_number_and_at_least_to_1():
+    # 2⁻¹⁸ = 3.81e-6
+    assert is_rounding(3.8e-6, 0.0) and not is_rounding(3.9e-6, 0.5)
+    assert is_rounding(-3.8e-5, -10.0) and not is_rounding(3.9e-5, 10.0)
+    assert (choose_divisor(1e-6, 0.1), choose_divisor(0.01, 0.1)) == (1.0, 0.01)
+    differences = torch.tensor([3.8e-6, -3.9e-6, 3.8e-5, -3.9e-5])
+    kept = drop_rounding(differences, torch.tensor([0.1, 1.0, 10.0, -10.0]))
+    assert kept.tolist() == torch.tensor([0, -3.9e-6, 0, -3.9e-5]).tolist()
+    assert differ(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1 + 2e-6, 1 + 8e-6, 5e-6])).tolist() == [0, 1, 1]
 
 
 def test_log_probability_of_the_sampled_token_by_hand():

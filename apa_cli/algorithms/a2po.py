@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from apa_cli.algorithms.base import ROW_MASK, Algorithm
-from apa_cli.tensor_ops import masked_row_sum
+from apa_cli.tensor_ops import drop_rounding, masked_row_sum
 from apa_cli.types import INIT, RESPONSE, Batch, Loss, LossTerm, Needs, PolicyOutput, Positive, Rollout, State, require
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class A2PO(Algorithm):
         sampled, scores = rollout.on_policy.any(-1), require(rollout.scores, "scores")
         rows = rollout.select_rows(sampled.nonzero().squeeze(1))
         values = estimate_optimal_values(scores[~sampled], rollout.groups[~sampled], rows.groups, self.beta1)
-        extra = {**rows.extra, "optimal_value": values, "optimal_advantage": scores[sampled] - values}
+        advantages = drop_rounding(scores[sampled] - values, values)
+        extra = {**rows.extra, "optimal_value": values, "optimal_advantage": advantages}
         return rows.replace(extra=extra), state
 
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:

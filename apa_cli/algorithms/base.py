@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from apa_cli import advantages as estimators
 from apa_cli.losses import critic_loss
-from apa_cli.tensor_ops import masked_variance, whiten
+from apa_cli.tensor_ops import choose_divisor, whiten
 from apa_cli.types import (
     REFERENCE,
     RESPONSE,
@@ -149,12 +149,13 @@ class ScoreScalingAlgorithm(Algorithm):
         return {"score_moments": (0.0, 0.0, 0.0)}
 
     def score_scale(self, scores: Tensor, moments: estimators.Moments) -> float:
-        """Return the divisor of the scores: a population standard deviation, at least 1e-8, or 1."""
+        """Return the divisor of the scores: a population standard deviation, or 1 without a spread beyond rounding."""
         if self.score_scaling is ScoreScaling.running:
-            count, _, squares = moments
-            return max((squares / count) ** 0.5, 1e-8)
+            count, mean, squares = moments
+            return choose_divisor((squares / count) ** 0.5, mean)
         if self.score_scaling is ScoreScaling.batch:
-            return max(float(scores.double().std(correction=0)), 1e-8)
+            wide = scores.double()
+            return choose_divisor(float(wide.std(correction=0)), float(wide.mean()))
         return 1.0
 
     def scale_scores(self, rollout: Rollout, state: State) -> tuple[Tensor, dict[str, float], State]:
@@ -199,14 +200,14 @@ class ActorCritic(ScoreScalingAlgorithm):
         scores, metrics, next_state = self.scale_scores(rollout, state)
         token_rewards = self.token_rewards(rollout, scores, state)
         advantages, returns = self.estimate_advantages(rollout, token_rewards)
+        rewards_to_go = estimators.sum_rewards_to_go(token_rewards, rollout.mask, self.gamma)
         masks = dict(rollout.masks)
-        for name, target in returns.items():
+        for name in returns:
             mask = masks.get(critic_mask(name), masks[POLICY_MASK]) & select_critic_rows(rollout, name)
             masks[critic_mask(name)] = mask
-            if bool(mask.any()):
-                error = masked_variance(target - rollout.values[name], mask)
-                spread = masked_variance(target, mask).clamp(min=1e-12)
-                metrics[f"{name}/explained_variance"] = 1 - float(error / spread)
+            explained = estimators.explained_variance(rollout.values[name], rewards_to_go, mask)
+            if explained is not None:
+                metrics[f"{name}/explained_variance"] = explained
         batch = Batch.from_rollout(rollout, masks=masks, advantages=advantages, returns=returns, metrics=metrics)
         if self.whitening is Whitening.rollout:
             batch = self.whiten_advantages(batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from apa_cli.advantages import measure_groups, spread_over_tokens
+from apa_cli.advantages import center_in_groups, spread_over_tokens
 from apa_cli.algorithms.base import POLICY_MASK, entropy_terms
 from apa_cli.algorithms.ratio import ImportanceLevel, LossReduction, RatioAlgorithm, reduce_term
 from apa_cli.losses import k3_loss, ppo_clip_mask, ppo_loss
@@ -31,16 +31,18 @@ class GRPO(RatioAlgorithm):
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
         """Return the batch with Â, the same on all tokens of a response."""
         scores, metrics, state = self.scale_scores(rollout, state)
-        mean, std = measure_groups(scores, rollout.groups)
-        advantages = (scores - mean) / (std + 1e-4 if self.normalize_std else 1.0)
+        centered, std = center_in_groups(scores, rollout.groups)
+        advantages = centered / (std + 1e-4 if self.normalize_std else 1.0)
         metrics["grpo/zero_std_groups"] = len(rollout.groups[std == 0].unique()) / len(rollout.groups.unique())
         return self.make_batch(rollout, spread_over_tokens(advantages.to(scores.dtype), rollout.mask), metrics), state
 
     def loss(self, batch: Batch, output: PolicyOutput) -> Loss:
         log_ratio, mask = output.logprobs - batch.get_logprobs(OLD), batch.masks[POLICY_MASK]
+        advantages = require(batch.advantages, "advantages")
         if self.importance_level is ImportanceLevel.sequence:
             log_ratio = masked_row_mean(log_ratio, mask).unsqueeze(-1).expand(mask.shape)
-        arguments = (log_ratio, require(batch.advantages, "advantages"), self.clip_range, self.clip_range_high)
+            advantages = advantages.where(mask, advantages.new_zeros(()))  # all tokens share the ratio and its gradient
+        arguments = (log_ratio, advantages, self.clip_range, self.clip_range_high)
         terms = [LossTerm("policy", ppo_loss(*arguments), POLICY_MASK, weight=1.0)]
         if self.kl_coef:
             k3 = k3_loss(output.logprobs, batch.get_logprobs(REFERENCE))

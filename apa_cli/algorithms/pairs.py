@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from apa_cli.algorithms.base import Algorithm
-from apa_cli.tensor_ops import masked_row_sum
+from apa_cli.tensor_ops import differ, masked_row_sum
 from apa_cli.types import REFERENCE, RESPONSE, Batch, Encode, Needs, PolicyOutput, Rollout, Sequences, State, require
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ def fold_pairs(rollout: Rollout, second: str, better_first: bool = False) -> Rol
     """Return a rollout of half the rows: samples 2k and 2k + 1 of each prompt, the latter in `related[second]`.
 
     With `better_first` the two are swapped if the latter has the higher score. Rows come in the order of `groups`; the
-    second responses' scores are in `extra`. The mask "pair" is true; with `better_first` it is false for equal scores.
+    second responses' scores are in `extra`. The mask "pair" is true; with `better_first` it is false for scores that do
+    not differ beyond rounding.
     Raise ValueError if a prompt has an odd number of responses.
     """
     if bool((rollout.groups.unique(return_counts=True)[1] % 2).any()):
@@ -65,7 +66,7 @@ def fold_pairs(rollout: Rollout, second: str, better_first: bool = False) -> Rol
     scores = require(rollout.scores, "scores")
     counted = rollout.mask.new_ones(len(first))
     if better_first:
-        swap, counted = scores[other] > scores[first], scores[other] != scores[first]
+        swap, counted = scores[other] > scores[first], differ(scores[other], scores[first])
         first, other = other.where(swap, first), first.where(swap, other)
     rows, others = rollout.select_rows(first), rollout.select_rows(other)
     return rows.replace(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from apa_cli.algorithms.pairs import PAIR_MASK, SECOND_SCORE, Pairwise, log_ratio_difference
 from apa_cli.kl import sum_k1
+from apa_cli.tensor_ops import differ
 from apa_cli.types import (
     OLD,
     REFERENCE,
@@ -46,7 +47,8 @@ class REBEL(Pairwise):
     def prepare(self, rollout: Rollout, state: State) -> tuple[Batch, State]:
         """Return the batch with the difference in reward, r = score − kl_coef · Σ_t k1_t over on-policy tokens."""
         batch, state = super().prepare(rollout, state)
-        difference = require(rollout.scores, "scores") - rollout.extra[SECOND_SCORE]
+        scores, second_scores = require(rollout.scores, "scores"), rollout.extra[SECOND_SCORE]
+        difference = (scores - second_scores).where(differ(scores, second_scores), scores.new_zeros(()))
         if self.kl_coef:
             kl, second_kl = sum_k1(rollout, REFERENCE), sum_k1(rollout.related[self.second], REFERENCE)
             difference = difference - self.kl_coef * (kl - second_kl)

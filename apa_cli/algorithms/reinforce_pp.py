@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from apa_cli.advantages import gae, measure_groups, place_scores_at_end
+from apa_cli.advantages import center_in_groups, place_scores_at_end, sum_rewards_to_go
 from apa_cli.algorithms.base import POLICY_MASK, entropy_terms
 from apa_cli.algorithms.ratio import RatioAlgorithm
 from apa_cli.losses import ppo_clip_mask, ppo_loss
@@ -39,9 +39,9 @@ class ReinforcePP(RatioAlgorithm):
         """Return the batch with Â_t: the whitened sum of the token rewards from t on."""
         scores, metrics, state = self.scale_scores(rollout, state)
         if self.baseline is Baseline.group_mean:
-            scores = (scores - measure_groups(scores, rollout.groups)[0]).to(scores.dtype)
+            scores = center_in_groups(scores, rollout.groups)[0].to(scores.dtype)
         token_rewards = place_scores_at_end(scores, rollout.mask) - self.price_kl(rollout)
-        returns, _ = gae(token_rewards, token_rewards.new_zeros(token_rewards.shape), rollout.mask, 1.0, 1.0)
+        returns = sum_rewards_to_go(token_rewards, rollout.mask, 1.0)
         advantages = whiten(returns, rollout.masks[POLICY_MASK])
         return self.make_batch(rollout, advantages, metrics), state
 

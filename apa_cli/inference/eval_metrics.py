@@ -14,11 +14,17 @@ from transformers import PreTrainedModel
 from apa_cli.kl import best_of_n_bound
 from apa_cli.randomness import Stream
 from apa_cli.rollout.collect import collect_rollout
-from apa_cli.rollout.engine import EOS, LENGTH, STOP
+from apa_cli.rollout.response_text import EOS, LENGTH, STOP
 from apa_cli.rollout.samplers import ModelSampler
-from apa_cli.rollout.statistics import confidence_half_width, distinct_n
+from apa_cli.rollout.statistics import confidence_half_width, distinct_n, drop_missing
 from apa_cli.tensor_ops import masked_mean
-from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses, compare_scores
+from apa_cli.training.evaluator import (
+    MAIN_REWARD,
+    Evaluator,
+    ScoredResponses,
+    compare_scores,
+    find_equal_responses,
+)
 from apa_cli.types import POLICY, Prompt
 
 SFT_SUFFIX = "_sft"
@@ -38,14 +44,16 @@ def compute_eval_metrics(
     Without `sft_responses` only the policy's metrics are returned.
     """
     reference = policy_responses if sft_responses is None else sft_responses
-    metrics = evaluator.compute_metrics(policy_responses, reference.scores)
-    metrics["eval/kl_exact_ci"] = confidence_half_width(policy_responses.kl.sum(-1))
+    sft_texts = reference.rollout.responses
+    metrics = evaluator.compute_metrics(policy_responses, reference.scores, sft_texts)
+    metrics |= drop_missing({"eval/kl_exact_ci": confidence_half_width(policy_responses.kl.sum(-1))})
+    same = find_equal_responses(policy_responses.rollout.responses, sft_texts)
     metrics |= {f"eval/{name}": value for name, value in compute_unpaired_metrics(evaluator, policy_responses).items()}
     for name in evaluator.scores:
         suffix = f"/{name}" if name != MAIN_REWARD else ""
         summary = summarize_scores(policy_responses.scores[name])
         if sft_responses is not None:
-            summary |= compare_with_sft(policy_responses.scores[name], sft_responses.scores[name])
+            summary |= compare_with_sft(policy_responses.scores[name], sft_responses.scores[name], same)
         metrics |= {f"eval/{key}{suffix}": value for key, value in summary.items()}
     if sft_responses is None:
         return {key: value for key, value in metrics.items() if not key.split("/")[1].endswith(SFT_SUFFIX)}
@@ -70,19 +78,22 @@ def compute_unpaired_metrics(evaluator: Evaluator, responses: ScoredResponses) -
 def summarize_scores(scores: list[float]) -> dict[str, float]:
     """Return the mean score and its interval."""
     values = torch.tensor(scores)
-    return {"reward_mean": float(values.mean()), "reward_ci": confidence_half_width(values)}
+    return drop_missing({"reward_mean": float(values.mean()), "reward_ci": confidence_half_width(values)})
 
 
-def compare_with_sft(scores: list[float], sft_scores: list[float]) -> dict[str, float]:
-    """Return the SFT model's mean score, and the policy's gain and win rate against it on the same prompts."""
-    won, difference = compare_scores(scores, sft_scores), torch.tensor(scores) - torch.tensor(sft_scores)
-    return {
+def compare_with_sft(scores: list[float], sft_scores: list[float], same: Tensor | None = None) -> dict[str, float]:
+    """Return the SFT model's mean score, and the policy's gain and win rate against it on the same prompts.
+
+    `same` [N] is true for the same response of both, see `compare_scores`.
+    """
+    won, difference = compare_scores(scores, sft_scores, same), torch.tensor(scores) - torch.tensor(sft_scores)
+    return drop_missing({
         **{f"{key}{SFT_SUFFIX}": value for key, value in summarize_scores(sft_scores).items()},
         "gain": float(difference.mean()),
         "gain_ci": confidence_half_width(difference),
         "win_rate_sft": float(won.mean()),
         "win_rate_sft_ci": confidence_half_width(won),
-    }
+    })  # fmt: skip
 
 
 def score_many_responses(evaluator: Evaluator, model: PreTrainedModel, prompts: list[Prompt], count: int) -> Tensor:
@@ -102,7 +113,7 @@ def compute_best_of_n(scores: Tensor, sizes: list[int], policy_scores: list[floa
 
     gain is the mean over these prompts, the first P, of the policy's score minus the best score.
     """
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     for n in sizes:
         best = scores[:, :n].max(dim=1).values
         gain = torch.tensor(policy_scores[: len(best)]) - best
@@ -113,4 +124,4 @@ def compute_best_of_n(scores: Tensor, sizes: list[int], policy_scores: list[floa
             f"eval/best_of_{n}/gain": float(gain.mean()),
             f"eval/best_of_{n}/gain_ci": confidence_half_width(gain),
         }
-    return metrics
+    return drop_missing(metrics)

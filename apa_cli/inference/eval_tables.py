@@ -78,10 +78,10 @@ def build_best_of_n_rows(metrics: Mapping[str, float], sizes: Sequence[int]) -> 
 
 
 def format_metric(metrics: Mapping[str, float], name: str, interval: str = "") -> str:
-    """Return the metric eval/`name` with its interval; "" if it was not measured."""
+    """Return the metric eval/`name` with its interval, if there is one; "" if it was not measured."""
     if f"eval/{name}" not in metrics:
         return ""
-    half = f" ± {metrics[f'eval/{interval}']:.2g}" if interval else ""
+    half = f" ± {metrics[f'eval/{interval}']:.2g}" if f"eval/{interval}" in metrics else ""
     return f"{metrics[f'eval/{name}']:.4g}{half}"
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from apa_cli.kl import list_on_policy_sequences, measure_sequence_kl, measure_token_k3
-from apa_cli.rollout.engine import EOS, LENGTH
-from apa_cli.tensor_ops import masked_mean, masked_sum
+from apa_cli.rollout.response_text import EOS, LENGTH
+from apa_cli.tensor_ops import differ, masked_mean, masked_sum
 from apa_cli.types import INIT, OLD, REFERENCE, SAMPLER, Rollout, require
 
 
@@ -31,6 +33,16 @@ def compute_response_metrics(rollout: Rollout) -> dict[str, float]:
     }
 
 
+def compute_equal_groups(scores: Tensor, groups: Tensor) -> float | None:
+    """Return the share of the prompts with several responses whose scores do not differ beyond rounding.
+
+    scores and groups [N]; None if no prompt has several responses.
+    """
+    by_group = [scores[groups == group] for group in groups.unique()]
+    parts = [part for part in by_group if len(part) > 1]
+    return sum(not bool(differ(part.max(), part.min())) for part in parts) / len(parts) if parts else None
+
+
 def compute_sampling_metrics(rollout: Rollout) -> dict[str, float]:
     """Return reward/*, response/*, and policy/entropy, the sampler's in nats per token, of the responses as sampled.
 
@@ -38,6 +50,7 @@ def compute_sampling_metrics(rollout: Rollout) -> dict[str, float]:
     """
     scores = require(rollout.scores, "scores")
     metrics = {"reward/mean": float(scores.mean()), "reward/std": float(scores.std(correction=0))}
+    metrics |= drop_missing({"reward/equal_groups": compute_equal_groups(scores, rollout.groups)})
     if bool(rollout.on_policy.any()):
         metrics["policy/entropy"] = -float(masked_mean(rollout.get_logprobs(SAMPLER), rollout.on_policy))
     return metrics | compute_response_metrics(rollout)
@@ -56,7 +69,7 @@ def compute_kl_metrics(rollout: Rollout) -> dict[str, float]:
         metrics["kl/token_k3"] = measure_token_k3(rollout, INIT)
         if all(REFERENCE in part and part[REFERENCE] is not part[INIT] for part in parts):
             metrics["kl/refreshed"] = measure_sequence_kl(rollout, REFERENCE)
-    return {name: value for name, value in metrics.items() if value is not None}
+    return drop_missing(metrics)
 
 
 def compute_sampler_gap(rollout: Rollout) -> dict[str, float]:
@@ -73,6 +86,11 @@ def compute_sampler_gap(rollout: Rollout) -> dict[str, float]:
     return {"policy/sampler_gap": float(total / sum(part.on_policy.sum() for part in parts))}
 
 
-def confidence_half_width(values: Tensor) -> float:
-    """Return the half width of the 95 % normal confidence interval of the mean of `values` [N]; 0 if N = 1."""
-    return float(1.96 * values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
+def confidence_half_width(values: Tensor) -> float | None:
+    """Return the half width of the 95 % normal confidence interval of the mean of `values` [N]; None if N = 1."""
+    return float(1.96 * values.std() / len(values) ** 0.5) if len(values) > 1 else None
+
+
+def drop_missing(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the metrics without those that could not be measured, which are None."""
+    return {name: value for name, value in metrics.items() if value is not None}

@@ -19,6 +19,17 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, settings: SamplingSettings) 
     return tokens, log_pi.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+def truncate_logits(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    """Return logits [B, V] at the temperature with −∞ for the tokens that `sample_tokens` never returns.
+
+    Their softmax is the distribution that is sampled. Without top_k and top_p they are the logits themselves.
+    """
+    if not settings.top_k and settings.top_p == 1:
+        return logits
+    kept = truncate_probabilities(logits.log_softmax(-1).exp(), settings.top_k, settings.top_p)
+    return logits.masked_fill(kept == 0, -float("inf"))
+
+
 def invert_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Return the first token whose cumulative probability is ≥ u · total: [B, V] and u [B] in (0, 1] → [B] int64.
 

@@ -18,6 +18,7 @@ from apa_cli.models.structure import count_parameters, freeze_all_but_top
 from apa_cli.randomness import Stream, make_generator
 from apa_cli.rewards.base import NamedReward
 from apa_cli.settings import Config, CriticKind, Quantization
+from apa_cli.training.hooks import check_rollout_plans
 from apa_cli.training.minibatches import count_steps
 from apa_cli.types import GUIDE, INIT, OLD, REFERENCE, Critic
 
@@ -64,7 +65,7 @@ def describe_batches(config: Config, world_size: int) -> list[str]:
 def describe_plans(config: Config) -> list[str]:
     """Return a line for each rollout plan of the first iteration that samples once per prompt."""
     rng = make_generator(config.run.seed, Stream.plan, 1)
-    plans = config.plan.rollout(1, rng, config.algo.initial_state())
+    plans = check_rollout_plans(config.plan, config.plan.rollout(1, rng, config.algo.initial_state()))
     return [
         f"plan: {plan.samples or config.run.samples_per_prompt} further responses of {ROLL_IN.get(plan.roll_in, '')}"
         "to each prompt, sampled and scored the first time that it comes up and kept; not counted above or below"

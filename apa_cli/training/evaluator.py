@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,9 +22,10 @@ from apa_cli.rewards.base import CheckedScoreFunction
 from apa_cli.rollout.collect import collect_rollout, concatenate_sequences, pad_to_width
 from apa_cli.rollout.engine import pad_left
 from apa_cli.rollout.samplers import Sampler
-from apa_cli.rollout.statistics import compute_response_metrics, confidence_half_width
+from apa_cli.rollout.statistics import compute_response_metrics, confidence_half_width, drop_missing
+from apa_cli.rollout.token_sampling import truncate_logits
 from apa_cli.settings import DType, SamplingSettings
-from apa_cli.tensor_ops import apply_temperature, masked_mean, token_entropy
+from apa_cli.tensor_ops import apply_temperature, differ, masked_mean, token_entropy
 from apa_cli.types import POLICY, Prompt, Rollout
 
 Decoding = Callable[[], AbstractContextManager[object]]
@@ -41,9 +42,10 @@ class ScoredResponses:
     scores: dict[str, list[float]]
     """N scores by each reward, under the keys of `Evaluator.scores`."""
     kl: Tensor
-    """[N, T] float32, exact KL(π_θ ‖ π_init) in nats at each position, 0 outside the mask."""
+    """[N, T] float32, exact KL(π_θ ‖ π_init) in nats at each position, 0 outside the mask; with top_k or top_p that of
+    the truncated, renormalized distribution that was sampled."""
     entropy: Tensor
-    """[N, T] float32, entropy in nats of π_θ at each position, 0 outside the mask."""
+    """[N, T] float32, entropy in nats of the same distribution at each position, 0 outside the mask."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,14 @@ class Evaluator:
         policy: PreTrainedModel,
         sft_scores: Mapping[str, list[float]],
         decoding: Decoding = nullcontext,
+        sft_responses: Sequence[str] = (),
     ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
         """Return metrics under eval/, one row per prompt for the sample table, and the scores by reward.
 
         Arguments as in `sample_and_score`.
         eval/win_rate_sft compares each score with `sft_scores`, the scores of the SFT model on the same prompts and
-        random numbers; a tie counts half. Empty `sft_scores` mean that `policy` is the SFT model. Further rewards have
+        random numbers; a tie counts half, see `compare_scores`. `sft_responses` are the texts of its responses, empty
+        if they are unknown. Empty `sft_scores` mean that `policy` is the SFT model. Further rewards have
         eval/reward_mean/NAME and eval/win_rate_sft/NAME; the win rate is left out if `sft_scores` lacks NAME.
         """
         responses = self.sample_and_score(sampler, policy, decoding)
@@ -94,7 +98,7 @@ class Evaluator:
                 strict=True,
             )
         ]  # fmt: skip
-        return self.compute_metrics(responses, sft_scores or scores), rows, scores
+        return self.compute_metrics(responses, sft_scores or scores, sft_responses), rows, scores
 
     @torch.no_grad()
     def sample_and_score(
@@ -142,16 +146,19 @@ class Evaluator:
         scores = {name: [value for part in parts for value in part.scores[name]][:count] for name in responses.scores}
         return ScoredResponses(rollout, scores, kl, entropy)
 
-    def compute_metrics(self, responses: ScoredResponses, sft_scores: Mapping[str, list[float]]) -> dict[str, float]:
+    def compute_metrics(
+        self, responses: ScoredResponses, sft_scores: Mapping[str, list[float]], sft_responses: Sequence[str] = ()
+    ) -> dict[str, float]:
         """Return the metrics that training logs, see `evaluate`."""
+        same = find_equal_responses(responses.rollout.responses, sft_responses)
         rollout, scores, kl = responses.rollout, responses.scores, responses.kl
         values, sft = torch.tensor(scores[MAIN_REWARD]), torch.tensor(sft_scores[MAIN_REWARD])
         statistics = compute_response_metrics(rollout)
-        metrics = {
+        metrics: dict[str, float | None] = {
             "eval/reward_mean": float(values.mean()),
             "eval/reward_ci": confidence_half_width(values),
             "eval/reward_mean_sft": float(sft.mean()),
-            "eval/win_rate_sft": compute_win_rate(scores[MAIN_REWARD], sft_scores[MAIN_REWARD]),
+            "eval/win_rate_sft": compute_win_rate(scores[MAIN_REWARD], sft_scores[MAIN_REWARD], same),
             "eval/kl_exact": float(kl.sum(-1).mean()),
             "eval/kl_exact_token": float(masked_mean(kl, rollout.mask)),
             "eval/entropy": float(masked_mean(responses.entropy, rollout.mask)),
@@ -162,9 +169,9 @@ class Evaluator:
         for name in list(self.scores)[1:]:
             metrics[f"eval/reward_mean/{name}"] = float(torch.tensor(scores[name]).mean())
             if name in sft_scores:
-                metrics[f"eval/win_rate_sft/{name}"] = compute_win_rate(scores[name], sft_scores[name])
+                metrics[f"eval/win_rate_sft/{name}"] = compute_win_rate(scores[name], sft_scores[name], same)
         figures = self.describe(self.sources, rollout.responses)
-        return metrics | {f"eval/{name}": value for name, value in figures.items()}
+        return drop_missing(metrics) | {f"eval/{name}": value for name, value in figures.items()}
 
     def compute_kl_and_entropy(
         self,
@@ -176,7 +183,8 @@ class Evaluator:
     ) -> tuple[Tensor, Tensor]:
         """Return KL(π_θ ‖ π_init) and the entropy of π_θ, exact sums over the vocabulary in nats, each [N, T].
 
-        π_init reads the prompts `plain` (token ids).
+        π_θ is the distribution that the sampler draws from, truncated by top_k and top_p; π_init is whole, so that the
+        KL is finite. π_init reads the prompts `plain` (token ids).
         """
         kls, entropies = [], []
         device, temperature = policy.device, self.sampling.temperature
@@ -194,6 +202,7 @@ class Evaluator:
                 values = torch.empty(2, len(states), device=device)
                 for piece in split_into_chunks(len(states), policy.config.get_text_config().vocab_size):
                     logits = apply_temperature(head(states[piece]).float(), temperature)
+                    logits = truncate_logits(logits, self.sampling)
                     ref_logits = apply_temperature(ref_head(ref_states[piece]).float(), temperature)
                     values[:, piece] = torch.stack([exact_kl(logits, ref_logits), token_entropy(logits)])
             kls.append(torch.zeros(mask.shape).masked_scatter(mask.cpu(), values[0].cpu()))
@@ -201,12 +210,22 @@ class Evaluator:
         return torch.cat(kls), torch.cat(entropies)
 
 
-def compare_scores(scores: list[float], others: list[float]) -> Tensor:
-    """Return [N] float32: 1 if a score is higher than the other model's on the same prompt, ½ at a tie, 0 if lower."""
-    first, second = torch.tensor(scores), torch.tensor(others)
-    return (first > second) + 0.5 * (first == second)
+def find_equal_responses(responses: Sequence[str], others: Sequence[str]) -> Tensor | None:
+    """Return [N] bool, true where two models gave the same response to a prompt; None without the other's responses."""
+    return torch.tensor([a == b for a, b in zip(responses, others, strict=True)]) if others else None
 
 
-def compute_win_rate(scores: list[float], others: list[float]) -> float:
-    """Return the share of `scores` that are higher than the other model's on the same prompt; a tie counts half."""
-    return float(compare_scores(scores, others).mean())
+def compare_scores(scores: list[float], others: list[float], same: Tensor | None = None) -> Tensor:
+    """Return [N] float32: 1 if a score is higher than the other model's on the same prompt, ½ at a tie, 0 if lower.
+
+    Scores tie if they do not differ beyond rounding, or if the responses are the `same` [N], since a reward model may
+    score a text differently in another batch.
+    """
+    first, second = torch.tensor(scores, dtype=torch.float64), torch.tensor(others, dtype=torch.float64)
+    tie = ~differ(first, second) if same is None else same | ~differ(first, second)
+    return (first > second).float().where(~tie, torch.tensor(0.5))
+
+
+def compute_win_rate(scores: list[float], others: list[float], same: Tensor | None = None) -> float:
+    """Return the share of `scores` that are higher than the other model's on the same prompt, see `compare_scores`."""
+    return float(compare_scores(scores, others, same).mean())

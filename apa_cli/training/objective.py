@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from apa_cli.algorithms.base import Algorithm
+from apa_cli.losses import exp_log_ratio
 from apa_cli.models.forward import autocast_to
 from apa_cli.settings import DType
 from apa_cli.tensor_ops import masked_sum
+from apa_cli.training.hooks import check_loss
 from apa_cli.training.minibatches import mask_out
-from apa_cli.types import OLD, POLICY, RESPONSE, SAMPLER, Batch, Loss, LossTerm, Metric, Needs, PolicyOutput
+from apa_cli.types import OLD, POLICY, RESPONSE, SAMPLER, Batch, Loss, Needs, PolicyOutput
 
 NO_MAXIMUM = -math.inf
 """The maximum over no value."""
@@ -97,19 +99,6 @@ def list_trained_outputs(output: PolicyOutput) -> dict[str, list[Tensor]]:
     }
 
 
-def check_term(term: LossTerm | Metric, name: str, masks: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for what is no loss term or metric, an unknown mask, or values not of the mask's shape."""
-    if not isinstance(term, LossTerm | Metric):
-        raise ValueError(f"loss: {name} is a {type(term).__name__}, not a types.LossTerm or types.Metric")
-    if term.mask not in masks:
-        raise ValueError(f"loss: {name} names the mask {term.mask!r}; there are {', '.join(sorted(masks))}")
-    if term.values.shape != masks[term.mask].shape:
-        raise ValueError(
-            f"loss: {name} has values of shape {list(term.values.shape)}, but its mask {term.mask!r} has shape "
-            f"{list(masks[term.mask].shape)}; return one value per token or row, not their mean"
-        )
-
-
 def list_ratio_differences(batch: Batch, output: PolicyOutput) -> list[Tensor]:
     """Return ℓ_θ − ℓ_old of the tokens that the present policy sampled, [n] for each sequence, without gradient.
 
@@ -162,11 +151,10 @@ class Objective:
             output = self.model(
                 micro, entropy=needs.entropy, mean_logprob=needs.mean_logprob, related_critics=needs.passes
             )
-        loss = self.algorithm.loss(micro, output)
+        loss = check_loss(self.algorithm, self.algorithm.loss(micro, output), micro.masks)
         outputs, reached = list_trained_outputs(output), set()
         objective = output.logprobs.new_zeros(())
         for term in loss.terms:
-            check_term(term, f"the term {term.name!r}", micro.masks)
             sources, count = find_outputs(term.values, outputs), self.counts[term.mask]
             reached |= sources
             value = masked_sum(term.values, micro.masks[term.mask]) / max(count, 1)
@@ -185,14 +173,13 @@ class Objective:
     def add_metrics(self, loss: Loss, micro: Batch, output: PolicyOutput) -> None:
         """Add the algorithm's metrics, policy/ratio_max and policy/sampler_gap; over nothing there is no metric."""
         for name, metric in loss.metrics.items():
-            check_term(metric, f"the metric {name!r}", micro.masks)
             mask, count = micro.masks[metric.mask], self.counts[metric.mask]
             if metric.reduction == "max":
                 self.share.raise_maximum(name, float(metric.values[mask].max()) if bool(mask.any()) else NO_MAXIMUM)
             elif count:
                 self.share.add(name, float(masked_sum(metric.values, mask)) / count)
         for difference in list_ratio_differences(micro, output):
-            maximum = float(difference.max().exp()) if difference.numel() else NO_MAXIMUM
+            maximum = float(exp_log_ratio(difference.max())) if difference.numel() else NO_MAXIMUM
             self.share.raise_maximum("policy/ratio_max", maximum)
             if self.gap_count:
                 self.share.add("policy/sampler_gap", float(difference.abs().sum()) / self.gap_count)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.errors import UserError
+from apa_cli.file_modes import apply_umask
 from apa_cli.models.forward import TrainingModel
 from apa_cli.models.loading import save_model
 from apa_cli.models.lora import save_adapter
@@ -41,6 +42,8 @@ def save_models(
         for name, critic in model.critics.items():
             if critic.adapter is not None:
                 save_adapter(policy, path / "critic" / f"{name}_adapter", base, critic.adapter)
+        if (path / "critic").is_dir():
+            apply_umask(path / "critic")
     except checkpoints.WRITE_ERRORS as error:
         reason = checkpoints.describe_write_error(error)
         raise UserError(f"{path}: the trained models cannot be written ({reason}); the checkpoint is intact") from error
@@ -62,8 +65,9 @@ def report_results(directory: RunDirectory, console: Console, progress: Progress
     print_before_and_after(directory, console, progress.iteration, print_samples)
     final = next(line for line in reversed(read_rows(directory.metrics)) if "eval/reward_mean" in line)
     gain = final["eval/reward_mean"] - final["eval/reward_mean_sft"]
+    half = f" ± {final['eval/reward_ci']:.3f}" if "eval/reward_ci" in final else ""
     console.say(
-        f"held-out reward {final['eval/reward_mean']:.3f} ± {final['eval/reward_ci']:.3f} (SFT model "
+        f"held-out reward {final['eval/reward_mean']:.3f}{half} (SFT model "
         f"{final['eval/reward_mean_sft']:.3f}, gain {gain:+.3f}); exact KL {final['eval/kl_exact']:.2f} nats per "
         f"response; win rate against the SFT model {final['eval/win_rate_sft']:.2f}"
     )

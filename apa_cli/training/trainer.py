@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,15 @@ from apa_cli.settings import Config, GuardAction, NonFiniteAction
 from apa_cli.training.evaluator import Evaluator
 from apa_cli.training.fault_dump import FaultDump
 from apa_cli.training.forward_passes import ForwardPasses
-from apa_cli.training.guard import GuardState, check_metrics, select_new_warnings
+from apa_cli.training.guard import (
+    GuardState,
+    check_metrics,
+    check_sampler_gap,
+    drop_nonfinite,
+    find_remarks,
+    select_new_warnings,
+)
+from apa_cli.training.hooks import check_batch, check_masks, check_pair, check_result
 from apa_cli.training.mfu import PhaseHook, Stopwatch, UpdateMeter
 from apa_cli.training.models import RunModels
 from apa_cli.training.progress import (
@@ -109,17 +117,23 @@ class Trainer:
         """
         self.stopping.listen()
         if not self.progress.sft_scores:
-            self.set_progress(replace(self.progress, algorithm=self.config.algo.initial_state()))
+            state = check_result(self.config.algo, "initial_state", self.config.algo.initial_state(), dict)
+            self.set_progress(replace(self.progress, algorithm=state))
             check_state(self.progress.algorithm)
             self.progress.measured_by = digest_sft_settings(self.config.raw)
             if self.rollout_builder.policy_sampler.decoding is not nullcontext:
                 self.rescore_sft_model()  # the decoded policy is not the SFT model, even before the first update
             self.log(self.evaluate())
+            if stop_reason := None if self.is_finished() else self.gather_stop_reason():
+                self.save_checkpoint()
+                self.raise_stopped(*stop_reason)
         if self.progress.unrecorded is not None:
             self.finish_iteration(self.progress.unrecorded, time.monotonic())
         while not self.is_finished():
             start_time = time.monotonic()
             metrics = self.run_iteration(self.progress.iteration + 1)
+            if self.rollout_builder.policy_sampler.decoding is nullcontext:  # critics change the logits on purpose
+                check_sampler_gap(metrics, self.config.model.dtype)
             self.progress.iteration += 1
             self.progress.optimizer_steps = self.updater.steps
             self.progress.kl = metrics.get("kl/sequence", self.progress.kl)
@@ -209,16 +223,19 @@ class Trainer:
         penalties = compute_penalties(sampled, self.config.penalty)
         rollout = self.rollout_builder.complete(iteration, subtract_penalties(sampled, penalties))
         rng = make_generator(seed, Stream.process_rollout, iteration)
-        rollout, self.progress.algorithm = algorithm.process_rollout(
-            rollout, self.progress.algorithm, rng, self.rollout_builder.encoder
-        )
+        result = algorithm.process_rollout(rollout, self.progress.algorithm, rng, self.rollout_builder.encoder)
+        rollout, self.progress.algorithm = check_pair(algorithm, "process_rollout", result, Rollout)
+        check_masks(algorithm, "process_rollout", rollout.masks, rollout)
         return rollout, penalties
 
     def prepare(self, iteration: int, rollout: Rollout) -> Batch | None:
         """Return the batch to train on; None if there is no row."""
         if not len(rollout):
             return None
-        batch, self.progress.algorithm = self.config.algo.prepare(rollout, self.progress.algorithm)
+        algorithm = self.config.algo
+        result = algorithm.prepare(rollout, self.progress.algorithm)
+        batch, self.progress.algorithm = check_pair(algorithm, "prepare", result, Batch)
+        batch = check_batch(algorithm, "prepare", batch)
         self.faults.check_batch(iteration, rollout, batch)
         return batch
 
@@ -268,11 +285,7 @@ class Trainer:
         if ends_by_guard:
             self.raise_guard_error(warnings)
         if stop_reason:
-            reason, status = stop_reason
-            raise RunStopped(
-                f"stopped by {reason} after iteration {self.progress.iteration} of {self.config.run.iterations}, saved",
-                status,
-            )
+            self.raise_stopped(*stop_reason)
         if is_last:
             self.report_kl_limit()
 
@@ -342,7 +355,8 @@ class Trainer:
         """Record one line of metrics, print it, and plot the curves every `PLOT_SECONDS`."""
         if not self.world.is_main:
             return
-        metrics = {"iteration": self.progress.iteration, "samples": self.progress.samples, **metrics}
+        counts = {"iteration": self.progress.iteration, "samples": self.progress.samples}
+        metrics = {**counts, **drop_nonfinite(metrics)}
         self.directory.append_rows(self.directory.metrics, [metrics])
         self.tracker.log(metrics)
         self.console.show_iteration(metrics)
@@ -351,9 +365,10 @@ class Trainer:
             self.last_plot_time = time.monotonic()
 
     def check_divergence(self, metrics: dict[str, float]) -> tuple[list[str], list[str]]:
-        """Return the divergence guard's warnings about an iteration, and those among them that are new."""
+        """Return the divergence guard's warnings about an iteration, and those and the remarks that are new."""
         warnings, state = check_metrics(self.config.guard, metrics, GuardState(**self.progress.watch))
-        new_warnings, state = select_new_warnings(warnings, state)
+        remarks, state = find_remarks(metrics, state, self.config.needs.least_samples > 1)
+        new_warnings, state = select_new_warnings({**warnings, **remarks}, state)
         self.progress.watch = asdict(state)
         return list(warnings.values()), list(new_warnings.values())
 
@@ -365,6 +380,11 @@ class Trainer:
         reason = self.stopping.reason
         reasons = self.world.all_gather(None if reason is None else (reason, self.stopping.exit_status))
         return next((reason for reason in reasons if reason), None)
+
+    def raise_stopped(self, reason: str, status: int) -> NoReturn:
+        """Raise the RunStopped of a run whose state is saved."""
+        done, total = self.progress.iteration, self.config.run.iterations
+        raise RunStopped(f"stopped by {reason} after iteration {done} of {total}, saved", status)
 
     def raise_guard_error(self, warnings: list[str]) -> None:
         """Raise the UserError of guard.action=stop once every rank is ready to end."""

@@ -18,6 +18,7 @@ from apa_cli.hardware.oom import BatchSizeHalver, OtherRankOutOfMemory, is_out_o
 from apa_cli.models.forward import TrainingModel
 from apa_cli.models.sharding import gather_full_tensor
 from apa_cli.settings import DType, LRScheduler, OptimizerSettings, RunSettings
+from apa_cli.training.hooks import check_batch
 from apa_cli.training.minibatches import split_into_microbatches, split_into_minibatches
 from apa_cli.training.objective import (
     Objective,
@@ -120,6 +121,7 @@ class Updater:
         for number, rows in enumerate(minibatches):
             self.set_learning_rates(iteration - 1, number, len(minibatches))
             minibatch = self.algorithm.prepare_minibatch(batch.select_rows(rows))
+            minibatch = check_batch(self.algorithm, "prepare_minibatch", minibatch)
             share = self.accumulate_gradients(minibatch, is_first=number == 0)
             # These metrics are equal on every rank, so they are not part of the share that is summed over ranks.
             common = StepMetrics({**minibatch.metrics, **self.clip_gradients(iteration)})

@@ -1,5 +1,6 @@
 """The shared base of APA, AWR and PPO: scores → token rewards → advantages → batch, computed by hand."""
 
+import json
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -118,19 +119,32 @@ def test_score_clip_is_symmetric_and_in_units_of_the_scaled_score():
 
 
 @pytest.mark.parametrize("scaling", [ScoreScaling.batch, ScoreScaling.running])
-def test_equal_scores_are_divided_by_1e_8(scaling):
-    algorithm = make_awr(score_scaling=scaling, score_clip=3.0)
-    batch, _ = algorithm.prepare(make_one_token_responses(2e-8, 2e-8), algorithm.initial_state())
-    assert batch.metrics["score/scale"] == 1e-8
-    assert_close(batch.advantages, torch.tensor([[2.0], [2.0]]))
+@pytest.mark.parametrize("scores", [[0.0] * 3, [-1.0] * 3, [0.1] * 3, [2.5, 2.5 + 1e-6, 2.5], [1e6, 1e6 + 1, 1e6]])
+def test_scores_that_do_not_differ_beyond_rounding_are_divided_by_1(scaling, scores):
+    algorithm = make_awr(score_scaling=scaling, score_clip=None)
+    batch, _ = algorithm.prepare(make_one_token_responses(*scores), algorithm.initial_state())
+    assert batch.metrics["score/scale"] == 1
+    assert_close(batch.advantages, torch.tensor([[score] for score in scores]))
+
+
+def test_running_scaling_divides_by_1_until_scores_differ_also_after_a_resume():
+    algorithm = make_awr(score_scaling=ScoreScaling.running)
+    one, state = algorithm.prepare(make_one_token_responses(0.1, 0.1, 0.1), algorithm.initial_state())
+    state = json.loads(json.dumps(state))  # as a checkpoint stores it
+    two, state = algorithm.prepare(make_one_token_responses(0.1, 0.1, 0.1), state)
+    three, _ = algorithm.prepare(make_one_token_responses(1.1, 1.1), state)
+    # six scores of 0.1, two of 1.1: share ¼, deviation 1 · √(¼ · ¾)
+    scales = [batch.metrics["score/scale"] for batch in (one, two, three)]
+    assert scales == pytest.approx([1, 1, (3 / 16) ** 0.5], rel=1e-6)
 
 
 @pytest.mark.parametrize("scaling", [ScoreScaling.batch, ScoreScaling.running])
 def test_the_standard_deviation_of_scores_is_computed_in_float64(scaling):
-    # 2²⁴ and twice 2²⁴ + 2, float32 neighbours: squares (4/3)² + 2·(2/3)² = 8/3, over 3
+    # 2²⁴ and twice 2²⁴ + 200, whose mean float32 lacks: squares (400/3)² + 2·(200/3)² = 6 · (200/3)², over 3
     algorithm = make_awr(score_scaling=scaling)
-    batch, _ = algorithm.prepare(make_one_token_responses(2.0**24, 2.0**24 + 2, 2.0**24 + 2), algorithm.initial_state())
-    assert batch.metrics["score/scale"] == pytest.approx((8 / 9) ** 0.5, rel=1e-9)
+    scores = (2.0**24, 2.0**24 + 200, 2.0**24 + 200)
+    batch, _ = algorithm.prepare(make_one_token_responses(*scores), algorithm.initial_state())
+    assert batch.metrics["score/scale"] == pytest.approx(2**0.5 * 200 / 3, rel=1e-9)
 
 
 def test_whitening_over_the_rollout_by_hand():
@@ -207,17 +221,35 @@ def test_explained_variance_is_over_true_tokens_and_ignores_a_constant_error():
     assert batch.metrics["value/explained_variance"] == 1
 
 
-@pytest.mark.parametrize(
-    ("score", "values", "expected"),
-    [
-        (3.0, [[3.0], [3.0]], 1.0),  # no error: 1 − 0/1e-12
-        (0.0, [[0.0], [2e-6]], 0.0),  # errors 0 and −2e-6, variance 1e-12: 1 − 1e-12/1e-12
-    ],
-)
-def test_variance_of_returns_is_floored_at_1e_12(score, values, expected):
+@pytest.mark.parametrize("score", [0.0, 3.0, 0.1])
+def test_equal_returns_have_no_variance_to_explain(score):
     algorithm = make_awr()
-    batch, _ = algorithm.prepare(make_responses([score, score], [1, 1], values), algorithm.initial_state())
-    assert batch.metrics["value/explained_variance"] == pytest.approx(expected, abs=1e-6)
+    batch, _ = algorithm.prepare(make_responses([score, score], [1, 1], [[3.0], [2.0]]), algorithm.initial_state())
+    assert "value/explained_variance" not in batch.metrics
+
+
+def test_explained_variance_is_of_monte_carlo_returns_with_gamma():
+    # γ = ½, V = 4, 1 and 0, 0, scores 2 and 8: R = 1, 2 and 4, 8: mean 15/4, variance 85/4 − (15/4)² = 115/16.
+    # R − V = −3, 1, 4, 8: mean 5/2, variance 90/4 − 25/4 = 65/4 = 260/16: 1 − 260/115. The λ-return with gae_lambda 0
+    # is r + γ V' = ½, 2, 0, 8, of which the rest would be −7/2, 1, 0, 8.
+    algorithm = make_awr(gamma=0.5, gae_lambda=0.0)
+    batch, _ = algorithm.prepare(
+        make_responses([2.0, 8.0], [2, 2], [[4.0, 1.0], [0.0, 0.0]]), algorithm.initial_state()
+    )
+    assert batch.metrics["value/explained_variance"] == pytest.approx(1 - 260 / 115, rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [64, 128])
+def test_a_critic_of_noise_explains_nothing(length):
+    """Against λ-returns it would seem to explain 0.56 (64 tokens) and 0.81 (128 tokens)."""
+    generator = torch.Generator().manual_seed(0)
+    scores, values = torch.randn(64, generator=generator), 3 * torch.randn(64, length, generator=generator)
+    algorithm = make_awr(gae_lambda=0.95)
+    batch, _ = algorithm.prepare(
+        make_responses(scores.tolist(), [length] * 64, values.tolist()), algorithm.initial_state()
+    )
+    # Var(R − V)/Var(R) = (1 + 9)/1 for noise that is independent of R
+    assert batch.metrics["value/explained_variance"] == pytest.approx(-9, abs=3)
 
 
 @pytest.mark.parametrize("kind", [APA, AWR, PPO])

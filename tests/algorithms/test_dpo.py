@@ -150,3 +150,16 @@ def test_agrees_with_plain_loops_in_float64(seed):
     assert batch.extra["policy"].tolist() == policy[better].tolist()
     assert batch.masks["pair"].tolist() == counted
     assert DPO(beta).loss(batch, output).terms[0].values.tolist() == pytest.approx(losses, rel=1e-5)
+
+
+def test_margins_of_rounding_count_as_half_an_accurate_pair():
+    # 2⁻¹⁸ · 3 tokens = 1.1e-5: ±1e-5 is rounding, 2e-5 is not
+    batch = prepare(make_samples([0.0, 1.0] * 4))
+    loss = DPO(beta=0.5).loss(batch, make_output(batch, [1e-5, -1e-5, 2e-5, -2e-5], [0.0] * 4))
+    assert loss.metrics["dpo/accuracy"].values.tolist() == [0.5, 0.5, 1, 0]
+
+
+def test_scores_that_differ_by_rounding_give_no_term():
+    # float32 steps near 3 are 2.4e-7; 2⁻¹⁸ · 3 = 1.1e-5
+    batch = prepare(make_samples([3.0, 3 + 2.4e-7, 3.0, 3 + 2e-5]))
+    assert batch.masks["pair"].tolist() == [False, True]

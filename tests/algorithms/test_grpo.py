@@ -309,3 +309,26 @@ def test_a_random_batch_agrees_with_plain_loops_in_float64(normalize_std, reduct
         LossReduction.constant: sum(sum(row) / 10 for row in rows) / 8,
     }[reduction]
     assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("level", list(ImportanceLevel))
+def test_junk_advantages_outside_the_mask_leave_the_gradient_finite(level):
+    """Of the sequence's ratio, which all tokens share, every token's advantage is a factor."""
+    algorithm = make_grpo(importance_level=level)
+    batch = prepare(make_responses(), algorithm)
+    output, logprobs = make_output(ON_POLICY)
+    junk = batch.replace(advantages=batch.advantages.masked_fill(~MASK, math.nan))
+    gradients = []
+    for each in (batch, junk):
+        (term,) = algorithm.loss(each, output).terms
+        gradients.append(torch.autograd.grad(term.values[MASK].sum(), logprobs)[0])
+    assert_close(gradients[1][MASK], gradients[0][MASK])
+    assert gradients[0][MASK].abs().min() > 0
+
+
+def test_scores_of_a_group_that_differ_by_rounding_have_no_advantage():
+    algorithm = make_grpo(normalize_std=True)
+    scores = torch.tensor([3.0, 4.0, 3 + 2.4e-7, 3 - 4.8e-7, 2.0])  # prompt 7: one and two units in the last place
+    batch = prepare(make_responses(scores=scores), algorithm)
+    assert batch.advantages[[0, 2, 3]].tolist() == [[0, 0]] * 3 and batch.advantages[[1, 4], 0].abs().min() > 0.7
+    assert batch.metrics["grpo/zero_std_groups"] == 0.5

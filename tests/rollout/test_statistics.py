@@ -148,4 +148,4 @@ def test_the_confidence_interval_of_a_mean():
     assert confidence_half_width(torch.tensor([1.0, 4.0, 7.0, 10.0])) == pytest.approx(
         1.96 * math.sqrt(15) / 2, rel=1e-6
     )
-    assert confidence_half_width(torch.tensor([3.0])) == 0
+    assert confidence_half_width(torch.tensor([3.0])) is None

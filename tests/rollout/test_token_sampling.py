@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from apa_cli.rollout.token_sampling import invert_cdf, truncate_probabilities
+from apa_cli.rollout.token_sampling import invert_cdf, sample_tokens, truncate_logits, truncate_probabilities
+from tests.builders import make_sampling_settings
 
 close = partial(torch.testing.assert_close, rtol=1e-6, atol=1e-7)
 
@@ -108,3 +109,37 @@ def test_each_row_is_truncated_by_itself():
     rows = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])
     close(truncate_probabilities(rows, 1, 1.0), torch.tensor([[0.7, 0.0, 0.0], [0.0, 0.0, 0.7]]))
     close(truncate_probabilities(rows, 0, 0.8), torch.tensor([[0.7, 0.2, 0.0], [0.0, 0.2, 0.7]]))
+
+
+LOGITS = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log()
+"""Probabilities 0.4, 0.3, 0.2, 0.1."""
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "expected"),
+    [
+        (0, 1.0, [0.4, 0.3, 0.2, 0.1]),
+        (2, 1.0, [4 / 7, 3 / 7, 0, 0]),
+        (0, 0.75, [4 / 9, 3 / 9, 2 / 9, 0]),
+        (3, 0.75, [4 / 7, 3 / 7, 0, 0]),  # of the share 4/9, 3/9, 2/9 that top_k keeps, two tokens have 7/9 ≥ 0.75
+    ],
+)
+def test_truncated_logits_are_those_of_the_distribution_that_is_sampled(top_k, top_p, expected):
+    settings = make_sampling_settings(top_k=top_k, top_p=top_p)
+    assert truncate_logits(LOGITS, settings).softmax(-1)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    uniforms = (torch.arange(1000) + 0.5) / 1000
+    tokens, _ = sample_tokens(LOGITS.expand(1000, -1), uniforms, settings)
+    shares = tokens.bincount(minlength=4) / 1000
+    assert shares.tolist() == pytest.approx(expected, abs=2e-3)
+
+
+def test_ties_at_the_edge_of_top_k_stay_in_both():
+    settings = make_sampling_settings(top_k=2)
+    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
+    assert truncate_logits(logits, settings).isfinite().tolist() == [[True, True, True, False]]
+    tokens, _ = sample_tokens(logits.expand(3, -1), torch.tensor([0.1, 0.5, 1.0]), settings)
+    assert tokens.tolist() == [0, 1, 2]
+
+
+def test_whole_logits_are_not_copied():
+    assert truncate_logits(LOGITS, make_sampling_settings()) is LOGITS

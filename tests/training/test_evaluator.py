@@ -10,11 +10,20 @@ import torch
 from transformers import PreTrainedModel
 
 from apa_cli.hardware.oom import BatchSizeHalver
+from apa_cli.kl import exact_kl
 from apa_cli.randomness import Stream, sample_uniforms
 from apa_cli.rewards.base import add_score_check
 from apa_cli.rollout.samplers import ModelSampler
+from apa_cli.rollout.token_sampling import sample_tokens, truncate_logits
 from apa_cli.settings import DType
-from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses, compare_scores, compute_win_rate
+from apa_cli.training.evaluator import (
+    MAIN_REWARD,
+    Evaluator,
+    ScoredResponses,
+    compare_scores,
+    compute_win_rate,
+    find_equal_responses,
+)
 from apa_cli.types import Prompt, Rollout
 from tests.builders import EOS, build_tiny_policy, build_word_tokenizer, make_sampling_settings
 
@@ -207,6 +216,65 @@ def test_a_tie_counts_as_half_a_win():
     assert compare_scores([1.0, 2.0, 3.0, 3.0], [2.0, 2.0, 1.0, -1.0]).tolist() == [0, 0.5, 1, 1]
     assert compute_win_rate([1.0, 2.0, 3.0, 3.0], [2.0, 2.0, 1.0, -1.0]) == 0.625
     assert compute_win_rate([-1.0, 2.0], [1.0, 2.0]) == 0.25
+
+
+def test_the_same_response_and_scores_up_to_rounding_tie():
+    # float32 steps near 3 are 2.4e-7, 2⁻¹⁸ · 3 = 1.1e-5; in bfloat16 a reward model's steps near 3 are 1.6e-2
+    scores, others = [3 + 2.4e-7, 3 - 1e-5, 3 + 2e-5, 3.0156, 3.0156], [3.0] * 5
+    assert compare_scores(scores, others).tolist() == [0.5, 0.5, 1, 1, 1]
+    same = find_equal_responses(["a", "b", "c", "d", "e"], ["b", "c", "d", "d", "E"])
+    assert compare_scores(scores, others, same).tolist() == [0.5, 0.5, 1, 0.5, 1]
+    assert find_equal_responses(["a"], []) is None
+
+
+def test_equal_responses_tie_in_the_win_rate_of_an_evaluation(evaluator, replies):
+    texts = replies.rollout.responses
+    policy = replace(replies, scores={MAIN_REWARD: [1.01] * 5, "row": [1.01] * 5})
+    sft = {MAIN_REWARD: [1.0] * 5, "row": [1.0] * 5}
+    metrics = evaluator.compute_metrics(policy, sft, [*texts[:3], "other", "another"])
+    assert metrics["eval/win_rate_sft"] == metrics["eval/win_rate_sft/row"] == pytest.approx(0.7)  # 3 ties, 2 wins
+
+
+def test_one_prompt_has_no_interval(evaluator, replies):
+    one = replace(replies, rollout=replies.rollout.select_rows(torch.tensor([0])), kl=replies.kl[:1])
+    one = replace(one, entropy=replies.entropy[:1], scores={MAIN_REWARD: [1.0], "row": [2.0]})
+    metrics = replace(evaluator, sources=["whole prompt 0"]).compute_metrics(one, one.scores)
+    assert metrics["eval/reward_mean"] == 1 and "eval/reward_ci" not in metrics
+
+
+def compute_truncated(p: list[float], top_k: int) -> list[float]:
+    """Return the probabilities of the `top_k` likeliest tokens, renormalized, and 0 for the others."""
+    least = sorted(p, reverse=True)[top_k - 1]
+    kept = [a if a >= least else 0.0 for a in p]
+    return [a / sum(kept) for a in kept]
+
+
+def test_with_top_k_kl_and_entropy_are_those_of_the_truncated_sampler(evaluator, policy):
+    sampling = make_sampling_settings(max_new_tokens=LIMIT, temperature=T, microbatch_size=3, top_k=3)
+    evaluator = replace(evaluator, sampling=sampling)
+    scored = evaluator.sample_and_score(ModelSampler(policy, evaluator.tokenizer, DType.float32), policy)
+    for i, tokens in enumerate(list_responses(scored.rollout)):
+        for t, token in enumerate(tokens):
+            p = compute_truncated(compute_next_probabilities(policy, PROMPTS[i] + tokens[:t]), 3)
+            q = compute_next_probabilities(evaluator.reference, PROMPTS[i] + tokens[:t])
+            assert p[token] > 0
+            kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a)
+            assert float(scored.kl[i, t]) == pytest.approx(kl, rel=1e-4, abs=1e-6)
+            assert float(scored.entropy[i, t]) == pytest.approx(-sum(a * math.log(a) for a in p if a), rel=1e-4)
+
+
+def test_the_truncated_kl_is_the_mean_log_ratio_of_its_own_samples():
+    """At one position, over a grid of uniforms: mean of log q(token) − log π_init(token) over what is sampled."""
+    settings = make_sampling_settings(top_k=2)
+    logits, initial = torch.tensor([[4.0, 3.0, 2.0, 1.0]]).log(), torch.tensor([[1.0, 2.0, 3.0, 4.0]]).log()
+    # q = 4/7, 3/7; π_init = 1/10, 2/10: 4/7 · log(40/7) + 3/7 · log(30/14)
+    expected = 4 / 7 * math.log(40 / 7) + 3 / 7 * math.log(30 / 14)
+    truncated = truncate_logits(logits, settings)
+    assert float(exact_kl(truncated, initial)) == pytest.approx(expected, rel=1e-6)
+    assert float(exact_kl(truncated, logits)) == pytest.approx(math.log(10 / 7), rel=1e-6)  # −log of the mass kept
+    tokens, _ = sample_tokens(logits.expand(7000, -1), (torch.arange(7000) + 0.5) / 7000, settings)
+    log_ratio = truncated.log_softmax(-1)[0] - initial.log_softmax(-1)[0]
+    assert float(log_ratio[tokens].mean()) == pytest.approx(expected, rel=1e-3)
 
 
 def test_each_row_of_the_sample_table_is_one_reply(evaluator, sampler, policy, replies, by_position):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from apa_cli.errors import UserError
 from apa_cli.models.forward import TrainingModel, compute_response_logprobs
 from apa_cli.training.objective import average_over_steps, find_outputs
 from apa_cli.types import Batch, Loss, LossTerm, Metric, PolicyOutput
@@ -70,11 +71,11 @@ def test_terms_per_row_and_of_related_sequences_are_divided_by_the_counts_of_the
 @pytest.mark.parametrize(
     ("values", "mask", "message"),
     [
-        (lambda x: x.mean(-1), "policy", "has values of shape [3], but its mask 'policy' has shape [3, 3]"),
-        (lambda x: x.mean(), "policy", "has values of shape [], but its mask 'policy' has shape [3, 3]"),
-        (lambda x: x, "row", "has values of shape [3, 3], but its mask 'row' has shape [3]"),
-        (lambda x: x, "other", "has values of shape [3, 3], but its mask 'other' has shape [3, 4]"),
-        (lambda x: x, "tokens", "names the mask 'tokens'; there are critic/value, other, policy, row"),
+        (lambda x: x.mean(-1), "policy", "values of shape [3], but its mask 'policy' has shape [3, 3]"),
+        (lambda x: x.mean(), "policy", "values of shape [], but its mask 'policy' has shape [3, 3]"),
+        (lambda x: x, "row", "values of shape [3, 3], but its mask 'row' has shape [3]"),
+        (lambda x: x, "other", "values of shape [3, 3], but its mask 'other' has shape [3, 4]"),
+        (lambda x: x, "tokens", "the mask 'tokens'; there are critic/value, other, policy, row"),
     ],
     ids=["row", "scalar", "tokens-of-rows", "related", "unknown"],
 )
@@ -87,9 +88,10 @@ def test_a_wrong_shape_or_mask_is_one_line(kind, values, mask, message):
         return Loss(terms, {"mine": Metric(values(output.logprobs).detach(), mask)})
 
     model = build_model()
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         make_updater(Probe(make_loss), model).update(make_paired_batch(model), 1)
-    assert str(error.value).startswith(f"loss: the {kind} 'mine' {message}") and "\n" not in str(error.value)
+    expected = f"algo: Probe.loss gives the {kind} 'mine' {message}"
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
 
 
 # Idle outputs
@@ -188,7 +190,8 @@ def test_every_trained_output_enters_the_graph():
     """With several processes each waits for the gradients of all parameters, so an unused output has zeros at first."""
     model = build_model(critics=("a", "b"))
     batch = make_masked_batch(model)
-    updater = make_updater(Probe(lambda batch, output: Loss([])), model)
+    terms = [LossTerm("none", torch.zeros(batch.mask.shape), "policy", 1.0)]
+    updater = make_updater(Probe(lambda batch, output: Loss(terms)), model)
     make_objective(updater, {name: 29 for name in batch.masks}).compute(batch, torch.arange(8)).backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
