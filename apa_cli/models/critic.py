@@ -129,11 +129,11 @@ def build_critic(
         return CriticModule(None, head, is_action=is_action)
     if kind is CriticKind.adapter:
         adapter = f"critic_{spec.name}"
-        add_adapter(policy, lora, adapter, seed)
+        add_adapter(policy, lora, adapter, seed, with_head=False)
         return CriticModule(None, head, adapter, is_action)
     backbone = copy.deepcopy(get_trunk(source or policy))
     if lora.rank:
-        add_adapter(backbone, lora, "critic", seed)
+        add_adapter(backbone, lora, "critic", seed, with_head=False)
     else:
         backbone = backbone.float().requires_grad_(True)
     return CriticModule(backbone, head, is_action=is_action)

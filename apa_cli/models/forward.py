@@ -24,7 +24,13 @@ from apa_cli.models.lm_head import (
     find_linear_head,
     override_forward,
 )
-from apa_cli.models.lora import AdapterDisabledModel, find_lora_layers, get_active_adapter, use_adapter
+from apa_cli.models.lora import (
+    AdapterDisabledModel,
+    find_adapter_parameters,
+    find_lora_layers,
+    get_active_adapter,
+    use_adapter,
+)
 from apa_cli.models.sequence_packing import MIN_PADDING_PER_SEQUENCE, can_pack, pack_inputs
 from apa_cli.models.structure import get_trunk
 from apa_cli.settings import DType
@@ -391,11 +397,8 @@ class TrainingModel(nn.Module):
     def policy_parameters(self) -> list[nn.Parameter]:
         """Return the policy's trained parameters, without those of critics' adapters on its base."""
         adapters = [critic.adapter for critic in self.critics.values() if critic.adapter is not None]
-        return [
-            parameter
-            for name, parameter in self.policy.named_parameters()
-            if parameter.requires_grad and not any(f".{adapter}." in name for adapter in adapters)
-        ]
+        others = {id(p) for name in adapters for p in find_adapter_parameters(self.policy, name).values()}
+        return [p for p in self.policy.parameters() if p.requires_grad and id(p) not in others]
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Return all trained parameters that are not the policy's."""
@@ -411,7 +414,7 @@ class TrainingModel(nn.Module):
             return self.policy_parameters()
         critic, parameters = self.critics[output], []
         if critic.adapter is not None:
-            parameters = [p for name, p in self.policy.named_parameters() if f".{critic.adapter}." in name]
+            parameters = list(find_adapter_parameters(self.policy, critic.adapter).values())
         return [p for p in (*parameters, *critic.parameters()) if p.requires_grad]
 
 

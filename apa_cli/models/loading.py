@@ -22,7 +22,17 @@ from transformers import (
 
 from apa_cli.errors import UserError, get_first_line
 from apa_cli.file_modes import apply_umask
-from apa_cli.models.lora import find_lora_layers, is_adapter, merge_adapter_tensors, read_adapter_base, save_adapter
+from apa_cli.models.lora import (
+    ADAPTER_CONFIG,
+    find_lora_layers,
+    has_model_weights,
+    is_adapter,
+    mark_untied,
+    merge_adapter_tensors,
+    read_adapter_base,
+    save_adapter,
+    untie_head,
+)
 from apa_cli.models.tokenization import find_turn_end
 from apa_cli.network import probe_hub
 from apa_cli.settings import DType, ModelSettings, Quantization
@@ -35,7 +45,7 @@ transformers.utils.logging.set_verbosity_error()
 # transformers warns at every generation step from 5.24 on; older versions do not know the argument's new name.
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
 
-MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
+MODEL_FILES = ("config.json", ADAPTER_CONFIG, "tokenizer_config.json")
 """Files of which a folder with a model, an adapter or a tokenizer has at least one."""
 TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
@@ -51,6 +61,8 @@ def resolve_model_source(path: str, key: str) -> str:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in MODEL_FILES):
             raise UserError(f"{key}: {folder} contains no model (no config.json)")
+        if (folder / ADAPTER_CONFIG).is_file() and has_model_weights(folder):
+            raise UserError(f"{key}: {folder} contains both a model and an adapter ({ADAPTER_CONFIG}); move one away")
         return str(folder)
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or folder.exists():
         raise UserError(f"{key}: there is no folder {folder}")
@@ -95,7 +107,7 @@ def load_tokenizer(settings: ModelSettings, path: str, path_key: str = "model.pa
     """
     key = "model.tokenizer" if settings.tokenizer else path_key
     source = settings.tokenizer or path
-    if is_adapter(source) and not (Path(source).expanduser() / "tokenizer_config.json").is_file():
+    while is_adapter(source) and not (Path(source).expanduser() / "tokenizer_config.json").is_file():
         source = read_adapter_base(source)
     tokenizer = load_pretrained(
         AutoTokenizer.from_pretrained, source, key, trust_remote_code=settings.trust_remote_code
@@ -152,8 +164,20 @@ def load_merged(load: Callable[..., PreTrainedModel], path: str, key: str, **opt
         raise UserError(f"model.quantization: {path} is an adapter, which cannot be merged into quantized weights")
     from peft import PeftModel
 
-    base = load_pretrained(load, read_adapter_base(path), key, **options)
-    merged = load_pretrained(lambda source: PeftModel.from_pretrained(base, source), path, key).merge_and_unload()
+    try:
+        base = load_merged(load, read_adapter_base(path), key, **options)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{key}: ")
+        raise UserError(f"{key}: cannot load the base model of the adapter {path}: {reason}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's remarks on tied heads, which are untied here
+        adapted = load_pretrained(lambda source: PeftModel.from_pretrained(base, source), path, key)
+        untie_head(base)
+        merged = adapted.merge_and_unload()
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        mark_untied(merged)  # also if peft has replaced one of them, which the adapter was saved with
+    merged.config._name_or_path = path  # the base of a further adapter
     return merged.requires_grad_(True)  # peft has frozen the model
 
 
@@ -183,7 +207,9 @@ def load_model_config(settings: ModelSettings, path: str | None) -> PretrainedCo
         return build_architecture_config(settings.architecture, settings.tokenizer_vocabulary or 0)
     if settings.architecture and not Path(path).expanduser().is_dir():
         return build_architecture_config(settings.architecture, settings.tokenizer_vocabulary or 0)
-    source = read_adapter_base(path) if is_adapter(path) else path
+    source = path
+    while is_adapter(source):
+        source = read_adapter_base(source)
     options = {"trust_remote_code": settings.trust_remote_code}
     return load_pretrained(AutoConfig.from_pretrained, source, "model.path", **options)
 

@@ -68,23 +68,14 @@ def freeze_all_but_top(model: PreTrainedModel, trainable_layers: int) -> None:
         part.requires_grad_(True)
 
 
-@torch.no_grad()
 def find_parts_after(trunk: PreTrainedModel, stack: nn.ModuleList) -> list[nn.Module]:
-    """Return the modules beside the blocks that run after the last block, in a pass of one token.
+    """Return the modules beside the blocks that follow them, such as the last norm.
 
-    Their place in the code says nothing: OPT's last norm is declared before the blocks.
+    OPT declares its norm before the blocks: without weights after them, the layer norms beside them are meant.
     """
-    owner = next(part for part in trunk.modules() if stack in part.children())
-    last, order = stack[-1], []
-    handles = [
-        part.register_forward_pre_hook(lambda module, _: order.append(module)) for part in [*owner.children(), last]
-    ]
-    try:
-        trunk(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=trunk.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order[order.index(last) + 1 :]
+    parts = list(next(part for part in trunk.modules() if stack in part.children()).children())
+    after = [part for part in parts[parts.index(stack) + 1 :] if any(True for _ in part.parameters())]
+    return after or [part for part in parts if isinstance(part, nn.LayerNorm)]
 
 
 def make_frozen_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

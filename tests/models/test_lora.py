@@ -1,6 +1,7 @@
 """Low-rank adapters: what they change and what they leave unchanged, and the folders that hold them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -23,13 +24,22 @@ from apa_cli.models.lora import (
     POLICY_ADAPTER,
     AdapterDisabledModel,
     add_adapter,
+    find_adapter_parameters,
     get_active_adapter,
     merge_adapter_tensors,
     use_adapter,
 )
 from apa_cli.runs.records import RecordedRun
+from apa_cli.settings import CriticKind
 from apa_cli.training.models import build_training_model
-from tests.builders import make_lora_settings, make_sequences
+from tests.builders import (
+    add_random_adapter,
+    build_tiny_policy,
+    build_value_critic,
+    build_word_tokenizer,
+    make_lora_settings,
+    make_sequences,
+)
 
 LORA = make_lora_settings(rank=3, alpha=6.0)
 IDS = torch.tensor([[5, 40, 31, 7, 99, 12]])
@@ -145,6 +155,144 @@ def test_an_adapter_folder_loads_merged_with_its_base_models_tokenizer(tiny, ada
     torch.testing.assert_close(model(IDS).logits, adapted(IDS).logits, rtol=1e-5, atol=1e-5)
     assert len(find_trained_names(model)) == len(find_trained_names(load_model(tiny)))  # no adapter weights remain
     assert load_tokenizer(settings, folder).get_vocab() == AutoTokenizer.from_pretrained(tiny).get_vocab()
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """The folder of a tiny GPT-2, whose output head is tied to its embeddings, with a tokenizer."""
+    build_tiny_policy("gpt2").save_pretrained(tmp_path / "tied")
+    build_word_tokenizer().save_pretrained(tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+@pytest.mark.parametrize("targets", [["wte"], ["lm_head"], ["wte", "lm_head"], ["c_attn"], ["all-linear"]])
+def test_plain_folder_adapter_alone_and_adapter_as_a_model_are_the_trained_model(targets, tied, make_config, tmp_path):
+    ids, trained = torch.tensor([[2, 5, 9]]), load_model(tied)
+    base = trained(ids).logits
+    add_adapter(trained, make_lora_settings(target_modules=targets), POLICY_ADAPTER, 0)
+    torch.testing.assert_close(trained(ids).logits, base, rtol=0, atol=0)
+    parameters = find_adapter_parameters(trained, POLICY_ADAPTER)
+    assert set(find_trained_names(trained)) == set(parameters)
+    if targets != ["all-linear"]:
+        assert {any(f".{target}." in f".{name}" for name in parameters) for target in targets} == {True}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.normal_(std=0.3)
+    expected = trained(ids).logits
+    assert (expected - base).abs().max() > 0.1
+    save_model(trained, AutoTokenizer.from_pretrained(tied), tmp_path / "out")
+    plain = load_model(tmp_path / "out")
+    is_tied = plain.get_output_embeddings().weight is plain.get_input_embeddings().weight
+    assert is_tied == plain.config.tie_word_embeddings == (not {"wte", "lm_head"} & set(targets))
+    torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    alone = PeftModel.from_pretrained(load_model(tied), tmp_path / "out" / "adapter")
+    torch.testing.assert_close(alone(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    merged = load_policy(make_config().model, str(tmp_path / "out" / "adapter"))
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    save_model(merged, AutoTokenizer.from_pretrained(tied), tmp_path / "again")
+    torch.testing.assert_close(load_model(tmp_path / "again")(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    with use_adapter(trained, None):
+        torch.testing.assert_close(trained(ids).logits, base, rtol=0, atol=0)
+
+
+def test_an_adapter_on_an_adapter_names_the_earlier_one_as_its_base(tied, make_config, tmp_path):
+    first = load_model(tied)
+    add_random_adapter(first, make_lora_settings())
+    save_model(first, AutoTokenizer.from_pretrained(tied), tmp_path / "first")
+    second = load_policy(make_config().model, str(tmp_path / "first" / "adapter"))
+    add_random_adapter(second, make_lora_settings(rank=1))
+    save_model(second, AutoTokenizer.from_pretrained(tied), tmp_path / "second")
+    loaded = load_policy(make_config().model, str(tmp_path / "second" / "adapter"))
+    ids = torch.tensor([[2, 5, 9]])
+    assert (second(ids).logits - first(ids).logits).abs().max() > 0.1
+    torch.testing.assert_close(loaded(ids).logits, second(ids).logits, rtol=1e-4, atol=1e-4)
+    assert load_tokenizer(make_config().model, str(tmp_path / "second" / "adapter")).get_vocab()["j"] == 9
+
+
+@pytest.mark.parametrize("targets", [["c_attn", "nothing"], ["nothing"]])
+def test_a_target_that_the_model_lacks_is_one_line(targets):
+    with pytest.raises(
+        UserError, match=r"^lora.target_modules: this gpt2 model has no layer nothing; its linear.*c_fc"
+    ):
+        add_adapter(build_tiny_policy("gpt2"), make_lora_settings(target_modules=targets), POLICY_ADAPTER, 0)
+
+
+def test_a_layer_whose_weights_the_model_reads_directly_is_one_line():
+    policy = build_tiny_policy("mamba", state_size=4)
+    with pytest.raises(UserError, match=r"^lora.target_modules: an adapter on dt_proj has no effect.*mamba"):
+        add_adapter(policy, make_lora_settings(target_modules=["in_proj", "dt_proj"]), POLICY_ADAPTER, 0)
+
+
+@pytest.mark.parametrize("kind", [CriticKind.adapter, CriticKind.separate])
+def test_a_critic_has_no_adapter_on_the_output_head(kind):
+    policy = build_tiny_policy("gpt2")
+    critic = build_value_critic(policy, kind, lora=make_lora_settings(target_modules=["wte", "lm_head"]))
+    adapted = policy if kind is CriticKind.adapter else critic.backbone
+    names = find_trained_names(adapted)
+    assert len(names) == 2 and all("wte.lora_embedding" in name for name in names)
+    with pytest.raises(UserError, match=r"^lora.target_modules: .*critic, which has no output head, has no layer lm_h"):
+        build_value_critic(build_tiny_policy("gpt2"), kind, lora=make_lora_settings(target_modules=["lm_head"]))
+
+
+def test_the_embeddings_adapter_of_a_critic_is_the_critics_alone():
+    policy, settings = build_tiny_policy("gpt2"), make_lora_settings(target_modules=["wte"])
+    add_adapter(policy, settings, POLICY_ADAPTER, 0)
+    model = TrainingModel(policy, {"value": build_value_critic(policy, CriticKind.adapter, lora=settings)}, 1.0)
+    named = {id(p): name for name, p in model.named_parameters()}
+    assert {named[id(p)].rpartition(".")[2] for p in model.policy_parameters()} == {"policy"}
+    critic = {named[id(p)].rpartition(".")[2] for p in model.list_output_parameters("value")}
+    assert critic == {"critic_value", "weight", "bias"}
+
+
+# --- folders that cannot be loaded --------------------------------------------------------------------------
+
+
+def save_tied_adapter(tied, folder, **changes):
+    """Save an adapter of the model in `tied` in `folder`, with changes to its adapter_config.json."""
+    model = load_model(tied)
+    add_random_adapter(model, make_lora_settings())
+    save_model(model, AutoTokenizer.from_pretrained(tied), folder.parent / "plain")
+    shutil.copytree(folder.parent / "plain" / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": "/nowhere/base"}, "cannot load the base model of the adapter .*/nowhere/base"),
+        ({"base_model_name_or_path": None}, "adapter_config.json names no base_model_name_or_path"),
+        ({"base_model_name_or_path": "SELF"}, "names the adapter itself"),
+    ],
+)
+def test_an_adapter_without_its_base_is_one_line(changes, message, tied, make_config, tmp_path):
+    folder = tmp_path / "adapter"
+    changes = {key: str(folder) if value == "SELF" else value for key, value in changes.items()}
+    save_tied_adapter(tied, folder, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        load_policy(make_config().model, str(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_adapter_config_is_one_line(tied, make_config, tmp_path):
+    save_tied_adapter(tied, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": ')
+    with pytest.raises(UserError, match=r"adapter_config.json cannot be read: Expecting value"):
+        load_policy(make_config().model, str(tmp_path / "adapter"))
+
+
+def test_a_config_beside_an_adapter_does_not_make_it_a_model_but_weights_are_refused(tied, make_config, tmp_path):
+    folder, ids = tmp_path / "adapter", torch.tensor([[2, 5, 9]])
+    expected = save_tied_adapter(tied, folder)(ids).logits
+    shutil.copy(tied / "config.json", folder)
+    loaded = load_policy(make_config().model, str(folder))
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    shutil.copy(tied / "model.safetensors", folder)
+    with pytest.raises(
+        UserError, match=r"^model.path: .* contains both a model and an adapter \(adapter_config.json\)"
+    ):
+        load_policy(make_config().model, str(folder))
 
 
 # --- in training --------------------------------------------------------------------------------------------
