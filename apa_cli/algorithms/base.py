@@ -68,6 +68,12 @@ class Algorithm(ABC):
         """Return the models and quantities that the trainer must load and compute; default: none."""
         return Needs()
 
+    def idle_fields(self) -> Mapping[str, str]:
+        """Return the fields without effect beside the values of others, each with the "field=value" that is the reason;
+        default: none.
+        """
+        return {}
+
     def initial_state(self) -> State:
         """Return the state before the first iteration, saved in every checkpoint; see `State`."""
         return {}
@@ -190,6 +196,13 @@ class ActorCritic(ScoreScalingAlgorithm):
     def passes(self) -> tuple[str, ...]:
         """Log-probs that the loss or the token rewards read."""
         return (REFERENCE,)
+
+    def idle_fields(self) -> Mapping[str, str]:
+        reason = f"advantage_estimator={self.advantage_estimator.name}"
+        if self.advantage_estimator is AdvantageEstimator.group_mean:
+            return dict.fromkeys(("gamma", "gae_lambda", "value_coef", "value_clip_range"), reason)
+        idle = {"gae_lambda": reason} if self.advantage_estimator is AdvantageEstimator.monte_carlo else {}
+        return idle if self.value_coef else {**idle, "value_clip_range": "value_coef=0"}
 
     def needs(self) -> Needs:
         if self.advantage_estimator is AdvantageEstimator.group_mean:

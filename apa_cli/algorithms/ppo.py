@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated
@@ -55,6 +56,15 @@ class PPO(ActorCritic):
     kl_target: Annotated[float, Positive]
     kl_horizon: Annotated[int, AtLeastOne]
     entropy_coef: Annotated[float, NonNegative]
+
+    def __post_init__(self) -> None:
+        if self.kl_controller is KLController.adaptive and not self.kl_coef:
+            raise ValueError("kl_controller adaptive multiplies kl_coef, and 0 stays 0; give lambda above 0")
+
+    def idle_fields(self) -> Mapping[str, str]:
+        if self.kl_controller is KLController.adaptive:
+            return super().idle_fields()
+        return {**super().idle_fields(), **dict.fromkeys(("kl_target", "kl_horizon"), "kl_controller=fixed")}
 
     def needs(self) -> Needs:
         needs = replace(super().needs(), entropy=self.entropy_coef > 0)

@@ -30,11 +30,6 @@ from apa_cli.types import POLICY, Prompt
 SFT_SUFFIX = "_sft"
 """Suffix of the SFT model's metrics."""
 
-RESPONSE_METRICS = (
-    "entropy", "distinct_1", "distinct_2", "distinct_3", "length", "eos_rate", "stop_rate", "truncated_rate",
-)  # fmt: skip
-"""Metrics of any model's responses (`compute_unpaired_metrics`); a data set may add further metrics."""
-
 
 def compute_eval_metrics(
     evaluator: Evaluator, policy_responses: ScoredResponses, sft_responses: ScoredResponses | None
@@ -71,7 +66,7 @@ def compute_unpaired_metrics(evaluator: Evaluator, responses: ScoredResponses) -
         "eos_rate": rollout.endings.count(EOS) / n,
         "stop_rate": rollout.endings.count(STOP) / n,
         "truncated_rate": rollout.endings.count(LENGTH) / n,
-        **evaluator.describe(evaluator.sources, rollout.responses),
+        **evaluator.describe_responses(rollout),
     }
 
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apa_cli.inference.eval_metrics import RESPONSE_METRICS, SFT_SUFFIX
+from apa_cli.inference.eval_metrics import SFT_SUFFIX
 from apa_cli.runs.console import Console
 from apa_cli.settings import Config
-from apa_cli.training.evaluator import MAIN_REWARD
+from apa_cli.training.evaluator import MAIN_REWARD, OTHER_METRIC_PREFIXES, RESPONSE_METRICS
 
 METRIC_LABELS = {"entropy": "entropy, nats per token", "length": "length, tokens"}
 """Labels, with units, of metrics; the labels of other metrics are their names."""
-
-OTHER_METRIC_PREFIXES = ("reward_", "win_rate_", "gain", "kl_exact", "best_of_")
-"""Prefixes of metrics that have their own rows or tables."""
 
 
 def print_eval_report(console: Console, report: Mapping[str, Any], config: Config) -> None:
@@ -23,7 +20,8 @@ def print_eval_report(console: Console, report: Mapping[str, Any], config: Confi
     is_alone = f"eval/reward_mean{SFT_SUFFIX}" not in metrics
     header = ["", "policy"] if is_alone else ["", "policy", "SFT model", "difference"]
     rewards = [MAIN_REWARD, *(part.name for part in config.evaluation.rewards)]
-    rows = [*build_score_rows(metrics, rewards), *build_response_metric_rows(metrics)]
+    is_truncated = bool(config.sampling.top_k) or config.sampling.top_p < 1
+    rows = [*build_score_rows(metrics, rewards, is_truncated), *build_response_metric_rows(metrics)]
     console.show_table(
         "± is half the width of the 95 % interval.", header, [row[: len(header)] for row in rows if row[1]]
     )
@@ -35,8 +33,10 @@ def print_eval_report(console: Console, report: Mapping[str, Any], config: Confi
         console.show_samples("Responses to the same prompts", responses)
 
 
-def build_score_rows(metrics: Mapping[str, float], rewards: Sequence[str]) -> list[list[str]]:
-    """Return the rows of score and win rate for each reward, and of the KL."""
+def build_score_rows(
+    metrics: Mapping[str, float], rewards: Sequence[str], is_truncated: bool = False
+) -> list[list[str]]:
+    """Return the rows of score and win rate for each reward, and of the KL, labeled if it is a truncated sampler's."""
     rows = []
     for name in rewards:
         suffix, label = (f"/{name}", f" ({name})") if name != MAIN_REWARD else ("", "")
@@ -48,8 +48,9 @@ def build_score_rows(metrics: Mapping[str, float], rewards: Sequence[str]) -> li
         scores = [format_metric(metrics, f"{mean}{suffix}", f"{half}{suffix}") for mean, half in columns]
         win_rate = format_metric(metrics, f"win_rate_sft{suffix}", f"win_rate_sft_ci{suffix}")
         rows += [[f"score{label}", *scores], [f"win rate{label}", win_rate, "", ""]]
-    rows.append(["exact KL, nats per response", format_metric(metrics, "kl_exact", "kl_exact_ci"), "", ""])
-    rows.append(["exact KL, nats per token", format_metric(metrics, "kl_exact_token"), "", ""])
+    of = " of the truncated sampler" if is_truncated else ""
+    rows.append([f"exact KL{of}, nats per response", format_metric(metrics, "kl_exact", "kl_exact_ci"), "", ""])
+    rows.append([f"exact KL{of}, nats per token", format_metric(metrics, "kl_exact_token"), "", ""])
     return rows
 
 

@@ -18,6 +18,10 @@ IGNORED_KEYS = (
 """Keys of a configuration that do not change a run's numbers, or in which the runs of one group may differ."""
 
 
+TRUNCATION_MARK = "†"
+"""Mark of the runs whose KL and entropy are those of a truncated sampler."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Runs that differ only in their seed, ordered by seed.
@@ -47,14 +51,27 @@ class Group:
         return [run.seed for run in self.runs]
 
     @property
+    def truncation(self) -> str:
+        """Truncation of the sampling distribution, such as "top-k 50"; "" without one."""
+        return describe_truncation(self.runs[0].config_yaml)
+
+    @property
     def label(self) -> str:
-        """Short description for a legend: "APA  λ = 0.1 (temperature and pull)  lr = 0.001"."""
+        """Short description for a legend: "APA  λ = 0.1 (temperature and pull)  lr = 0.001  † top-k 50"."""
         parts = [self.algorithm]
         if self.lambda_ is not None:
             parts.append(f"λ = {format_lambda(self.lambda_, self.lambda_meaning)}")
         short = shorten_keys(list(self.varying))
         parts += [f"{short[key]} = {format_value(value)}" for key, value in self.varying.items()]
-        return "  ".join(parts)
+        return "  ".join([*parts, f"{TRUNCATION_MARK} {self.truncation}"] if self.truncation else parts)
+
+
+def describe_truncation(config: Mapping[str, Any]) -> str:
+    """Return the truncation of a run's sampling distribution, "top-k 50, top-p 0.9"; "" without one."""
+    sampling = config.get("sampling") or {}
+    top_k, top_p = sampling.get("top_k") or 0, sampling.get("top_p", 1.0)
+    parts = [f"top-k {top_k}"] * bool(top_k) + [f"top-p {format_value(top_p)}"] * (top_p < 1)
+    return ", ".join(parts)
 
 
 def group_runs(runs: Sequence[RecordedRun]) -> list[Group]:

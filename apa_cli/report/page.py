@@ -7,7 +7,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from apa_cli.report.groups import Group
+from apa_cli.report.groups import Group, describe_truncation
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -52,13 +52,17 @@ def write_page(
 ) -> None:
     """Write the page to `path`, with the PNG file `image` embedded."""
     runs = [run for group in groups for run in group.runs]
-    listed = [[run.name, run.label, str(run.seed), str(run.sample_count), str(run.directory)] for run in runs]
+    listed = [
+        [run.name, run.label, str(run.seed), str(run.sample_count), describe_truncation(run.config_yaml) or "none",
+         str(run.directory)]
+        for run in runs
+    ]  # fmt: skip
     page = PAGE.format(
         title=f"Comparison of {len(runs)} run{'' if len(runs) == 1 else 's'}",
         table=_html_table(header, rows),
         notes="\n".join(f"<li>{html.escape(note)}</li>" for note in notes),
         image=base64.b64encode(image.read_bytes()).decode("ascii"),
-        runs=_html_table(["run", "algorithm", "seed", "samples", "directory"], listed),
+        runs=_html_table(["run", "algorithm", "seed", "samples", "truncation", "directory"], listed),
     )
     path.write_text(page, encoding="utf-8")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apa_cli.report.formatting import format_lambda, format_value
-from apa_cli.report.groups import Group
+from apa_cli.report.groups import TRUNCATION_MARK, Group
 from apa_cli.runs.records import RecordedRun
 
 FURTHER_REWARDS = "eval/reward_mean/"
@@ -25,7 +25,7 @@ class Statistic:
 
     def format(self, digits: int) -> str:
         """Return "mean ± std" with this many decimals."""
-        text = f"{self.mean:.{digits}f}"
+        text = f"{self.mean:z.{digits}f}"
         return text if self.std is None else f"{text} ± {self.std:.{digits}f}"
 
 
@@ -64,6 +64,10 @@ COLUMNS = (
 """Metrics of the last evaluation of each run, except the EOS share (last rollout batch) and the minutes (whole run)."""
 
 
+TRUNCATED_COLUMNS = ("eval/kl_exact", "eval/entropy")
+"""Metrics that are those of the truncated sampler if top_k or top_p truncates."""
+
+
 def compute_statistic(runs: Sequence[RecordedRun], value: Callable[[RecordedRun], float | None]) -> Statistic | None:
     """Return mean and standard deviation of a value over the runs that have it; None if no run has it."""
     values = [number for run in runs if (number := value(run)) is not None]
@@ -94,11 +98,16 @@ def build_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
             "–" if group.lambda_ is None else format_lambda(group.lambda_, group.lambda_meaning),
             *[format_value(value) for value in group.varying.values()],
             ", ".join(map(str, group.seeds)),
-            *["–" if result is None else result.format(column.digits)
+            *["–" if result is None else result.format(column.digits) + _mark_truncation(group, column)
               for result, column in zip(results, columns, strict=True)],
             _format_samples(group),
         ])  # fmt: skip
     return header, rows
+
+
+def _mark_truncation(group: Group, column: Column) -> str:
+    """Return the mark of a number that is the truncated sampler's, else ""."""
+    return f" {TRUNCATION_MARK}" if group.truncation and column.name in TRUNCATED_COLUMNS else ""
 
 
 def _format_samples(group: Group) -> str:
@@ -127,6 +136,14 @@ def build_notes(groups: Sequence[Group]) -> list[str]:
         "Rewards and KL are those of each run's last evaluation on held-out prompts: mean ± standard deviation over "
         "seeds (no ± with one seed). KL is exact, in nats per response, against the SFT model."
     )
+    truncated = [group for group in groups if group.truncation]
+    if truncated:
+        kinds = ", ".join(dict.fromkeys(group.truncation for group in truncated))
+        lines.append(
+            f"{TRUNCATION_MARK} Sampled with {kinds}: KL and entropy are those of the truncated sampler, whose KL is "
+            "above 0 also for the SFT model; the training KL in the figure (kl/sequence) and a price of KL are of the "
+            "whole distribution. Compare such runs with runs of the same truncation."
+        )
     for group in groups:
         samples = [run.sample_count for run in group.runs]
         if min(samples) != max(samples):
@@ -146,7 +163,7 @@ def write_csv(groups: Sequence[Group], path: Path) -> None:
     """Write one row per group; a metric has two columns, NAME (its mean) and NAME_std (empty with one seed)."""
     columns = select_columns(groups)
     varying = list(groups[0].varying)
-    header = ["algorithm", "lambda", "lambda_meaning", *varying, "seeds", "runs"]
+    header = ["algorithm", "lambda", "lambda_meaning", *varying, "truncation", "seeds", "runs"]
     for column in columns:
         header += [column.name, f"{column.name}_std"]
     with open(path, "w", newline="", encoding="utf-8") as file:
@@ -154,7 +171,7 @@ def write_csv(groups: Sequence[Group], path: Path) -> None:
         writer.writerow([*header, "samples_min", "samples_max"])
         for group in groups:
             row: list[object] = [group.algorithm, group.lambda_, group.lambda_meaning or ""]
-            row += [*group.varying.values(), " ".join(map(str, group.seeds)), len(group.runs)]
+            row += [*group.varying.values(), group.truncation, " ".join(map(str, group.seeds)), len(group.runs)]
             for column in columns:
                 result = compute_statistic(group.runs, column.value)
                 row += [result.mean, result.std] if result else [None, None]

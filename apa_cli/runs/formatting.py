@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 FIGURES = (
-    ("reward", "reward/mean", "{:7.3f}"),
-    ("KL", "kl/sequence", "{:7.3f}"),
-    ("entropy", "policy/entropy", "{:6.3f}"),
+    ("reward", "reward/mean", "{:z7.3f}"),
+    ("KL", "kl/sequence", "{:z7.3f}"),
+    ("entropy", "policy/entropy", "{:z6.3f}"),
     ("length", "response/length", "{:6.1f}"),
     ("samples/s", "throughput/samples_per_s", "{:7.1f}"),
 )
-"""Figures in an iteration's line: label, metric, format. KL in nats per response, entropy in nats per token, length in
-tokens."""
+"""Figures in an iteration's line: label, metric, format (z: no minus before 0.000). KL in nats per response, entropy in
+nats per token, length in tokens."""
 
 MARGIN = 16
 """Columns to the left of a wrapped text, for its label."""
@@ -50,11 +50,11 @@ def format_evaluation(metrics: dict[str, float]) -> str:
     """Return the evaluation in `metrics` as "eval reward 0.71 ± 0.02 at KL 4.1"; "" if there is none."""
     if metrics.get("eval/reward_mean") is None:
         return ""
-    text = f"eval reward {metrics['eval/reward_mean']:.3f}"
+    text = f"eval reward {metrics['eval/reward_mean']:z.3f}"
     if metrics.get("eval/reward_ci") is not None:
         text += f" ± {metrics['eval/reward_ci']:.3f}"
     if metrics.get("eval/kl_exact") is not None:
-        text += f" at KL {metrics['eval/kl_exact']:.3f}"
+        text += f" at KL {metrics['eval/kl_exact']:z.3f}"
     return text
 
 
@@ -96,9 +96,9 @@ def _label_iteration(iteration: int, iterations: list[int]) -> str:
 def _format_outcome(row: dict[str, Any]) -> str:
     parts = [f"iteration {row['iteration']}"] if "iteration" in row else []
     if row.get("score") is not None:
-        parts.append(f"score {row['score']:.3f}")
+        parts.append(f"score {row['score']:z.3f}")
     if row.get("kl") is not None:
-        parts.append(f"KL {row['kl']:.2f} nats")
+        parts.append(f"KL {row['kl']:z.2f} nats")
     if row.get("ending"):
         parts.append(f"ended by {row['ending']}")
     return f"[{', '.join(parts)}]"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.distributed.world import SINGLE_PROCESS, World
+from apa_cli.errors import UserError
 from apa_cli.hardware.oom import BatchSizeHalver
 from apa_cli.kl import exact_kl
 from apa_cli.models.forward import autocast_to, build_padded_inputs, compute_head_inputs
@@ -30,6 +33,12 @@ from apa_cli.types import POLICY, Prompt, Rollout
 
 Decoding = Callable[[], AbstractContextManager[object]]
 """Context in which a model's logits are those of the decoded policy."""
+RESPONSE_METRICS = (
+    "entropy", "distinct_1", "distinct_2", "distinct_3", "length", "eos_rate", "stop_rate", "truncated_rate",
+)  # fmt: skip
+"""Metrics of any model's responses; a data set may add further metrics."""
+OTHER_METRIC_PREFIXES = ("reward_", "win_rate_", "gain", "kl_exact", "best_of_")
+"""Prefixes of the evaluation's further metrics."""
 MAIN_REWARD = ""
 """Key of the run's own reward among the rewards of an evaluation; further rewards have their names as keys."""
 
@@ -170,8 +179,20 @@ class Evaluator:
             metrics[f"eval/reward_mean/{name}"] = float(torch.tensor(scores[name]).mean())
             if name in sft_scores:
                 metrics[f"eval/win_rate_sft/{name}"] = compute_win_rate(scores[name], sft_scores[name], same)
-        figures = self.describe(self.sources, rollout.responses)
+        figures = self.describe_responses(rollout)
         return drop_missing(metrics) | {f"eval/{name}": value for name, value in figures.items()}
+
+    def describe_responses(self, rollout: Rollout) -> dict[str, float]:
+        """Return the data set's own metrics. Raise UserError for one with a name of the evaluation's, or no number."""
+        figures = self.describe(self.sources, rollout.responses)
+        for name, value in figures.items():
+            if name in RESPONSE_METRICS or name.startswith(OTHER_METRIC_PREFIXES) or name.endswith("_sft"):
+                raise UserError(
+                    f"dataset: describe gives the metric {name!r}, a name of the evaluation's; give another"
+                )
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise UserError(f"dataset: describe gives the metric {name!r} the value {value!r}, not a finite number")
+        return {name: float(value) for name, value in figures.items()}
 
     def compute_kl_and_entropy(
         self,

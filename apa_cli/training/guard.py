@@ -86,8 +86,8 @@ def find_remarks(
         spread = f"; a deviation of {std:.2g} may be rounding" if std else ""
         when = _count_iterations(count, state.scores_differed)
         remarks["equal_scores"] = (
-            f"reward/std: all scores were equal ({mean:.4g}{spread}) {when}: the reward prefers no response, so there is "
-            "nothing to learn from it, and scores that do not differ are not scaled. Check the reward, or give it a "
+            f"reward/std: all scores were equal ({mean:.4g}{spread}) {when}: the reward prefers no response, so there "
+            "is nothing to learn from it, and scores that do not differ are not scaled. Check the reward, or give it a "
             "larger unit"
         )
     is_equal_in_groups = metrics.get("reward/equal_groups") == 1 and not is_equal

@@ -65,10 +65,13 @@ def report_results(directory: RunDirectory, console: Console, progress: Progress
     print_before_and_after(directory, console, progress.iteration, print_samples)
     final = next(line for line in reversed(read_rows(directory.metrics)) if "eval/reward_mean" in line)
     gain = final["eval/reward_mean"] - final["eval/reward_mean_sft"]
-    half = f" ± {final['eval/reward_ci']:.3f}" if "eval/reward_ci" in final else ""
+    count = len(next(iter(progress.sft_scores.values())))
+    interval = (
+        f" ± {final['eval/reward_ci']:.3f} (95 % interval over {count} prompts)" if "eval/reward_ci" in final else ""
+    )
     console.say(
-        f"held-out reward {final['eval/reward_mean']:.3f}{half} (SFT model "
-        f"{final['eval/reward_mean_sft']:.3f}, gain {gain:+.3f}); exact KL {final['eval/kl_exact']:.2f} nats per "
+        f"held-out reward {final['eval/reward_mean']:z.3f}{interval}; SFT model "
+        f"{final['eval/reward_mean_sft']:z.3f}, gain {gain:+.3f}; exact KL {final['eval/kl_exact']:z.2f} nats per "
         f"response; win rate against the SFT model {final['eval/win_rate_sft']:.2f}"
     )
     console.say(

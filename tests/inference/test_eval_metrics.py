@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from apa_cli.inference.eval_metrics import (
-    RESPONSE_METRICS,
     compare_with_sft,
     compute_best_of_n,
     compute_unpaired_metrics,
 )
+from apa_cli.inference.eval_tables import build_score_rows
 from apa_cli.kl import best_of_n_bound
-from apa_cli.training.evaluator import ScoredResponses
+from apa_cli.training.evaluator import RESPONSE_METRICS, ScoredResponses
 
 
 def test_gain_and_win_rate_are_of_pairs():
@@ -62,7 +62,7 @@ def test_replies_are_described_by_themselves():
         endings=["length", "stop", "stop"],
     )
     entropy = torch.tensor([[1.0, 1, 1, 1], [1, 1, 3, 0], [2, 0, 0, 0]])
-    evaluator = SimpleNamespace(describe=lambda sources, responses: {"added": len(responses)}, sources=["p"] * 3)
+    evaluator = SimpleNamespace(describe_responses=lambda rollout: {"added": len(rollout.responses)})
     metrics = compute_unpaired_metrics(evaluator, ScoredResponses(rollout, {"": [0.0] * 3}, torch.zeros(3, 4), entropy))
     assert metrics == {
         "entropy": pytest.approx(11 / 8),
@@ -76,3 +76,18 @@ def test_replies_are_described_by_themselves():
         "added": 3,
     }
     assert set(metrics) == {*RESPONSE_METRICS, "added"}
+
+
+def test_one_prompt_has_no_interval():
+    metrics = compare_with_sft([1.0], [0.5]) | compute_best_of_n(torch.tensor([[1.0, 2.0]]), [2], [3.0])
+    assert metrics["gain"] == 0.5 and metrics["eval/best_of_2/gain"] == 1
+    assert not [name for name in metrics if name.endswith("_ci") or "_ci_" in name]
+
+
+def test_the_table_has_no_interval_that_was_not_measured_and_names_the_truncated_sampler():
+    metrics = {"eval/reward_mean": 1.0, "eval/kl_exact": 2.0, "eval/kl_exact_ci": 0.25, "eval/kl_exact_token": 0.5}
+    score, _, kl, kl_token = build_score_rows(metrics, [""], is_truncated=True)
+    assert score == ["score", "1", "", ""]
+    assert kl[:2] == ["exact KL of the truncated sampler, nats per response", "2 ± 0.25"]
+    assert kl_token[:2] == ["exact KL of the truncated sampler, nats per token", "0.5"]
+    assert build_score_rows(metrics, [""])[2][0] == "exact KL, nats per response"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from apa_cli.cli.compare import main
+from apa_cli.report.groups import group_runs
+from apa_cli.runs.records import RecordedRun
 
 
 @pytest.fixture
@@ -167,3 +169,21 @@ def test_help_loads_no_heavy_library_and_explains_lambda():
     text, _, modules = subprocess.check_output([sys.executable, "-c", code], text=True).partition("MODULES")
     assert "lambda has a different meaning in each algorithm" in text
     assert not set(modules.split()) & {"torch", "matplotlib", "numpy", "wandb", "rich"}
+
+
+def test_runs_with_truncated_sampling_are_marked_everywhere(tmp_path, write_run, history, capsys):
+    entropy = {"eval/entropy": 1.5}
+    write_run("sweep/apa", history(0.8, 10.0, **entropy), sampling={"top_k": 50, "top_p": 1.0})
+    write_run("sweep/awr", history(0.7, 9.0, **entropy), algorithm="awr", sampling={"top_k": 0, "top_p": 0.9})
+    write_run("sweep/ppo", history(0.6, 4.0, **entropy), algorithm="ppo", sampling={"top_k": 0, "top_p": 1.0})
+    assert main([str(tmp_path / "sweep")]) == 0
+    printed = capsys.readouterr().out
+    for algorithm, marks in (("APA", ["10.00 †", "1.50 †"]), ("AWR", ["9.00 †", "1.50 †"]), ("PPO", [])):
+        row = next(line for line in printed.splitlines() if line.startswith(algorithm))
+        assert row.count("†") == len(marks) and all(mark in row for mark in marks)
+    assert "† Sampled with top-k 50, top-p 0.9: KL and entropy are those of the truncated sampler" in printed
+    assert [row["truncation"] for row in read_csv(tmp_path / "sweep")] == ["top-k 50", "top-p 0.9", ""]
+    page = (tmp_path / "sweep" / "comparison.html").read_text(encoding="utf-8")
+    assert "10.00 †" in page and "<td>top-p 0.9</td>" in page and "<td>none</td>" in page
+    labels = [group.label for group in group_runs([RecordedRun.read(tmp_path / "sweep" / n) for n in ("apa", "ppo")])]
+    assert labels[0].endswith("† top-k 50") and "†" not in labels[1]

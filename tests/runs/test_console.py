@@ -203,3 +203,13 @@ def test_import_loads_no_heavy_library():
     code = "import sys, apa_cli.runs.console; print(*sys.modules)"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert not loaded & {"torch", "wandb", "matplotlib", "numpy", "rich"}
+
+
+def test_rounding_below_zero_has_no_minus(capsys):
+    console = Console(None, iterations=10)
+    console.show_iteration({"iteration": 1, "kl/sequence": -4e-9, "reward/mean": -1e-5, "eval/reward_mean": -1e-9})
+    console.show_samples("", [{"prompt": "p", "response": "r", "label": "l", "score": -1e-9, "kl": -1e-9}])
+    console.show_iteration({"iteration": 2, "kl/sequence": -0.0006})
+    out = capsys.readouterr().out
+    assert "KL   0.000" in out and "reward   0.000" in out and "eval reward 0.000" in out
+    assert "[score 0.000, KL 0.00 nats]" in out and "KL  -0.001" in out and "-0.00 " not in out

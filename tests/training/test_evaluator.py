@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from apa_cli.errors import UserError
 from apa_cli.hardware.oom import BatchSizeHalver
 from apa_cli.kl import exact_kl
 from apa_cli.randomness import Stream, sample_uniforms
@@ -287,3 +288,20 @@ def test_each_row_of_the_sample_table_is_one_reply(evaluator, sampler, policy, r
         assert row.pop("kl") == pytest.approx(kl, rel=1e-4)
         text, ending = replies.rollout.responses[i], replies.rollout.endings[i]
         assert row == {"prompt": f"prompt {i}", "response": text, "score": scores[MAIN_REWARD][i], "ending": ending}
+
+
+@pytest.mark.parametrize(
+    ("figures", "message"),
+    [
+        ({"entropy": 1.0}, "'entropy', a name of the evaluation's"),
+        ({"reward_mean": 1.0}, "'reward_mean', a name of the evaluation's"),
+        ({"mine_sft": 1.0}, "'mine_sft', a name of the evaluation's"),
+        ({"mine": "high"}, "'mine' the value 'high', not a finite number"),
+        ({"mine": math.nan}, "'mine' the value nan, not a finite number"),
+    ],
+)
+def test_a_data_sets_metric_must_have_a_name_of_its_own_and_be_a_number(figures, message, evaluator, replies):
+    evaluator = replace(evaluator, describe=lambda sources, responses: figures)
+    with pytest.raises(UserError) as error:
+        evaluator.compute_metrics(replies, replies.scores)
+    assert str(error.value).startswith("dataset: describe gives the metric " + message)

@@ -113,6 +113,7 @@ def test_a_metric_that_is_not_finite_is_named_and_left_out():
     assert drop_nonfinite(metrics) == {"mine/mean": 1.0}
 
 
+@pytest.mark.slow
 def test_a_rule_that_nothing_passes_is_said_once_and_trains_with_small_numbers(run_train, records, tmp_path):
     (tmp_path / "rule.py").write_text("def score(prompts, responses):\n    return [-1.0] * len(responses)\n")
     run = run_train("reward=function", f"reward.target={tmp_path}/rule.py:score", "iterations=3")

@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 
 from apa_cli.algorithms.awr import AWR
 from apa_cli.algorithms.plans import Online
 from apa_cli.errors import UserError
-from apa_cli.types import Loss, LossTerm, Metric, PolicyOutput
-from tests.builders import NEUTRAL_ALGORITHM
+from apa_cli.training.hooks import check_batch, check_loss, check_pair, check_result
+from apa_cli.types import Batch, Loss, LossTerm, Metric, PolicyOutput
+from tests.builders import NEUTRAL_ALGORITHM, make_batch, make_sequences
 
+TERM = LossTerm("policy", torch.zeros(1, 2), "policy", 1.0)
+MEDIAN = Metric(torch.zeros(1, 2), "policy", "median")
 SMALL = ["iterations=1", "rollout_batch_size=4", "minibatch_size=4", "evaluation.prompts=2", "algo=awr"]
 
 
@@ -106,6 +110,7 @@ def give_metric(metric, name="mine"):
         ("loss", give_metric(lambda x: Metric(x, "policy"), "loss/policy"), "a name of the trainer's"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_hook_that_returns_something_else_is_one_line(hook, change, message, make_trainer):
     assert f"algo: Mine.{hook} " in (error := run_iteration(make_trainer, algo=make_mine(hook, change)))
     assert message in error
@@ -120,17 +125,45 @@ def test_a_hook_that_returns_something_else_is_one_line(hook, change, message, m
         ("masks", lambda rollout: {"policy": rollout.mask.long()}, "gives the mask 'policy', a tensor of torch.int64"),
     ],
 )
+@pytest.mark.slow
 def test_a_hook_of_a_plan_that_returns_something_else_is_one_line(hook, result, message, make_trainer):
     error = run_iteration(make_trainer, plan=MyPlan(hook=hook, result=result))
     assert f"plan: MyPlan.{hook} {message}" in error
 
 
-def test_numbers_of_other_types_become_floats_and_terms_may_be_left_out_where_nothing_counts(make_trainer):
-    import numpy as np
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda mine, b: check_pair(mine, "prepare", b, Batch), "prepare must return two values (Batch, dict), got a"),
+        (lambda mine, b: check_pair(mine, "prepare", (b, None), Batch), "got 2 values (Batch, NoneType)"),
+        (lambda mine, b: check_result(mine, "prepare_minibatch", None, Batch), "prepare_minibatch must return a Batch"),
+        (
+            lambda mine, b: check_batch(mine, "prepare", b.replace(masks={"m": b.mask.long()})),
+            "a bool tensor is needed",
+        ),
+        (
+            lambda mine, b: check_batch(mine, "prepare", b.replace(masks={"m": b.mask[0]})),
+            "of shape [2]; [1] or [1, 2]",
+        ),
+        (lambda mine, b: check_batch(mine, "prepare", b.replace(metrics={"m": "x"})), "'m', a str; a number is needed"),
+        (lambda mine, b: check_batch(mine, "prepare", b.replace(metrics={"samples": 1})), "a name of the trainer's"),
+        (lambda mine, b: check_loss(mine, None, b.masks), "loss must return a Loss, got None"),
+        (lambda mine, b: check_loss(mine, Loss([]), b.masks), "returns a Loss without a term"),
+        (lambda mine, b: check_loss(mine, Loss([TERM] * 2), b.masks), "two terms of the name 'policy'"),
+        (
+            lambda mine, b: check_loss(mine, Loss([TERM], {"m": MEDIAN}), b.masks),
+            "reduction 'median'; give mean or max",
+        ),
+        (lambda mine, b: check_loss(mine, Loss([TERM], {"loss/m": MEDIAN}), b.masks), "a name of the trainer's"),
+    ],
+)
+def test_a_wrong_result_names_class_and_hook(check, message):
+    with pytest.raises(UserError) as error:
+        check(make_mine("", None), make_batch(make_sequences([[1]], [[2, 3]])))
+    assert str(error.value).startswith("algo: Mine.") and message in str(error.value)
 
-    from apa_cli.training.hooks import check_batch, check_loss
-    from tests.builders import make_batch, make_sequences
 
+def test_numbers_of_other_types_become_floats_and_terms_may_be_left_out_where_nothing_counts():
     algorithm = make_mine("", None)
     batch = make_batch(make_sequences([[1]], [[2, 3]]), metrics={"mine": np.float32(0.5), "count": 3})
     metrics = check_batch(algorithm, "prepare", batch).metrics
@@ -140,8 +173,6 @@ def test_numbers_of_other_types_become_floats_and_terms_may_be_left_out_where_no
 
 
 def test_a_term_of_the_right_shape_passes():
-    from apa_cli.training.hooks import check_loss
-
     mask = torch.ones(1, 2, dtype=torch.bool)
     output = PolicyOutput(torch.zeros(1, 2), {})
     loss = Loss([LossTerm("policy", output.logprobs, "policy", 1.0)], {"mine": Metric(mask.float(), "policy", "max")})
