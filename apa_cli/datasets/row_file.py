@@ -150,7 +150,7 @@ def check_surrogates(row: Any, source: str, place: str) -> None:
         part = pending.pop()
         if isinstance(part, str) and has_lone_surrogate(part):
             shown = part.encode("ascii", "backslashreplace").decode()[:60]
-            raise UserError(f"{place}: half of a surrogate pair, which is no character, in {shown!r}")
+            raise UserError(f"{place}: half of a surrogate pair, which is no character, in '{shown}'")
         if isinstance(part, dict):
             pending += [*part.keys(), *part.values()]
         elif isinstance(part, list):

@@ -284,7 +284,7 @@ INVALID_ROWS = {
     '{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b", "rejected": "\\n\\nHuman: a\\n\\nAssistant: c"}': "chosen and "
     "rejected are whole dialogues in HH's format, without a prompt; give dataset=hh dataset.path=FOLDER "
     "dataset.subsets=null, with train.jsonl and test.jsonl in FOLDER",
-    '{"prompt": "x", "a": {"b": ["\\udc00"]}}': "half of a surrogate pair, which is no character, in '\\\\udc00'",
+    '{"prompt": "x", "a": {"b": ["\\udc00"]}}': "half of a surrogate pair, which is no character, in '\\udc00'",
 }
 
 

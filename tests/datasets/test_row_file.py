@@ -77,7 +77,7 @@ INVALID = {
     (
         "a.jsonl",
         '{"a": 1}\n{"a": "\\ud83d"}',
-    ): ", row 2: half of a surrogate pair, which is no character, in '\\\\ud83d'",
+    ): ", row 2: half of a surrogate pair, which is no character, in '\\ud83d'",
     ("a.jsonl", '{"a": 1}\n{"\\ud83d": 1}'): ", row 2: half of a surrogate pair",
     ("a.jsonl", '{"a": [{"b": [["\\ud83d"]]}]}'): ", row 1: half of a surrogate pair",
     ("a.json", '[{"a": "\\uD83D\\uDE00"}, {"a": "x\\uDE00"}]'): ", row 2: half of a surrogate pair",
