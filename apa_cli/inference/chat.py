@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 
 import torch
 from transformers import PreTrainedModel
@@ -85,8 +86,10 @@ def run_chat(config: Config, run: RecordedRun | None) -> None:
     )
     mode = "earlier turns stay in the prompt" if is_dialogue else "every line is a prompt of its own"
     print(f"{config.run.run or config.model.path}: {CHAT_COMMANDS}; {mode}", file=sys.stderr)
-    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end the chat
     converse(conversation, read_line, lambda line: print(strip_control_characters(line), flush=True))
 
 

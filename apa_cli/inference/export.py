@@ -18,7 +18,8 @@ from apa_cli.inference.model_card import format_model_card
 from apa_cli.inference.trained_policy import get_output_path, load_trained_policy
 from apa_cli.models.loading import TORCH_DTYPES, load_pretrained, load_tokenizer
 from apa_cli.models.lora import find_lora_layers, merge_adapter_tensors
-from apa_cli.models.structure import move_to_device
+from apa_cli.models.structure import get_context_length, move_to_device
+from apa_cli.models.tokenization import encode_text
 from apa_cli.runs.console import Console
 from apa_cli.runs.records import RecordedRun
 from apa_cli.settings import Config
@@ -120,6 +121,8 @@ def compute_text_logprobs(
     model.eval()
     logprobs = []
     for row in rows:
-        ids = tokenizer(row["prompt"] + row["response"], return_tensors="pt")["input_ids"].to(model.device)
+        # A chat's plain text may be longer than what the policy read.
+        text = encode_text(tokenizer, row["prompt"] + row["response"])[: get_context_length(model)]
+        ids = torch.tensor([text], device=model.device)
         logprobs.append(token_logprobs(model(input_ids=ids, use_cache=False).logits[:, :-1], ids[:, 1:])[0].cpu())
     return logprobs

@@ -204,8 +204,8 @@ def format_source(section: Mapping[str, Any]) -> str:
 
 
 def format_interval(metrics: Mapping[str, float], key: str, half: str) -> str:
-    """Return a metric with the half width of its interval, the metric `half`."""
-    return f"{format_number(metrics[key])} ± {metrics[half]:.2g}"
+    """Return a metric with the half width of its interval, the metric `half`, if there is one."""
+    return format_number(metrics[key]) + (f" ± {metrics[half]:.2g}" if half in metrics else "")
 
 
 def format_number(value: float | None) -> str:

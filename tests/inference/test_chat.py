@@ -1,5 +1,6 @@
 """apa-chat: the prompts that policy and reward see, how replies are sampled, and how a chat ends."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import pytest
 from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.config.from_run import compose_from_run
-from apa_cli.inference.chat import Conversation, choose_prompt_form, converse
+from apa_cli.errors import UserError
+from apa_cli.inference.chat import Conversation, choose_prompt_form, converse, read_line
 from apa_cli.inference.trained_policy import PromptKind, read_first_prompt
 from apa_cli.models.loading import find_end_token_ids, load_policy, load_tokenizer
 from apa_cli.models.prompting import PromptFormat, format_chat
@@ -128,6 +130,23 @@ def test_a_chat_ends_with_the_input_and_at_ctrl_c(end, start_conversation):
     written = []
     converse(start_conversation()[0], read, written.append)
     assert written == [""]
+
+
+@pytest.mark.parametrize("line", [b"caf\xe9", b"a \xed\xa0\x80"])  # Latin-1; a lone surrogate
+def test_input_that_is_not_utf_8_is_one_line(line, monkeypatch):
+    data = io.BytesIO("naïve 鑫\n".encode() + line + b"\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape"))
+    assert read_line() == "naïve 鑫"
+    with pytest.raises(UserError, match=r"^chat: the input '.*' is not UTF-8; convert it") as error:
+        read_line()
+    assert "\n" not in str(error.value) and str(error.value).encode()
+
+
+def test_a_long_line_is_cut_and_answered(start_conversation):
+    """Text cut by tokens, decoded and encoded again may be as long as before."""
+    conversation, scored = start_conversation("sampling.max_prompt_tokens=20", template=TEMPLATE)
+    enter(conversation, "1234567890" * 30, "鑫" * 50)
+    assert len(scored) == 2 and scored[0][0].removesuffix("\n\nAssistant: ").endswith("1234567890")
 
 
 def test_an_unknown_command_is_answered_without_the_model(start_conversation):

@@ -93,9 +93,9 @@ def test_the_cards_program_runs(run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_prompt_of_a_chat_is_given_to_the_template():
-    sampling = {"stop_strings": ["Human:"], "temperature": 0.5, "top_k": 0, "top_p": 1.0, "max_new_tokens": 7}
+    sampling = {"stop_strings": ["Human:", r"\n"], "temperature": 0.5, "top_k": 0, "top_p": 1.0, "max_new_tokens": 7}
     text = "\n\nHuman: Hi\n\nAssistant: "
     program = format_example(sampling, text, PromptKind.chat)
     assert "messages = [{'role': 'user', 'content': 'Hi'}]" in program and "prompt =" not in program
-    assert "temperature=0.5" in program and "stop_strings=['Human:']" in program
+    assert "temperature=0.5" in program and "stop_strings=['Human:', '\\n']" in program
     assert f"prompt = {text!r}" in format_example(sampling, text, PromptKind.dialogue)

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from apa_cli.randomness import Stream, make_generator, sample_uniforms
 from apa_cli.rollout.collect import assemble_rollout, collect_rollout, concatenate_sequences
 from apa_cli.rollout.engine import Sampled
-from apa_cli.rollout.samplers import ModelSampler
+from apa_cli.rollout.samplers import DataSampler, ModelSampler
 from apa_cli.settings import DType
-from apa_cli.types import Prefix, Prompt, Rollout, RolloutPlan
+from apa_cli.types import DATA, POLICY, Prefix, Prompt, Rollout, RolloutPlan
 from tests.builders import (
     EOS,
     build_tiny_policy,
@@ -265,3 +265,29 @@ def test_rollouts_are_concatenated_with_common_padding():
     assert chosen.mask.sum(-1).tolist() == [1, 2, 3] and torch.equal(chosen.prompt_ids, joined.prompt_ids)
     with pytest.raises(ValueError, match=r"^concatenate_sequences: no part$"):
         concatenate_sequences([], pad=99)
+
+
+def test_no_token_follows_a_stop_string_in_logged_responses_and_prefixes():
+    """ "e f" are tokens 4 and 5; the text of a response ends before them, and so do its tokens."""
+    tokenizer = build_word_tokenizer()
+    settings = replace(SETTINGS, stop_strings=["e f"], max_new_tokens=9)
+    logged = [[1, 4, 5, 2, 3, EOS], [1, 2, EOS], [4, 5, EOS], [1, 1, 1, 4, 5]]
+    prompts = [Prompt("b", [1], place, 0, {}, response_ids=row) for place, row in enumerate(logged)]
+    whole = RolloutPlan(DATA, Prefix("all"), None)
+    rollout = collect_rollout(
+        {DATA: DataSampler()}, tokenizer, prompts, settings, frozenset({EOS}), SEED, Stream.rollout, 1, whole
+    )
+    assert [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.mask, strict=True)] == [
+        [1, 4, 5], [1, 2, EOS], [4, 5], [1, 1, 1, 4, 5],
+    ]  # fmt: skip
+    assert rollout.endings == ["stop", "eos", "stop", "stop"]
+    assert rollout.responses == [" b", " b c", "", " b b b"]
+    policy = ModelSampler(build_tiny_policy(), tokenizer, DType.float32)
+    completed = RolloutPlan(DATA, Prefix("uniform", 1.0), POLICY)
+    samplers = {DATA: DataSampler(), POLICY: policy}
+    for iteration in range(8):
+        rollout = collect_rollout(
+            samplers, tokenizer, prompts, settings, frozenset({EOS}), SEED, Stream.rollout, iteration, completed
+        )
+        for row, mask, on_policy in zip(rollout.response_ids, rollout.mask, rollout.on_policy, strict=True):
+            assert on_policy.any() and " 4, 5" not in str(row[mask].tolist()[:-1])

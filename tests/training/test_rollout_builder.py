@@ -15,9 +15,10 @@ from apa_cli.rewards.base import Scores
 from apa_cli.rollout.samplers import ModelSampler
 from apa_cli.training.forward_passes import ForwardPasses
 from apa_cli.training.responses_per_prompt import ResponsesPerPrompt
-from apa_cli.training.rollout_builder import RolloutBuilder
+from apa_cli.training.rollout_builder import RolloutBuilder, average_equal_responses
 from apa_cli.training.trainer import Trainer
 from apa_cli.types import Example, Prefix, Rollout, RolloutPlan, Sequences
+from tests.builders import make_mask, make_rollout
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def test_responses_are_sampled_once_per_prompt_and_added_whenever_it_comes_up(on
 
     def score(prompts, responses, columns):
         scored.append(len(responses))
-        return Scores([float(100 * len(scored) + i) for i in range(len(responses))])
+        return Scores([float(1000 * len(scored) + len(response)) for response in responses])
 
     by_row: dict[int, list] = {}
     for iteration, rows in ROWS.items():
@@ -176,7 +177,17 @@ def test_responses_are_sampled_once_per_prompt_and_added_whenever_it_comes_up(on
     assert builder.samplers["init"].rows == [3, 3, 5, 5, 7, 7, 1, 1]
     assert scored == [4 + 6, 4 + 2, 4]
     assert len({str(pair) for pair in by_row.values()}) == 4
-    assert [pair[0][1] for pair in by_row.values()] == [104, 106, 108, 204]
+    assert [pair[0][1] // 1000 for pair in by_row.values()] == [1, 1, 1, 2]
+
+
+def test_equal_responses_to_a_prompt_get_their_mean_score():
+    # Rows 0, 1 and 3 are "a" to the prompt of row 5: (1 + 2 + 6)/3; "a" to row 6 and "b" keep theirs.
+    rollout = make_rollout(
+        make_mask([1] * 5), scores=torch.tensor([1.0, 2.0, 4.0, 6.0, 0.5]), responses=["a", "a", "a", "a", "b"],
+        example_index=torch.tensor([5, 5, 6, 5, 5]),
+    )  # fmt: skip
+    assert average_equal_responses(rollout).scores.tolist() == [3, 3, 4, 3, 0.5]
+    assert rollout.scores.tolist() == [1, 2, 4, 6, 0.5]
 
 
 def test_kept_responses_do_not_depend_on_when_the_prompt_first_comes_up(once):
@@ -334,6 +345,8 @@ def test_the_encoder_makes_off_policy_rows_of_texts_and_tokens(make_trainer):
     assert prompts == [tokenizer(example.prompt)["input_ids"] for example in examples]
     assert rows.prompt_mask[:, -1].all() and not rows.on_policy.any()
     assert list(builder.encoder.examples) == builder.examples
+    with pytest.raises(UserError, match=r"^algo: encode\(\) got a response of 5 tokens, more than .*max_new_tokens 4"):
+        builder.encoder(examples[:1], [[5] * 5])
 
 
 # Forward passes
