@@ -86,7 +86,7 @@ def describe_exception(error: BaseException) -> str:
 
 
 def format_raise_location(error: BaseException) -> str:
-    """Return where the user's code raised, as " (FILE, line N)"; "" without a traceback.
+    """Return where the user's code raised, as " (FILE, line N)"; "" if no frame of the traceback is the user's.
 
     The innermost frame counts that is neither in the standard library, nor in an installed package, nor in this one.
     """
@@ -98,8 +98,7 @@ def format_raise_location(error: BaseException) -> str:
         for f in frames
         if not f.filename.startswith("<") and not any(Path(f.filename).is_relative_to(p) for p in foreign)
     ]
-    frame = next(reversed(own or frames), None)
-    return f" ({Path(frame.filename).name}, line {frame.lineno})" if frame else ""
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def format_import_location(error: BaseException) -> str:

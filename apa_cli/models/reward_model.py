@@ -24,7 +24,6 @@ from apa_cli.models.loading import (
     TORCH_DTYPES,
     load_merged,
     load_pretrained,
-    require_all_weights,
     resolve_model_source,
 )
 from apa_cli.models.lora import is_adapter, read_adapter_base, read_adapter_config
@@ -46,7 +45,7 @@ def load_reward_model(path: str, dtype: str) -> tuple[PreTrainedModel, PreTraine
     """
     resolve_model_source(path, "reward.path")
     options: dict[str, Any] = {"dtype": TORCH_DTYPES[DType(dtype)], "trust_remote_code": False}
-    tokenizer_path, load = path, require_head(require_all_weights(AutoModelForSequenceClassification.from_pretrained))
+    tokenizer_path, load = path, load_complete_classifier
     if is_adapter(path):
         # The base lacks the head, or has another; the adapter's replaces it.
         load, options["num_labels"] = AutoModelForSequenceClassification.from_pretrained, count_adapter_outputs(path)
@@ -66,21 +65,19 @@ def load_reward_model(path: str, dtype: str) -> tuple[PreTrainedModel, PreTraine
     return model.eval().requires_grad_(False), tokenizer
 
 
-def require_head(load: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
-    """Wrap a loader that raises ValueError for missing weights to say of a missing score head what it means."""
-
-    def load_with_head(source: str, **options: Any) -> PreTrainedModel:
-        try:
-            return load(source, **options)
-        except ValueError as error:
-            if not any(f" {name}." in str(error) for name in HEAD_NAMES):
-                raise
-            raise ValueError(
-                f"{error}, so it is no reward model: its scores would be random; apa-reward model.path={source} trains "
-                "one on it"
-            ) from error
-
-    return load_with_head
+def load_complete_classifier(source: str, **options: Any) -> PreTrainedModel:
+    """Load a classifier. Raise ValueError for missing weights, which `transformers` would make random."""
+    model, info = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"], key=lambda name: (name.partition(".")[0] not in HEAD_NAMES, name))
+    if not missing:
+        return model
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    if missing[0].partition(".")[0] in HEAD_NAMES:
+        more += (
+            ", so it is no reward model: its scores would be random; to train one on it, give "
+            f"apa-reward model.path={source}"
+        )
+    raise ValueError(f"the weights lack {missing[0]}{more}")
 
 
 def count_adapter_outputs(path: str) -> int:
@@ -155,6 +152,8 @@ def build_reward_model(
         "model.path",
         trust_remote_code=settings.trust_remote_code,
     )
+    if config.is_encoder_decoder:
+        raise UserError(f"model.path: {path} has an encoder and a decoder; a reward model needs one of them alone")
     config.num_labels = 1
     config.problem_type = None
     config.pad_token_id = tokenizer.pad_token_id

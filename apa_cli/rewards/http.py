@@ -131,13 +131,17 @@ class HTTPReward(Reward):
             try:
                 return parse_scores(self.post(body, headers), count, self.url)
             except RetryableError as error:
-                delay = min(max(self.backoff * 2.0 ** min(attempt - 1, 100), error.delay or 0.0), self.longest_backoff)
-                if attempt > self.retries or cancelled.wait(delay):
+                if attempt > self.retries or cancelled.wait(self.compute_delay(attempt, error.delay)):
                     attempts = f"{attempt} {'attempt' if attempt == 1 else 'attempts'}"
                     raise UserError(
                         f"reward.url: no scores from {self.url} in {attempts}; the last error: {error}"
                     ) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def compute_delay(self, attempt: int, asked: float | None) -> float:
+        """Return the seconds to wait after attempt number `attempt`, at least those that Retry-After asked for."""
+        doublings = min(attempt - 1, 100)  # 2**1024 is no float
+        return min(max(self.backoff * 2.0**doublings, asked or 0.0), self.longest_backoff)
 
     def post(self, body: bytes, headers: dict[str, str]) -> bytes:
         """Send one request and return the body of its answer.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from apa_cli.datasets.base import make_prompt_key
 from apa_cli.distributed.device import claim_gpu, should_use_gpu
 from apa_cli.distributed.world import SINGLE_PROCESS, World
 from apa_cli.errors import UserError
@@ -29,11 +30,13 @@ from apa_cli.models.sharding import (
     shard_reward_model,
 )
 from apa_cli.models.structure import make_frozen_copy, move_to_device
-from apa_cli.rewards.base import CheckedScoreFunction, Placement, add_score_check
+from apa_cli.models.tokenization import show_tokens
+from apa_cli.rewards.base import CheckedScoreFunction, Placement, add_score_check, show_model_input
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.files import read_state
+from apa_cli.runs.formatting import quote_text
 from apa_cli.runs.resume import INPUTS
 from apa_cli.runs.tracking import Tracker, make_tracker
 from apa_cli.settings import Config, FrozenPlacement, LaunchSettings, ParallelStrategy
@@ -41,6 +44,7 @@ from apa_cli.stages.cache import fill_model_paths, find_or_train_reward_model
 from apa_cli.training.dry_run import describe_run
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator
 from apa_cli.training.forward_passes import ForwardPasses
+from apa_cli.training.hooks import instruct
 from apa_cli.training.input_digests import compare_inputs, digest_inputs
 from apa_cli.training.mfu import UpdateMeter, measure_run_matrix_rate
 from apa_cli.training.models import (
@@ -86,11 +90,14 @@ def build_trainer(
     for line in describe_run(config, world.size):
         console.say(line)
     warn_of_biased_sampling(config, console)
+    say_idle_fields(config, console)
     check_training_options(config)
     tokenizer = load_tokenizer(config.model, config.model.resolved_path)
     policy = load_policy(config.model, config.model.resolved_path, frozen_base=config.lora.rank > 0)
     models = prepare_models(config, policy, tokenizer, device)
     inputs = load_inputs(config, select_training_rows(config, train), held_out, policy, tokenizer, device, world)
+    for line in [*describe_prompt(config, inputs), *describe_reward_input(config, inputs)]:
+        console.say(line)
     digests = world.broadcast_from_main(partial(digest_inputs, config, train, held_out))
     is_fork = resume is not None and not resume.resolve().is_relative_to(path.resolve())
     if resume is not None:
@@ -138,10 +145,10 @@ def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Exam
         if dropped := getattr(rows, "drop_counts", {}):
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             say(f"dataset: {len(rows)} {split} rows; left out: {reasons}")
-    prompts = {example.prompt for example in held_out}
-    shared = {example.prompt for example in train} & prompts
+    prompts = {make_prompt_key(example.prompt) for example in held_out}
+    shared = {make_prompt_key(example.prompt) for example in train} & prompts
     if shared:
-        train = [example for example in train if example.prompt not in prompts]
+        train = [example for example in train if make_prompt_key(example.prompt) not in prompts]
         say(
             f"dataset: {len(shared)} held-out prompts are also in train and are left out of it, such as {min(shared)!r}"
         )
@@ -149,8 +156,14 @@ def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Exam
         raise UserError(f"dataset: {len(train)} rows to train on, {len(held_out)} held out; both splits are needed")
     columns = sorted({name for example in train for name in example.columns})
     further = f"; further columns: {', '.join(columns)}" if columns else ""
-    say(f"dataset: {len(train)} rows to train on, {len(held_out)} held out{further}")
+    say(f"dataset: {count_rows(train)} to train on, {count_rows(held_out)} held out{further}")
     return train, held_out
+
+
+def count_rows(examples: list[Example]) -> str:
+    """Return the number of rows, and of their distinct prompts if some prompt has several rows."""
+    distinct = len({make_prompt_key(example.prompt) for example in examples})
+    return f"{len(examples)} rows" + (f" of {distinct} prompts" if distinct < len(examples) else "")
 
 
 def select_training_rows(config: Config, train: list[Example]) -> list[Example]:
@@ -199,16 +212,27 @@ def warn_of_biased_sampling(config: Config, console: Console) -> None:
     if config.sampling.top_k or config.sampling.top_p < 1:
         console.warn(
             "sampling.top_k, sampling.top_p: the sampling distribution is truncated and log-probs are not, so "
-            "advantages, ratios and KL are biased; 0 and 1 turn truncation off"
+            "advantages, ratios, kl/*, policy/entropy and a price of KL are those of the whole distribution, on "
+            "truncated samples; eval/kl_exact and eval/entropy are the truncated sampler's. 0 and 1 turn truncation off"
         )
+
+
+def say_idle_fields(config: Config, console: Console) -> None:
+    """Say which of the algorithm's settings have no effect for lack of a critic."""
+    if not config.needs.critics:
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in config.algo.idle_fields().items():
+            by_reason.setdefault(reason, []).append(f"algo.{name}")
+        for reason, keys in by_reason.items():
+            console.say(f"{', '.join(keys)}: no effect with algo.{reason}")
 
 
 def prepare_models(
     config: Config, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> RunModels:
     """Return the models of a run, whole on `device`. Raise ConfigError if the policy does not fit the tokenizer."""
-    check_model_limits(config, policy, tokenizer)
     move_to_device(policy, device)
+    check_model_limits(config, policy, tokenizer)
     guide = load_guide(config, policy, tokenizer)
     model, reference = build_training_model(config, policy)
     model.to(device)
@@ -248,6 +272,28 @@ def load_inputs(
         score=load_reward(config, placement),
         placement=placement,
     )
+
+
+def describe_prompt(config: Config, inputs: RunInputs) -> list[str]:
+    """Return lines with the first prompt as the policy reads it, special tokens visible, and what ends a response."""
+    tokenizer, example, sampling = inputs.prompt_format.tokenizer, inputs.train[0], config.sampling
+    instructed = instruct(config.algo, example, 1)
+    prompt, _ = inputs.prompt_format.encode_instructed(example, instructed, 0, 0, sampling.max_prompt_tokens)
+    ends = [show_tokens(tokenizer, [token]) for token in sorted(inputs.end_tokens)]
+    ends += [repr(string) for string in sampling.stop_strings if string]
+    return [
+        f"first prompt, {len(prompt.token_ids)} tokens: {quote_text(show_tokens(tokenizer, prompt.token_ids))}",
+        f"a response ends at {', '.join(dict.fromkeys(ends))}{' or ' if ends else ''}{sampling.max_new_tokens} tokens",
+    ]
+
+
+def describe_reward_input(config: Config, inputs: RunInputs) -> list[str]:
+    """Return a line per model of the reward with the first prompt and a response as it reads them."""
+    example = inputs.train[0]
+    prompt, _ = inputs.prompt_format.encode_prompt(example, 0, 0, config.sampling.max_prompt_tokens)
+    response = example.chosen or example.response or " (response)"
+    texts = show_model_input(inputs.score, prompt.text, response, prompt.columns)
+    return [f"the reward{name and f' {name}'} reads: {quote_text(text)}" for name, text in texts.items()]
 
 
 def make_placement(config: Config, device: torch.device, world: World = SINGLE_PROCESS) -> Placement:
@@ -386,7 +432,7 @@ def build_evaluator(
     examples, longest = inputs.held_out[: config.evaluation.prompts], config.sampling.max_prompt_tokens
     further = {part.name: part.load(inputs.placement) for part in config.evaluation.rewards}
     prompt_format = inputs.prompt_format
-    instructed = [config.algo.instruct(example, None) for example in examples]
+    instructed = [instruct(config.algo, example, None) for example in examples]
     return Evaluator(
         prompts=[
             prompt_format.encode_instructed(example, read, place, 0, longest)[0]

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from apa_cli.errors import UserError
+from apa_cli.errors import UserError, find_details
 from apa_cli.rewards.base import Placement, add_score_check
 from apa_cli.rewards.function import FunctionReward
 from apa_cli.user_code import import_object
@@ -250,3 +250,137 @@ def test_other_return_values_are_one_line_errors(body, tmp_path):
     with pytest.raises(UserError, match=r"^reward: ") as error:
         score(PROMPTS, RESPONSES, COLUMNS)
     assert "\n" not in str(error.value)
+
+
+TRL = """\
+import functools
+import json
+
+def trl(prompts, completions, topic, **kwargs):
+    return [len(str(prompt)) + 100 * len(str(reply)) for prompt, reply in zip(prompts, completions)]
+
+def show(prompts, completions, **kwargs):
+    seen.append((prompts, completions, kwargs))
+    return [0.0] * len(completions)
+
+seen = []
+
+async def alone(completions):
+    return [len(reply) for reply in completions]
+
+def swapped(responses, prompts):
+    return [len(response) for response in responses]
+
+def other_names(inputs, responses):
+    return [10 * len(first) + len(second) for first, second in zip(inputs, responses)]
+
+def weighted(prompts, responses, weight):
+    return [weight * len(response) for response in responses]
+
+half = functools.partial(weighted, weight=0.5)
+anonymous = lambda prompts, responses: [7.0] * len(responses)
+
+class Length:
+    def __call__(self, prompts, completions, **kwargs):
+        return [float(len(reply)) for reply in completions]
+
+made = Length()
+
+class Scale(Length):
+    def __init__(self, factor):
+        self.factor = factor
+
+def token_ids(completions, completion_ids):
+    return [0.0] * len(completions)
+
+def one(text):
+    return 0.0
+
+def deep(prompts, responses):
+    return [json.loads("{bad") for _ in responses]
+
+def leaving(prompts, responses):
+    raise SystemExit("enough")
+
+def column_names(prompts, responses, **columns):
+    return [len(columns)] * len(responses)
+"""
+
+
+@pytest.fixture
+def trl_file(tmp_path):
+    path = tmp_path / "trl_rewards.py"
+    path.write_text(TRL)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "scores"),
+    [
+        ("trl", [1 + 200, 3 + 100]),  # texts of prompts "a", "bcd" and responses "xx", "y"
+        ("alone", [2, 1]),
+        ("swapped", [2, 1]),
+        ("other_names", [12, 31]),
+        ("half", [1.0, 0.5]),
+        ("anonymous", [7.0, 7.0]),
+        ("Length", [2.0, 1.0]),
+        ("made", [2.0, 1.0]),
+        ("column_names", [3, 3]),
+    ],
+)
+def test_the_parameters_names_decide_what_a_function_receives(name, scores, trl_file):
+    assert call_target(f"{trl_file}:{name}") == scores
+
+
+def test_rows_with_turns_are_messages_in_trls_form_and_texts_in_ours(trl_file):
+    turns = [{"role": "user", "content": "a"}]
+    columns = [{"messages": turns, "topic": "tea"}, {"topic": "bread"}]
+    reward = FunctionReward(f"{trl_file}:show", None).load(Placement("cpu", "float32"))
+    reward(PROMPTS, [" xx", " y"], columns)
+    ((prompts, completions, kwargs),) = import_object(f"{trl_file}:seen")
+    assert prompts == [turns, "bcd"] and completions == [[{"role": "assistant", "content": "xx"}], " y"]
+    assert kwargs == {"topic": ["tea", "bread"], "messages": [turns, None], "responses": [" xx", " y"]}
+    ours = FunctionReward(f"{trl_file}:anonymous", None).load(Placement("cpu", "float32"))
+    assert ours(PROMPTS, RESPONSES, columns) == [7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "token_ids",
+            r"takes the columns completion_ids, which the data set lacks; its columns are asked, other, topic",
+        ),
+        ("one", r"takes \(text\), but a reward function takes \(prompts, responses\) or, as in TRL, "),
+        ("Scale", r"Scale is a class that cannot be called without arguments \(TypeError: [^()]*__init__\(\) missing"),
+        ("deep", r"raised JSONDecodeError: .* \(trl_rewards\.py, line 45\)$"),  # the frame in json is not the user's
+        ("leaving", r"raised SystemExit: enough \(trl_rewards\.py, line 48\)$"),
+    ],
+)
+def test_functions_that_cannot_be_called_or_fail_are_one_line_errors(name, message, trl_file):
+    with pytest.raises(UserError, match=message) as error:
+        call_target(f"{trl_file}:{name}")
+    assert "\n" not in str(error.value) and str(error.value).startswith("reward")
+
+
+def test_the_traceback_of_a_failing_function_is_in_the_details(trl_file):
+    with pytest.raises(UserError) as error:
+        call_target(f"{trl_file}:deep")
+    assert find_details(error.value).startswith("Traceback") and "json.loads" in find_details(error.value)
+    assert find_details(UserError("other")) == ""
+
+
+def test_a_column_with_a_parameters_name_does_not_replace_the_texts(trl_file):
+    reward = FunctionReward(f"{trl_file}:column_names", None).load(Placement("cpu", "float32"))
+    assert reward(PROMPTS, RESPONSES, [{"prompts": 1, "responses": 2, "more": 3}] * 2) == [1, 1]
+
+
+def test_an_endless_iterator_and_an_unprintable_error_end(tmp_path):
+    (tmp_path / "odd.py").write_text(
+        "import itertools\n\n\ndef endless(prompts, responses):\n    return itertools.count()\n\n\n"
+        "class Silent(Exception):\n    def __str__(self):\n        raise ValueError\n\n\n"
+        "def silent(prompts, responses):\n    raise Silent\n"
+    )
+    assert call_target(f"{tmp_path}/odd.py:endless") == [0, 1, 2]  # one too many, which the check then refuses
+    with pytest.raises(UserError, match=r"silent raised Silent \(odd\.py, line 14\)$"):
+        call_target(f"{tmp_path}/odd.py:silent")

@@ -161,6 +161,13 @@ def test_the_delay_doubles_up_to_the_longest():
     assert "in 5 attempts; the last error: status 500" in message
 
 
+def test_the_delay_after_many_attempts_is_the_longest():
+    reward = make_reward("http://127.0.0.1:9/", retries=5000, backoff=0.5, longest_backoff=60.0)
+    # 0.5 · 2⁰, 0.5 · 2³; 0.5 · 2⁴⁹⁹⁹ exceeds the range of floats.
+    assert [reward.compute_delay(attempt, None) for attempt in (1, 4, 5000)] == [0.5, 4.0, 60.0]
+    assert (reward.compute_delay(1, 7.0), reward.compute_delay(1, 700.0)) == (7.0, 60.0)
+
+
 @pytest.mark.parametrize("value", ["0.3", "date"])
 def test_retry_after_is_respected(value):
     def answer_later(number, request):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from apa_cli.errors import UserError
@@ -20,10 +21,11 @@ PROMPTS = [
 RESPONSES = [" It takes about three hours to bake bread, and then it should rest.", " No.", "", " Yes, do!"]
 
 
-def make_reward(path, output=0, scale=1.0, centered=False, dtype=None, microbatch=64, max_tokens=64):
-    return ModelReward(
-        path if path is None else str(path), output, scale, centered, dtype, microbatch, max_tokens, RewardFormat.auto
-    )
+def make_reward(
+    path, output=0, scale=1.0, centered=False, dtype=None, microbatch=64, max_tokens=64, format=RewardFormat.auto
+):
+    path = path if path is None else str(path)
+    return ModelReward(path, output, scale, centered, dtype, microbatch, max_tokens, format)
 
 
 def score_with(path, prompts=PROMPTS, responses=RESPONSES, **settings):
@@ -159,3 +161,75 @@ def test_the_loaded_model_is_frozen(classifier):
         cell.cell_contents for cell in score.score.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)
     )
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+TEMPLATE = "{% for m in messages %}<{{m.role}}>{{m.content}}{{eos_token}}{% endfor %}"
+
+
+@pytest.fixture
+def chat_classifier(make_classifier):
+    """Return the folder of a classifier whose tokenizer has a chat template that ends in EOS, as its padding does."""
+    folder = make_classifier(num_labels=1, pad_token_id=None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template, tokenizer.pad_token = TEMPLATE, None
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_with_a_chat_template_reads_chats(chat_classifier, score_one_text):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    turns.append({"role": "user", "content": "Tea?"})
+    score = make_reward(chat_classifier).load(Placement("cpu", "float32"))
+    end = AutoTokenizer.from_pretrained(chat_classifier).eos_token
+    texts = [
+        f"<user>Hi{end}<assistant>Yes?{end}<user>Tea?{end}<assistant>No.{end}",
+        f"<user>Tea?{end}<assistant>No.{end}",
+    ]
+    assert score.show_input("unused", " No.", {"messages": turns}) == {"": texts[0]}
+    scores = score(["unused", "Tea?"], [" No.", "No."], [{"messages": turns}, {}])
+    # A model without a pad token reads the last token, here EOS, also in a batch.
+    expected = [score_one_text(chat_classifier, text) for text in texts]
+    assert scores == pytest.approx(expected, rel=0, abs=1e-5) and abs(expected[0] - expected[1]) > 0.01
+    plain = make_reward(chat_classifier, format=RewardFormat.plain).load(Placement("cpu", "float32"))
+    assert plain.show_input("Tea?", " No.", {"messages": turns}) == {"": "Tea? No."}
+
+
+def test_a_model_of_apa_reward_reads_the_format_that_it_was_trained_on(chat_classifier):
+    config = json.loads((chat_classifier / "config.json").read_text())
+    for entries, text in (
+        ({"reward_format": "plain"}, "Tea? No."),
+        ({"reward_format": "chat"}, "<user>"),
+        ({"score_mean": 0.5}, "Tea? No."),  # trained before the format was stored
+    ):
+        (chat_classifier / "config.json").write_text(json.dumps({**config, **entries}))
+        read = make_reward(chat_classifier).load(Placement("cpu", "float32")).show_input("Tea?", " No.", {})[""]
+        assert read.startswith(text)
+
+
+def test_a_language_model_is_no_reward_model(tiny):
+    message = get_load_error(tiny)
+    assert message.startswith("reward.path: ") and "lack score.weight, so it is no reward model" in message
+
+
+def test_weights_without_a_head_or_a_block_are_refused(make_classifier):
+    folder = make_classifier(num_labels=1)
+    tensors = load_file(folder / "model.safetensors")
+    block = next(name for name in tensors if ".layers.1." in name)
+    for name, advice in (("score.weight", True), (block, False)):
+        rest = {key: tensor for key, tensor in tensors.items() if key != name}
+        save_file(rest, folder / "model.safetensors", metadata={"format": "pt"})
+        message = get_load_error(folder)
+        assert f"the weights lack {name}" in message and ("no reward model" in message) == advice
+
+
+def test_equal_texts_have_equal_scores_in_every_batch(classifier):
+    prompts = [f"Is {i} {'very ' * (i % 7)}large?" for i in range(20)]
+    rows = [*prompts, "Tea?", *prompts, "Tea?"]
+    scores = score_with(classifier, rows, [" Yes."] * len(rows), microbatch=3)
+    assert scores[:21] == scores[21:] and len(set(scores)) == 21
+
+
+def test_the_length_limit_leaves_room_for_a_text(shared):
+    path = shared / "rewards" / "bert-tiny-toxicity"  # adds [CLS] and [SEP]
+    assert get_load_error(path, max_tokens=2).startswith("reward.max_tokens: 2 leaves no room for a text")
+    assert len(score_with(path, max_tokens=3)) == 4

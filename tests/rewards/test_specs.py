@@ -171,3 +171,31 @@ def test_every_job_of_a_sweep_finds_the_users_yamls(config_dir, tmp_path):
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("reward: 2 × (kind: ModelReward outputs/kindness)") == 2
     assert process.stdout.count("reward in evaluation, vader: FunctionReward apa_cli.rewards.vader:compound") == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["reward=http", "reward.url=http://h/", "reward.timeout=1e10"],
+            "reward.timeout: 10000000000.0 must be greater",
+        ),
+        (
+            ["reward=http", "reward.url=http://h/", "reward.backoff=1e10"],
+            "reward.backoff: 10000000000.0 must be at least",
+        ),
+        (["reward=http", "reward.url=http://h/", "reward.longest_backoff=1e10"], "reward.longest_backoff: 1000000000"),
+        (["reward=http", "reward.url=http://h/", f"reward.max_bytes={10**20}"], f"reward.max_bytes: {10**20} must be"),
+        (
+            ["reward=vader", "reward.timeout=1e10"],
+            "reward.timeout: 10000000000.0 must be greater than 0 and at most 1e+09",
+        ),
+        (["reward.max_tokens=10000000000"], "reward.max_tokens: 10000000000 must be at least 1 and at most 1e+09"),
+        (["reward.format=chatml"], "reward.format: 'chatml' is not one of auto, chat, plain"),
+        (["reward_model.format=hh"], "reward_model.format: 'hh' is not one of auto, chat, plain"),
+    ],
+)
+def test_settings_out_of_range_are_refused(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        build_config(compose(overrides))
+    assert str(error.value).startswith(message)

@@ -3,7 +3,8 @@
 import pytest
 
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.rewards.base import NamedReward, Placement, add_score_check
+from apa_cli.rewards.base import NamedReward, Placement, add_score_check, show_model_input
+from apa_cli.rewards.ensemble import EnsembleReward, Reduction
 from apa_cli.rewards.function import FunctionReward
 from apa_cli.rewards.model import ModelReward
 from apa_cli.rewards.sum import SumReward
@@ -72,3 +73,16 @@ def test_a_trained_model_fills_the_parts_that_need_it(make_part):
 def test_an_empty_sum_is_refused():
     with pytest.raises(ConfigError, match="parts needs at least one reward"):
         SumReward([])
+
+
+def test_the_texts_of_all_models_are_shown_under_their_names(classifier, make_part):
+    model = ModelReward(str(classifier), 0, 1.0, False, None, 8, 64, RewardFormat.auto)
+    ensemble = EnsembleReward(
+        [str(classifier)] * 2, Reduction.mean, 0.0, 0, 1.0, False, None, 8, 64, RewardFormat.plain
+    )
+    inner = SumReward([NamedReward("several", 1.0, ensemble)])
+    reward = SumReward([NamedReward("one", 1.0, model), make_part("length", 1.0), NamedReward("inner", 1.0, inner)])
+    score = add_score_check(reward.load(Placement("cpu", "float32")))
+    names = ("one", "inner/several/model_1", "inner/several/model_2")
+    assert show_model_input(score, "Tea?", " Yes.", {}) == dict.fromkeys(names, "Tea? Yes.")
+    assert show_model_input(len, "Tea?", " Yes.", {}) == {}

@@ -7,13 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
 from apa_cli.datasets.embedded import EmbeddedDataset
 from apa_cli.errors import UserError
 from apa_cli.models.reward_text import encode_reward_text
+from apa_cli.rewards.base import Placement
+from apa_cli.rewards.model import ModelReward
+from apa_cli.settings import RewardFormat
 from apa_cli.stages.reward_model import (
     bradley_terry_loss,
     compute_preference_metrics,
@@ -140,3 +149,65 @@ def test_data_without_replies_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match=r"^reward_model: the data set has no") as error:
         train_reward_model(configure_model(tiny, TWO_EPOCHS), rows, rows, 0, make_stage_context(tmp_path / "x"))
     assert "\n" not in str(error.value)
+
+
+BASES = {
+    "roberta": (AutoModelForMaskedLM, {"intermediate_size": 64}),
+    "bert": (AutoModelForMaskedLM, {"intermediate_size": 64}),  # its masked language model has no pooler
+    "gpt2": (AutoModelForCausalLM, {}),
+}
+
+
+def save_base(folder, kind: str, tokenizer):
+    """Save a language model of two small layers and 40 positions, with random weights."""
+    build, changes = BASES[kind]
+    dimensions = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 40, "pad_token_id": tokenizer.pad_token_id, **changes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    build.from_config(AutoConfig.for_model(kind, **dimensions)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [(), ("lora=default", "lora.target_modules=[all-linear]")], ids=["whole", "lora"])
+@pytest.mark.parametrize("kind", BASES)
+def test_any_trunk_learns_within_its_positions_and_scores_as_it_was_saved(kind, lora, tiny, tmp_path):
+    save_base(tmp_path / "base", kind, AutoTokenizer.from_pretrained(tiny))
+    rows = [Example("Is it so? " * (30 if i % 8 == 0 else 1), f" Yes, {i}.", f" No, {i}.", {}) for i in range(64)]
+    settings = ("epochs=10", "batch_size=8", "lr=5e-3", "weight_decay=0", "max_tokens=100")
+    said = []
+    context = replace(make_stage_context(tmp_path / "model"), say=said.append)
+    report = train_reward_model(configure_model(tmp_path / "base", settings, *lora), rows[:56], rows[56:], 0, context)
+    assert report["accuracy"] == 1.0
+    # Seven of 56 rows and one of 8 are longer than the 40 positions; RoBERTa's first positions are for padding.
+    limit = 40 - 1 - AutoTokenizer.from_pretrained(tiny).pad_token_id if kind == "roberta" else 40
+    assert [line for line in said if "longer" in line] == [
+        f"reward model: {count} texts are longer than {limit} tokens and lose the start of their prompt"
+        for count in ("14 of 112", "2 of 16")
+    ]
+    folders = [tmp_path / "model", *([tmp_path / "model" / "adapter"] if lora else [])]
+    for folder in folders:
+        reward = ModelReward(str(folder), 0, 1.0, False, None, 3, 100, RewardFormat.auto)
+        score = reward.load(Placement("cpu", "float32"))
+        good, bad = ([score([row.prompt], [reply], [{}])[0] for row in rows[:9]] for reply in (" Yes, 5.", " No, 5."))
+        assert min(good) > max(bad)
+        together = score([row.prompt for row in rows[:9]], [" Yes, 5."] * 9, [{}] * 9)
+        assert together == pytest.approx(good, rel=0, abs=1e-5)  # padding changes nothing
+
+
+def test_the_format_of_the_texts_is_stored_with_the_model(tiny, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{{eos_token}}{% endfor %}"
+    AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [Example("Is it?", " Yes.", " No.", {}) for _ in range(8)]
+    for chosen, stored in (("auto", "chat"), ("plain", "plain")):
+        folder = tmp_path / chosen
+        config = configure_model(tmp_path / "base", ("max_tokens=100",), f"reward_model.format={chosen}")
+        train_reward_model(config, rows, rows, 0, make_stage_context(folder))
+        assert json.loads((folder / "config.json").read_text())["reward_format"] == stored
+    with pytest.raises(UserError, match=r"^reward_model\.format: chat needs a reward tokenizer with a chat template"):
+        config = configure_model(tiny, (), "reward_model.format=chat")
+        train_reward_model(config, rows, rows, 0, make_stage_context(tmp_path / "none"))
