@@ -1,5 +1,7 @@
 """dataset=jsonl: the user's own rows."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from apa_cli.datasets.base import PromptStyle
@@ -414,6 +416,22 @@ def test_prompts_that_differ_in_white_space_only_are_on_one_side(write):
     # distinct: a b, c, d | e, f, g; the second and the sixth are held out
     assert prompts(data, "test") == ["c", "g"]
     assert prompts(data, "train") == ["a b", "d", "a  b\n", "e", "f", " a b"]
+
+
+def test_a_run_counts_prompts_and_removes_held_out_ones_whatever_their_white_space(write):
+    from apa_cli.training.build import load_examples
+
+    train, held_out = (
+        write("train.jsonl", rows("a  b", "c", "c", " c", "d")),
+        write("test.jsonl", rows("a b ", "e", "e")),
+    )
+    lines = []
+    examples, held_out_examples = load_examples(SimpleNamespace(dataset=make_dataset(train, held_out)), lines.append)
+    assert [row.prompt for row in examples] == ["c", "c", " c", "d"] and len(held_out_examples) == 3
+    assert lines == [
+        "dataset: 1 held-out prompts are also in train and are left out of it, such as 'a b'",
+        "dataset: 4 rows of 2 prompts to train on, 3 rows of 2 prompts held out",
+    ]
 
 
 def test_real_files_by_their_columns(real):
