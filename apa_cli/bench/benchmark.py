@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.environment import collect_environment
 from apa_cli.settings import Config, MatmulLibrary, Quantization
 from apa_cli.training.build import set_up_device
-from apa_cli.training.launch import release_memory, release_on_failure, remove_if_empty
+from apa_cli.training.launch import release_memory, remove_if_empty
 from apa_cli.training.mfu import Stopwatch, UpdateMeter, count_tokens
 from apa_cli.training.models import check_training_options
 from apa_cli.training.trainer import IterationResult, Trainer
@@ -63,8 +63,11 @@ def start_bench(config: Config, path: Path) -> None:
         remove_if_empty(path)
         return
     directory = RunDirectory(path)
-    directory.claim(config.raw)
-    with release_on_failure(directory), Console(path / "run.log", 0) as console:
+    with ExitStack() as stack:
+        stack.enter_context(directory.lock())
+        directory.claim(config.raw)
+        console = stack.enter_context(Console(path / "run.log", 0))
+        stack.enter_context(directory.record_failure(console))
         console.say(describe_memory(memory))
         check_memory(memory, read_free_memory(device), device)
         report = measure_phases(build_subject(config, architecture, directory, console, device))

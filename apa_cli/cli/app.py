@@ -8,6 +8,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,15 +25,26 @@ from apa_cli.cli.help import print_help
 from apa_cli.config.build import build_config
 from apa_cli.config.compose import LOCAL_MODEL, check_adapter_keys, check_group_keys, choose_local_model, compose
 from apa_cli.config.continuation import compose_continuation, find_continued_run
-from apa_cli.config.explain import suggest_for_flag
+from apa_cli.config.effects import refuse_idle_options
+from apa_cli.config.explain import explain_inherited_key, suggest_for_flag
 from apa_cli.config.from_run import RUN, compose_from_run, find_recorded_run
-from apa_cli.config.hydra_api import CONFIG_NAME, VERSION_BASE, expand_sweep, find_config_dir
+from apa_cli.config.hydra_api import (
+    CONFIG_NAME,
+    PATH_KEY,
+    VERSION_BASE,
+    expand_sweep,
+    find_config_dir,
+    parse_override,
+    quote_value,
+)
 from apa_cli.config.run_names import locate_run_directory
 from apa_cli.errors import ConfigError, UserError, get_first_line
 from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.records import RecordedRun
 from apa_cli.runs.resume import FORK, RESUME
+from apa_cli.runs.stopping import GracefulStop, describe_interruption
 from apa_cli.settings import Config
+from apa_cli.user_code import describe_exception
 
 
 @dataclass(frozen=True)
@@ -80,28 +92,8 @@ def run_command(
     parser.error = refuse_flag  # type: ignore[method-assign]  # argparse would print a usage of many lines
     try:
         args = parser.parse_intermixed_args()
-        put_flags_first(args.overrides)
-        for flag in ("config_name", "config_path"):
-            if getattr(args, flag) is not None:
-                raise ConfigError(
-                    f"--{flag.replace('_', '-')}: not supported; give a folder with your own yamls by --config-dir"
-                )
-        if args.help:
-            print_help(name, args.config_dir, args.overrides)
-        elif args.hydra_help or args.info or args.shell_completion:
-            run_hydra(task, args, [])
-        else:
-            overrides = [quote_folder(override) for override in args.overrides]
-            jobs = expand_jobs(overrides) if args.multirun else [overrides]
-            checked_jobs = [check_job(overrides, args, takes, uses_reward) for overrides in jobs]
-            if is_for_hydra(args, takes):
-                run_hydra(task, args, jobs)
-                return
-            for job in checked_jobs:
-                if args.cfg:
-                    print(OmegaConf.to_yaml(job.cfg, resolve=args.resolve), end="")
-                else:
-                    task(job)
+        with nullcontext() if takes else GracefulStop():
+            run_arguments(name, args, task, takes, uses_reward)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -111,8 +103,42 @@ def run_command(
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt as error:
-        print(f"{name}: {error or 'stopped by SIGINT'}", file=sys.stderr)
+        line = (error or "stopped by SIGINT") if takes else describe_interruption(name, error)
+        print(f"{name}: {line}", file=sys.stderr)
         sys.exit(getattr(error, "status", 130))
+    except Exception as error:
+        if not (notes := getattr(error, "__notes__", [])):
+            raise
+        print(f"{name}: {describe_exception(error)}; {notes[-1]}", file=sys.stderr)  # run.log has the traceback
+        sys.exit(1)
+
+
+def run_arguments(
+    name: str, args: Namespace, task: Task, takes: tuple[str, ...], uses_reward: Callable[[DictConfig], bool]
+) -> None:
+    """Run the jobs of a parsed command line, or print what its flags ask for; see `run_command`."""
+    put_flags_first(args.overrides)
+    for flag in ("config_name", "config_path"):
+        if getattr(args, flag) is not None:
+            raise ConfigError(
+                f"--{flag.replace('_', '-')}: not supported; give a folder with your own yamls by --config-dir"
+            )
+    if args.help:
+        print_help(name, args.config_dir, args.overrides)
+    elif args.hydra_help or args.info or args.shell_completion:
+        run_hydra(task, args, [])
+    else:
+        overrides = [quote_path(override) for override in args.overrides]
+        jobs = expand_jobs(overrides) if args.multirun else [overrides]
+        checked_jobs = [check_job(overrides, args, takes, uses_reward) for overrides in jobs]
+        if is_for_hydra(args, takes):
+            run_hydra(task, args, jobs)
+            return
+        for job in checked_jobs:
+            if args.cfg:
+                print(OmegaConf.to_yaml(job.cfg, resolve=args.resolve), end="")
+            else:
+                task(job)
 
 
 def put_flags_first(overrides: list[str]) -> None:
@@ -120,7 +146,7 @@ def put_flags_first(overrides: list[str]) -> None:
     flags = sys.argv[1:]
     for override in reversed(overrides):
         del flags[len(flags) - 1 - flags[::-1].index(override)]
-    sys.argv[1:] = [*flags, *overrides]
+    sys.argv[1:] = [*flags, *map(quote_path, overrides)]
 
 
 def refuse_flag(message: str) -> NoReturn:
@@ -171,8 +197,15 @@ def check_job(
         cfg = compose(overrides, extra_dir)
     else:
         cfg = compose_continuation(overrides, source, extra_dir)
-    config = build_config(cfg, extra_dir)
+    try:
+        config = build_config(cfg, extra_dir)
+    except ConfigError as error:
+        if explanation := explain_inherited_key(error, overrides, extra_dir):
+            raise ConfigError(explanation) from error
+        raise
     check_subject(config, takes)
+    if not takes and not args.multirun:  # the jobs of a sweep share overrides that some of their algorithms lack
+        refuse_idle_options(config, overrides)
     if args.multirun and config.run.fork is not None:
         raise ConfigError(f"{FORK}: a sweep cannot fork a run; leave out -m")
     if source is not None and source == Job(cfg, config).directory.expanduser():
@@ -191,14 +224,22 @@ def check_subject(config: Config, takes: tuple[str, ...]) -> None:
         raise ConfigError(f"run: a model is needed; give {' or '.join(f'{key}=…' for key in takes)}")
 
 
-def quote_folder(override: str) -> str:
-    """Return run=, resume= or fork= with the folder quoted, since names of sweep jobs have characters of Hydra's."""
-    key, _, folder = override.partition("=")
-    is_unquoted_name = "=" in folder and folder[0] not in "'\""
-    if key not in (RUN, RESUME, FORK) or not (is_unquoted_name or os.path.isdir(os.path.expanduser(folder))):
+def quote_path(override: str) -> str:
+    """Return an override whose value is an existing path with the value quoted, if Hydra would not take it as it is.
+
+    Of run=, resume= and fork= also a path that does not exist: names of sweep jobs have characters of Hydra's.
+    """
+    key, _, value = override.partition("=")
+    if not PATH_KEY.search(key) or value[:1] in ("'", '"'):
         return override
-    escaped = folder.replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    names_run = "=" in value and key in (RUN, RESUME, FORK)
+    file = value.rpartition(":")[0] if key.endswith("target") else value
+    if not names_run and not os.path.exists(os.path.expanduser(file)):
+        return override
+    with contextlib.suppress(ConfigError):
+        if parse_override(override).value() == value:
+            return override
+    return quote_value(override)
 
 
 # --- sweeps and Hydra's own flags ---------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from apa_cli.runs.resume import AUTO, RESUME
 from apa_cli.runs.stopping import parse_duration
 from apa_cli.secrets import check_secrets
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS, Config, RewardSpecs, RewardSpecSettings, RunSettings
-from apa_cli.types import EscapedText, Needs, Range
+from apa_cli.types import DATA, GUIDE, INIT, OLD, POLICY, REFERENCE, TARGET, EscapedText, Needs, Range
 from apa_cli.user_code import import_object
 
 LONGEST_FILE_NAME = 255
@@ -134,10 +134,31 @@ def check_algorithm(config: Config) -> None:
         raise ConfigError(
             f"samples_per_prompt: the algorithm needs a multiple of {needs.samples_multiple}, got {samples}"
         )
+    if config.optimizer.critic_warmup_iterations and not needs.critics:
+        raise ConfigError(
+            f"optimizer.critic_warmup_iterations: {config.algo.label} with these settings has no critic, so nothing "
+            "would learn in these iterations; give 0"
+        )
+    check_names(needs)
     if config.run.stop_at_kl is not None and not config.reference.log_kl:
         raise ConfigError(
             "stop_at_kl: kl/sequence is not measured with reference.log_kl=false; leave one of the two out"
         )
+
+
+def check_names(needs: Needs) -> None:
+    """Raise ConfigError for a sampler or pass that does not exist."""
+    critics = {critic.name for critic in needs.critics}
+    passes = {INIT, REFERENCE, OLD, GUIDE, *critics, *(f"{name}{TARGET}" for name in critics)}
+    for what, names, known in (
+        ("sampler", needs.samplers, {POLICY, INIT, REFERENCE, GUIDE, DATA}),
+        ("pass", itertools.chain(*needs.passes.values()), passes),
+    ):
+        if unknown := sorted(set(names) - known):
+            raise ConfigError(
+                f"algo: needs() names the {what} {unknown[0]!r}, which does not exist; there are "
+                f"{', '.join(sorted(known))}"
+            )
 
 
 def check_continuation(config: Config, cfg: DictConfig) -> None:

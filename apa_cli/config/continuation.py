@@ -15,13 +15,22 @@ from apa_cli.config.explain import LAMBDA
 from apa_cli.config.from_run import (
     apply_overrides,
     check_offered,
+    choose_dataset,
     fill_missing,
     list_unoffered_code,
     mark_missing,
     parse_single_values,
     refuse_code,
 )
-from apa_cli.config.hydra_api import list_config_dirs, list_groups, list_overridden_groups, parse_override, to_dict
+from apa_cli.config.hydra_api import (
+    compose_unchecked,
+    list_config_dirs,
+    list_groups,
+    list_overridden_groups,
+    parse_override,
+    read_experiment,
+    to_dict,
+)
 from apa_cli.config.run_names import locate_run_directory
 from apa_cli.config.trust import TARGET, check_plain, list_offered_targets
 from apa_cli.errors import ConfigError
@@ -31,7 +40,10 @@ from apa_cli.runs.records import suggest_nearest
 from apa_cli.runs.resume import AUTO, FORK, RESUME
 from apa_cli.settings import SECTIONS, TARGET_SECTIONS
 
-NOT_INHERITED = ("resume", "resume_changed", "stop_after", "dry_run")
+EXPERIMENT = "experiment"
+"""The group whose options have no section of their own: they choose options of other groups and set keys of theirs."""
+
+NOT_INHERITED = ("resume", "resume_changed", "overwrite", "stop_after", "dry_run")
 """Keys that concern one command, not the run; a continuation does not inherit them."""
 
 
@@ -65,8 +77,8 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
     """
     parsed = parse_single_values(overrides)
     groups = list_groups(extra_dir)
-    defaults = to_dict(compose([], extra_dir))
     recorded = read_config(source)
+    defaults = to_dict(compose(choose_dataset(recorded, extra_dir), extra_dir))
     is_fork = any(override.key_or_group == FORK for override in parsed)
     if is_old(recorded):
         raise ConfigError(
@@ -90,7 +102,7 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
         new = to_dict(compose([override.input_line for override in options], extra_dir))
         settings = to_dict(cfg)
         for override in options:
-            settings = _take_keys(settings, new, _list_set_keys(override, new, defaults, extra_dir))
+            settings = _take_keys(settings, new, _list_set_keys(override, extra_dir))
         if f"${{{LAMBDA}}}" not in settings["algo"].values():  # the old algorithm's λ
             settings.pop(LAMBDA, None)
         cfg = OmegaConf.create(settings)
@@ -148,30 +160,32 @@ def _restore_links(settings: dict[str, Any], defaults: dict[str, Any], resolved:
     return linked
 
 
-def _list_set_keys(override: Any, new: dict[str, Any], defaults: dict[str, Any], extra_dir: str | None) -> dict:
-    """Return the keys, nested, that group=option sets in a new run; None for a section that it sets as a whole.
-
-    An experiment's yaml has no section of its own name; its keys are those that differ from the defaults.
-    """
-    group = override.key_or_group
-    if group not in new:
-        return _list_different_keys(new, defaults)
-    others = list_overridden_groups(group, override.value(), extra_dir)
+def _list_set_keys(override: Any, extra_dir: str | None) -> dict[str, Any]:
+    """Return the keys, nested, that group=option sets in a new run; None for a section that it sets as a whole."""
+    group, option = override.key_or_group, override.value()
+    if group == EXPERIMENT:
+        return _list_experiment_keys(option, extra_dir)
+    others = list_overridden_groups(group, option, extra_dir)
     base = [f"+{name}={option}" for name, option in others.items()]
     return to_dict(compose([*base, f"+{override.input_line}"], extra_dir, None)) | dict.fromkeys([group, *others])
 
 
-def _list_different_keys(new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys, nested, whose values differ; None for a section of another type."""
-    keys: dict[str, Any] = {}
-    for key, value in new.items():
-        other = old.get(key)
-        if value != other:
-            if isinstance(value, dict) and isinstance(other, dict) and value.get("_target_") == other.get("_target_"):
-                keys[key] = _list_different_keys(value, other)
-            else:
-                keys[key] = None
+def _list_experiment_keys(name: str, extra_dir: str | None) -> dict[str, Any]:
+    """Return the keys, nested, that an experiment and the options that it chooses set, also those set to a default."""
+    keys, groups = read_experiment(name, extra_dir)
+    choices = compose_unchecked([f"{EXPERIMENT}={name}"], extra_dir, choices=True).hydra.runtime.choices
+    for group in groups:
+        keys = _merge_keys(keys, _list_set_keys(parse_override(f"{group}={choices[group]}"), extra_dir))
     return keys
+
+
+def _merge_keys(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return the nested keys of both; a section that either sets as a whole is set as a whole."""
+    merged = first | second
+    for key in first.keys() & second.keys():
+        both = (first[key], second[key])
+        merged[key] = _merge_keys(*both) if all(isinstance(each, dict) for each in both) else None
+    return merged
 
 
 def _take_keys(settings: dict[str, Any], new: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from pathlib import Path
 
+import yaml
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from apa_cli.config.aliases import suggest_for_key, suggest_for_option
 from apa_cli.config.hydra_api import (
@@ -17,6 +19,7 @@ from apa_cli.config.hydra_api import (
     parse_override,
     quote_for_shell,
     quote_value,
+    read_experiment,
 )
 from apa_cli.errors import ConfigError, get_first_line
 
@@ -32,6 +35,8 @@ def explain_error(error: Exception, overrides: list[str], extra_dir: str | None,
     """Return the reason why overrides cannot be composed: a missing option, an unknown key, or Hydra's first line."""
     if isinstance(error, ConfigError):
         return str(error)
+    if broken := describe_broken_yaml(overrides, extra_dir):
+        return broken
     groups = list_groups(extra_dir)
     choices = []
     for override in overrides:
@@ -65,6 +70,40 @@ def explain_error(error: Exception, overrides: list[str], extra_dir: str | None,
         return describe_unknown_key(unknown[1], base, list(groups))
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     return _add_override(get_first_line(cause), overrides, choices, extra_dir, config_name)
+
+
+def describe_broken_yaml(overrides: list[str], extra_dir: str | None) -> str | None:
+    """Return one line, with file and line, for a chosen yaml of the user's own folder that is not YAML, or None."""
+    choices = (parse_override(override) for override in overrides)
+    files = [Path(extra_dir or "") / str(each.key_or_group) / f"{each.value()}.yaml" for each in choices]
+    for file in files if extra_dir else ():
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+        except yaml.MarkedYAMLError as error:
+            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            return f"{file}{line}: not readable as YAML ({error.problem or get_first_line(error)})"
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            return f"{file}: not readable as YAML ({get_first_line(error)})"
+        if not isinstance(content, dict | None):
+            return f"{file}: keys are needed, as KEY: VALUE, got a {type(content).__name__}"
+    return None
+
+
+def explain_inherited_key(error: ConfigError, overrides: list[str], extra_dir: str | None) -> str | None:
+    """Return one line for an error about a key that an experiment gives and the chosen option lacks, else None."""
+    given = [parse_override(override) for override in overrides]
+    experiment = next((str(each.value()) for each in given if each.key_or_group == "experiment"), None)
+    key = str(error).partition(":")[0]
+    chosen = next((each for each in given if each.key_or_group == key.partition(".")[0]), None)
+    if experiment is None or chosen is None or key in [each.key_or_group for each in given]:
+        return None
+    keys, _ = read_experiment(experiment, extra_dir)
+    if key not in list_keys(OmegaConf.create(keys)) or "unknown key" not in str(error):
+        return None
+    return (
+        f"{key}: experiment={experiment} sets this key, which {chosen.input_line} does not have; leave "
+        f"{chosen.input_line} out, or remove the key by '~{key}'"
+    )
 
 
 def explain_sweep(message: str, overrides: list[str]) -> str:

@@ -26,7 +26,7 @@ import torch
 from apa_cli.distributed.device import should_use_gpu
 from apa_cli.distributed.world import RankLost, RankTimeout, World
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.runs.stopping import RunStopped
+from apa_cli.runs.stopping import RunStopped, describe_interruption
 from apa_cli.settings import LaunchSettings
 
 REPORT_DELAY = 3.0
@@ -247,6 +247,8 @@ def report_errors(rank: int) -> Iterator[ExitStatus]:
         print_to_terminal(terminal, f"apa-train: {error}")
         exit_status.code = error.status
     except KeyboardInterrupt as error:
+        if rank == 0:
+            print_to_terminal(terminal, f"apa-train: {describe_interruption('apa-train', error)}")
         exit_status.code = getattr(error, "status", 128 + signal.SIGINT)
     except Exception:
         print_to_terminal(terminal, f"rank {rank}:\n{traceback.format_exc()}")

@@ -16,10 +16,12 @@ from apa_cli.inference.trained_policy import get_output_path, load_trained_polic
 from apa_cli.models.loading import TORCH_DTYPES, load_policy, load_tokenizer
 from apa_cli.models.structure import make_frozen_copy, move_to_device
 from apa_cli.rollout.samplers import ModelSampler
+from apa_cli.rollout.sampling_probe import check_sampling
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory, replace_text
 from apa_cli.runs.environment import collect_environment
 from apa_cli.runs.records import RecordedRun
+from apa_cli.runs.resume import find_changed_inputs, format_changed_inputs
 from apa_cli.runs.tracking import make_tracker
 from apa_cli.settings import Config, TrackerKind
 from apa_cli.training.build import (
@@ -31,7 +33,9 @@ from apa_cli.training.build import (
     set_up_device,
 )
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses
+from apa_cli.training.input_digests import digest_inputs
 from apa_cli.training.models import check_model_limits
+from apa_cli.types import Example
 
 
 def evaluate_run(config: Config, run: RecordedRun) -> None:
@@ -46,12 +50,8 @@ def evaluate_model(config: Config, output: Path) -> None:
     directory = RunDirectory(output)
     with directory.lock():
         directory.claim(config.raw)
-        try:
-            with Console(output / "run.log", 0, live=False) as console:
-                write_report(config, None, output / "eval.json", console)
-        except BaseException:
-            directory.release()
-            raise
+        with Console(output / "run.log", 0, live=False) as console, directory.record_failure(console):
+            write_report(config, None, output / "eval.json", console)
 
 
 def write_report(config: Config, run: RecordedRun | None, file: Path, console: Console) -> dict[str, Any]:
@@ -76,6 +76,7 @@ def build_report(config: Config, run: RecordedRun | None, console: Console) -> d
     reference_path = config.evaluation.reference or config.model.resolved_path
     reference = policy if is_alone else load_reference(config, reference_path, device)
     inputs = load_inputs(config, train, held_out, policy, tokenizer, device)
+    warn_of_changed_inputs(config, run, train, held_out, console)
     evaluator = build_evaluator(config, inputs, reference, *build_batch_sizes(config, console))
     console.say(f"{len(evaluator.prompts)} held-out prompts, evaluation.seed={config.evaluation.seed}")
     policy_responses = sample_and_score(evaluator, policy)
@@ -94,6 +95,15 @@ def build_report(config: Config, run: RecordedRun | None, console: Console) -> d
     }
 
 
+def warn_of_changed_inputs(
+    config: Config, run: RecordedRun | None, train: list[Example], held_out: list[Example], console: Console
+) -> None:
+    """Warn if data, models or code are no longer those that the run's last checkpoint records."""
+    recorded = None if run is None else run.inputs
+    if recorded and (changed := find_changed_inputs(recorded, digest_inputs(config, train, held_out))):
+        console.warn(f"the content of inputs differs from the run's: {format_changed_inputs(changed)}")
+
+
 def sample_and_score(evaluator: Evaluator, model: PreTrainedModel) -> ScoredResponses:
     """Sample a model's own responses to the prompts, score them, and measure its KL and entropy on them."""
     return evaluator.sample_and_score(ModelSampler(model, evaluator.tokenizer, evaluator.dtype), model)
@@ -105,7 +115,9 @@ def load_reference(config: Config, path: str, device: torch.device) -> PreTraine
     model = load_policy(config.model, path, frozen_base=has_adapter)
     if not has_adapter:
         model = make_frozen_copy(model, TORCH_DTYPES[config.model.dtype])
-    return move_to_device(model.requires_grad_(False), device)
+    move_to_device(model.requires_grad_(False), device)
+    check_sampling(model, config.model.dtype, "evaluation.reference")
+    return model
 
 
 def evaluate_best_of_n(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from apa_cli.file_modes import apply_umask
 from apa_cli.hashing import hash_file
 from apa_cli.models.sharding import distribute_like, gather_full_tensor, get_storage_key
 from apa_cli.pool import Pool
-from apa_cli.runs.files import CHECKPOINT_NAME, CHECKPOINT_PATTERN, STATE, list_checkpoints, read_state
+from apa_cli.runs.files import CHECKPOINT_NAME, CHECKPOINT_PATTERN, POOLS, STATE, list_checkpoints, read_state
 from apa_cli.types import State
 
 MANIFEST = "manifest.json"
@@ -208,6 +208,20 @@ def verify_checkpoint(checkpoint: Path) -> list[str]:
     return list(manifest)
 
 
+def read_pools(checkpoint: Path) -> dict[str, Pool]:
+    """Return the pools of which a checkpoint stores the length. Raise UserError if a pool's file lacks rows."""
+
+    def find(values: Any) -> Iterator[tuple[str, int]]:
+        if isinstance(values, dict) and POOL in values:
+            yield values[POOL], values[LENGTH]
+        elif isinstance(values, dict | list):
+            for entry in values.values() if isinstance(values, dict) else values:
+                yield from find(entry)
+
+    folder = checkpoint.parent.parent / POOLS
+    return {name: Pool.read(get_pool_file(folder, name), length) for name, length in find(read_state(checkpoint))}
+
+
 def parse_iteration(checkpoint: Path) -> int:
     """Return the iteration in a checkpoint's name."""
     return int(checkpoint.name.rpartition("_")[2])
@@ -244,11 +258,17 @@ def locate_checkpoints(resume: str) -> tuple[Path, list[Path]]:
     return path, checkpoints
 
 
-def select_latest_intact(checkpoints: list[Path], say: Callable[[str], None]) -> Path:
-    """Return the latest intact checkpoint, and report each damaged later one. Raise UserError if all are damaged."""
+def select_latest_intact(
+    checkpoints: list[Path], say: Callable[[str], None], check: Callable[[Path], None] = lambda checkpoint: None
+) -> Path:
+    """Return the latest intact checkpoint, and report each damaged later one. Raise UserError if all are damaged.
+
+    `check(checkpoint)` raises UserError for what is damaged besides the checkpoint's own files, such as its pools.
+    """
     for number, path in enumerate(reversed(checkpoints), 1):
         try:
             verify_checkpoint(path)
+            check(path)
         except UserError as error:
             if number == len(checkpoints):
                 raise

@@ -11,10 +11,12 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from apa_cli.errors import find_details
 from apa_cli.runs.formatting import (
     format_duration,
     format_evaluation,
@@ -24,6 +26,8 @@ from apa_cli.runs.formatting import (
     format_training_figures,
     strip_control_characters,
 )
+from apa_cli.runs.stopping import RunStopped
+from apa_cli.secrets import redact_secrets
 
 LOG_WIDTH = 100
 """Columns to which responses are wrapped if there is no terminal."""
@@ -64,6 +68,15 @@ class Console:
         """Show one warning, on stderr unless the live display is on."""
         self._show(f"warning: {text}", sys.stderr, style="yellow")
         self._log(f"warning: {text}")
+
+    def log_failure(self, error: BaseException) -> None:
+        """Write an error that ends the run to run.log, with the traceback, which the screen does not get.
+
+        A stop on request has no traceback.
+        """
+        self._log(f"ended by {type(error).__name__}: {error}")
+        if not isinstance(error, RunStopped | KeyboardInterrupt):
+            self._log(redact_secrets(find_details(error) or "".join(traceback.format_exception(error))))
 
     def show_iteration(self, metrics: dict[str, float]) -> None:
         """Show the figures of one iteration, named as in metrics.jsonl; missing figures are left out."""

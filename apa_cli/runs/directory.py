@@ -15,23 +15,39 @@ from filelock import FileLock, Timeout
 
 from apa_cli.errors import ConfigError, UserError
 from apa_cli.hashing import hash_code, hash_path
+from apa_cli.runs.console import Console
 from apa_cli.runs.environment import collect_environment
 from apa_cli.runs.files import (
     CONFIG,
     ENVIRONMENT,
     METRICS,
+    POOLS,
     RESULT,
     SAMPLES,
     list_checkpoints,
     read_config,
     read_lines,
     read_result,
-    read_state,
+    read_rows,
 )
-from apa_cli.runs.resume import AUTO, INPUTS, RESUME, find_differences, is_within
+from apa_cli.runs.records import RecordedRun
+from apa_cli.runs.resume import AUTO, RESUME, find_differences, is_within
+from apa_cli.secrets import iterate_leaves
 
 LOCK_FILE = ".lock"
 """File that a live run keeps locked; the lock ends with the process."""
+
+RUN_LOG = "run.log"
+
+RESULTS = (RESULT, "eval.json", "bench.json", "model")
+"""What finished runs of the commands leave."""
+
+WRITTEN = (
+    CONFIG, ENVIRONMENT, METRICS, SAMPLES, RESULT, RUN_LOG, "curves.png", "bench.json", "eval.json",
+    "eval_iteration_*.json", ".*.new", "checkpoints", POOLS, "model", "critic", "faults", "logs", "export",
+    "export_iteration_*", "wandb", "tensorboard",
+)  # fmt: skip
+"""Names of all that a run, and the commands that look at it, write to its directory."""
 
 SHOWN_DIFFERENCES = 5
 """Number of differences named in the message that refuses a resume."""
@@ -50,7 +66,7 @@ class RunDirectory:
         self.result = path / RESULT
         """The last figures; written when the run finishes."""
         self.checkpoints = path / "checkpoints"
-        self.pools = path / "pools"
+        self.pools = path / POOLS
         """Files of the pools in the training state, of which each checkpoint stores the length."""
 
     # --- claiming -------------------------------------------------------------------------------------------
@@ -75,25 +91,99 @@ class RunDirectory:
             lock.release()
 
     def claim(self, config: dict[str, Any]) -> None:
-        """Claim a fresh directory by writing its config.yaml. Raise UserError if it contains a run."""
+        """Claim the directory for a new run by writing its config.yaml.
+
+        With `overwrite` the files of a run in it are removed first; without, those of a run that ended before its
+        first iteration, and a line says so. Raise UserError if it contains any other run.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if (self.path / CONFIG).exists():
-                raise UserError(f"name: {self.path} already contains a run; give another name=, or {RESUME}={AUTO}")
+            if config.get("overwrite"):
+                self.remove_run(config)
+            elif self.has_run():
+                self._check_unused()
+                print(f"{self.path}: a run that ended before its first iteration is replaced", flush=True)
+                self.clear()
             self._write_config(config)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written to ({error.strerror})") from error
 
-    def release(self) -> None:
+    def has_run(self) -> bool:
+        """Return True if the directory has one of the files by which a run is known."""
+        return any((self.path / name).exists() for name in (CONFIG, METRICS, *RESULTS)) or self.checkpoints.exists()
+
+    def count_iterations(self) -> int:
+        """Return the last iteration, or optimizer step, in metrics.jsonl. Raise UserError if it cannot be read."""
+        rows = read_rows(self.metrics) if self.metrics.is_file() else []
+        return max((row["iteration"] for row in rows), default=0)
+
+    def _check_unused(self) -> None:
+        """Raise UserError unless the run in the directory ended before its first iteration and left no result."""
+        has_results = any((self.path / name).exists() for name in RESULTS)
+        if has_results or list_checkpoints(self.checkpoints):
+            advice = f"give another name=, {RESUME}={AUTO} to continue it, or overwrite=true to remove it"
+            raise UserError(f"name: {self.path} already contains a run; {advice}")
+        if done := self.count_iterations():
+            raise UserError(
+                f"name: {self.path} already contains a run that ended after {done} iterations without a checkpoint; "
+                f"give another name=, or overwrite=true to remove it"
+            )
+
+    def remove_run(self, config: dict[str, Any]) -> None:
+        """Remove what a run wrote to the directory, and nothing else; links are removed, never followed.
+
+        Raise ConfigError if there is something else than a run, or if the configuration `config` reads from it.
+        """
+        others = [path for path in self.path.iterdir() if path.name != LOCK_FILE]
+        if not self.has_run() and all(is_written(path) for path in others):  # a run that could not start left run.log
+            return
+        if self.path.is_symlink() or not self._looks_like_run():
+            raise ConfigError(f"overwrite: {self.path} is not the directory of a run; give another name=")
+        for key, value in iterate_leaves(config):
+            file = value.rpartition(":")[0] or value if isinstance(value, str) and key.endswith("target") else value
+            if isinstance(file, str) and "/" in file and is_inside(Path(file), self.path):
+                raise ConfigError(f"overwrite: {key} is in {self.path}, which would be removed; give another name=")
+        for path in others:
+            if is_written(path) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif is_written(path):
+                path.unlink()
+        print(f"{self.path}: the run in it is removed (overwrite=true)", flush=True)
+
+    def _looks_like_run(self) -> bool:
+        """Return True if config.yaml is that of a run."""
+        try:
+            return {"name", "seed", "algo", "model", "dataset"} <= read_config(self.path).keys()
+        except UserError:
+            return False
+
+    @contextmanager
+    def record_failure(self, console: Console) -> Iterator[None]:
+        """Write an error that ends the block to run.log, and undo the claim if no checkpoint exists.
+
+        run.log stays, so that a traceback is not lost, unless the error has none: a wrong configuration, a signal.
+        """
+        try:
+            yield
+        except BaseException as error:
+            console.log_failure(error)
+            if not self.checkpoints.exists():
+                has_traceback = not isinstance(error, UserError | KeyboardInterrupt) or error.__cause__ is not None
+                self.release(keep_log=has_traceback and not isinstance(error, ConfigError))
+            if (self.path / RUN_LOG).is_file():
+                error.add_note(f"the traceback is in {self.path / RUN_LOG}")
+            raise
+
+    def release(self, keep_log: bool = False) -> None:
         """Undo the claim of a run that failed before it recorded anything, so that its name is free again."""
         if not self.metrics.exists():
-            for name in (CONFIG, ENVIRONMENT, "run.log", LOCK_FILE):
+            for name in (CONFIG, ENVIRONMENT, LOCK_FILE, *(() if keep_log else (RUN_LOG,))):
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 
     def clear(self) -> None:
-        """Remove the files of a run that was killed before its first checkpoint, so that it can start again."""
+        """Remove the records of a run that was killed before its first checkpoint, so that it can start again."""
         for name in (CONFIG, ENVIRONMENT, METRICS, SAMPLES, RESULT):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.pools, ignore_errors=True)
@@ -124,8 +214,7 @@ class RunDirectory:
     def _is_copy(self, key: str, value: Any) -> bool:
         """Return True if `value` is another place of the same model, file or function that the run had under `key`."""
         try:
-            saved = list_checkpoints(self.checkpoints)
-            digest = (read_state(saved[-1]).get(INPUTS) or {}).get(key) if saved else None
+            digest = (RecordedRun(self.path).inputs or {}).get(key)
         except UserError:
             return False
         return digest is not None and isinstance(value, str) and digest in (hash_path(value), hash_code(value))
@@ -164,6 +253,17 @@ class RunDirectory:
     @staticmethod
     def _write_lines(file: Path, lines: list[str]) -> None:
         replace_text(file, "".join(f"{line}\n" for line in lines))
+
+
+def is_written(path: Path) -> bool:
+    """Return True if a path in a run's directory has a name of WRITTEN."""
+    return any(path.match(pattern) for pattern in WRITTEN)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return True if an existing path is in the folder, links resolved."""
+    path = path.expanduser()
+    return path.exists() and path.resolve().is_relative_to(folder.resolve())
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -22,6 +22,9 @@ CONFIG, ENVIRONMENT, METRICS, SAMPLES, RESULT = (
 STATE = "state.json"
 """File of a checkpoint with its iteration, the algorithm's state and every other value that is not a tensor."""
 
+POOLS = "pools"
+"""Folder, in a run's directory, of the pools' files."""
+
 CHECKPOINT_NAME = "iteration_{:06d}"
 CHECKPOINT_PATTERN = re.compile(r"iteration_(\d{6})$")
 

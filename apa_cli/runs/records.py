@@ -24,6 +24,7 @@ from apa_cli.runs.files import (
     read_state,
 )
 from apa_cli.runs.old_names import translate_old_names
+from apa_cli.runs.resume import INPUTS
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,12 @@ class RecordedRun:
         """The id of the run's wandb run, as the last checkpoint records it; None if there is none."""
         checkpoints = list_checkpoints(self.directory / "checkpoints")
         return read_state(checkpoints[-1])["wandb_id"] if checkpoints else None
+
+    @property
+    def inputs(self) -> dict[str, str] | None:
+        """Digests of the run's inputs, as the checkpoint, or else the last one, records them; None if none does."""
+        checkpoints = [self.checkpoint] if self.checkpoint else list_checkpoints(self.directory / "checkpoints")
+        return read_state(checkpoints[-1]).get(INPUTS) if checkpoints else None
 
     # --- configuration --------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 MAY_DIFFER = (
-    "name", "resume", "resume_changed", "fork", "stop_after", "dry_run", "iterations",
+    "name", "resume", "resume_changed", "fork", "overwrite", "stop_after", "dry_run", "iterations",
     "tracking", "evaluation", "checkpoint", "guard", "stop_at_kl", "launch", "run", "export", "chat",
     "bench",
 )  # fmt: skip
@@ -79,7 +79,7 @@ def format_override_value(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(format_override_value, value))}]"
     if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_/.][\w/.:-]*", value) and value.lower() not in YAML_CONSTANTS
+        plain = re.fullmatch(r"([A-Za-z_/.]|\d+-\d+-\d+_)[\w/.:-]*", value) and value.lower() not in YAML_CONSTANTS
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
         return value if plain else f"'{quoted}'"
     if value is None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
+import sys
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -40,9 +43,23 @@ class RunStopped(UserError):
 class RunInterrupted(KeyboardInterrupt):
     """Signal that arrived before there was anything to save. `status` is the exit status."""
 
+    advice = ""
+    """The command to give next; "": the same command again."""
+
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name} before there was anything to save")
         self.status = 128 + number
+
+
+def format_command(command: str, overrides: Sequence[str] = ()) -> str:
+    """Return the command line of this program for a shell, with further overrides at its end."""
+    return shlex.join([command, *sys.argv[1:], *overrides])
+
+
+def describe_interruption(command: str, error: KeyboardInterrupt) -> str:
+    """Return the line for a signal before there was anything to save: the command line that starts again."""
+    advice = getattr(error, "advice", "") or f"start again with: {format_command(command)}"
+    return f"{error or 'stopped by SIGINT'}; {advice}"
 
 
 class GracefulStop:

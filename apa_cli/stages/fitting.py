@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from apa_cli.errors import UserError
 from apa_cli.randomness import Stream, sample_permutation
 from apa_cli.runs import checkpoint as checkpoints
+from apa_cli.runs.resume import INPUTS
 from apa_cli.runs.stopping import GracefulStop, RunStopped
 from apa_cli.settings import LRScheduler, SupervisedSettings
 
@@ -44,6 +45,8 @@ class StageContext:
     """The checkpoint to continue from; None: training starts at step 0."""
     stopping: GracefulStop | None = None
     """Signal handler that is read after each step; a signal saves and ends the stage. None: signals are not handled."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Digest of each input by its key, which checkpoints record."""
 
 
 def shuffle_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -105,7 +108,8 @@ class SupervisedTrainer:
             "optimizer": checkpoints.gather_optimizer_tensors(self.optimizer),
             **({"best": self.best_tensors} if self.best_tensors else {}),
         }
-        path = checkpoints.save_checkpoint(folder, self.step, groups, {"step": self.step, "best": self.best})
+        state = {"step": self.step, "best": self.best, INPUTS: self.context.inputs}
+        path = checkpoints.save_checkpoint(folder, self.step, groups, state)
         checkpoints.prune_checkpoints(folder, 1, None)
         self.context.say(f"checkpoint: {path}")
 

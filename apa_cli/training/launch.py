@@ -7,14 +7,16 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from apa_cli.datasets.source import HUB_NAME
 from apa_cli.distributed.spawn import (
     count_processes,
     detect_launcher,
@@ -25,23 +27,37 @@ from apa_cli.distributed.spawn import (
 from apa_cli.distributed.world import SINGLE_PROCESS, World
 from apa_cli.errors import ConfigError
 from apa_cli.hardware import cpu_matmul as matmul
+from apa_cli.models.loading import resolve_model_source
 from apa_cli.runs import checkpoint as checkpoints
 from apa_cli.runs.console import Console
 from apa_cli.runs.directory import RunDirectory, replace_text
-from apa_cli.runs.files import read_config
-from apa_cli.runs.resume import AUTO, FORK, RESUME, build_resume_overrides, find_differences
-from apa_cli.runs.stopping import GracefulStop, RunStopped
-from apa_cli.settings import Config
+from apa_cli.runs.files import read_config, read_result, read_state
+from apa_cli.runs.resume import (
+    AUTO,
+    FORK,
+    INPUTS,
+    RESUME,
+    build_resume_overrides,
+    find_differences,
+    format_override_value,
+)
+from apa_cli.runs.stopping import GracefulStop, RunInterrupted, RunStopped
+from apa_cli.settings import Config, LRScheduler
 from apa_cli.stages.cache import find_or_train_sft_model
 from apa_cli.stages.fitting import StageContext
 from apa_cli.stages.reward_model import train_reward_model
 from apa_cli.stages.sft import train_sft_model
 from apa_cli.training.build import build_trainer, load_examples, make_stage_reporter, set_up_device
 from apa_cli.training.dry_run import describe_run
+from apa_cli.training.input_digests import STAGE_SECTIONS, compare_inputs, digest_inputs
+from apa_cli.training.models import check_training_options
+from apa_cli.training.progress import check_pools
 from apa_cli.training.trainer import Trainer
+from apa_cli.training.updater import compute_lr_factor
+from apa_cli.types import Example
 
-SWEEP_RESUME = f"the same overrides and {RESUME}={AUTO}"
-
+LR_STEPS = 1000
+"""Steps per iteration in which a schedule is compared; any large number gives the same shares."""
 
 # --- apa-train ----------------------------------------------------------------------------------------------
 
@@ -53,6 +69,7 @@ def start_training(config: Config, path: Path, sweep: str | None) -> None:
     run before its last iteration.
     """
     if config.run.dry_run:
+        check_run(config)
         print("\n".join(describe_run(config)))
         remove_if_empty(path)
         return
@@ -63,6 +80,20 @@ def start_training(config: Config, path: Path, sweep: str | None) -> None:
         spawn_processes(config.launch, count, run_job, config, path, sweep)
     else:
         run_job(SINGLE_PROCESS, config, path, sweep)
+
+
+def check_run(config: Config) -> None:
+    """Raise UserError for what a run refuses after its start: options that exclude each other, data and guide missing.
+
+    A data set or model on the hub is not downloaded for it.
+    """
+    check_training_options(config)
+    if config.guide.path is not None:
+        resolve_model_source(config.guide.path, "guide.path")
+    path = getattr(config.dataset, "path", None)
+    is_on_hub = isinstance(path, str) and HUB_NAME.fullmatch(path) and not Path(path).expanduser().exists()
+    if not is_on_hub or Path(str(path)).suffix:
+        load_examples(config, print)
 
 
 def run_job(world: World, config: Config, path: Path, sweep: str | None) -> None:
@@ -76,15 +107,16 @@ def run_job(world: World, config: Config, path: Path, sweep: str | None) -> None
             train_in_directory(world, config, path, sweep, stopping)
         except RunStopped as stopped:
             run_path = resolve_directory(config, path, sweep)
-            command = SWEEP_RESUME if sweep else format_resume_command("apa-train", config, run_path)
+            command = format_sweep_command(sweep) if sweep else format_resume_command("apa-train", config, run_path)
             raise RunStopped(f"{stopped}; continue with: {command}", stopped.status) from None
-        except KeyboardInterrupt as error:
+        except RunInterrupted as error:
             if sweep:
-                error.args = (f"{error}; continue with: {SWEEP_RESUME}",)
+                error.advice = f"continue with: {format_sweep_command(sweep)}"
             raise
         if sweep and stopping.signal_name:
             raise RunStopped(
-                f"stopped by {stopping.signal_name} between two runs of the sweep; continue with: {SWEEP_RESUME}",
+                f"stopped by {stopping.signal_name} between two runs of the sweep; continue with: "
+                f"{format_sweep_command(sweep)}",
                 stopping.exit_status,
             )
 
@@ -103,9 +135,13 @@ def train_in_directory(
         redirect_output(world, path / "logs")
         directory, trainer = RunDirectory(path), None
         with Console(path / "run.log" if world.is_main else None, config.run.iterations) as console:
-            with release_on_failure(directory) if world.is_main else nullcontext():
+            with directory.record_failure(console) if world.is_main else nullcontext():
                 try:
                     checkpoint = world.broadcast_from_main(partial(select_checkpoint, candidates, console))
+                    describe = partial(describe_if_nothing_left, config, directory, checkpoint)
+                    if description := world.broadcast_from_main(describe):
+                        console.say(description)
+                        return
                     trainer = build_trainer(config, path, sweep, checkpoint, console, world)
                     trainer.stopping = stopping
                     if checkpoint is not None:
@@ -134,6 +170,57 @@ def describe_if_trained(config: Config, directory: RunDirectory) -> str | None:
     return f"finished ({done} iterations)" if done is not None and done >= config.run.iterations else None
 
 
+def describe_if_nothing_left(config: Config, directory: RunDirectory, checkpoint: Path | None) -> str | None:
+    """Return a line if the checkpoint is the end of a finished run, whose results are written, else None."""
+    result = read_result(directory.path) or {}
+    if checkpoint is None or checkpoint.parent.parent.resolve() != directory.path.resolve():
+        return None
+    if result.get("iteration") != (done := checkpoints.parse_iteration(checkpoint)):
+        return None
+    if not (directory.path / "model" / "config.json").is_file() or not is_at_end(config, checkpoint):
+        return None
+    return f"{directory.path}: finished ({done} iterations); nothing is left to do; a higher iterations= continues it"
+
+
+def is_at_end(config: Config, checkpoint: Path) -> bool:
+    """Return True if a run has no iteration to do after this checkpoint: the last, or the one that reached the KL."""
+    limit, done = config.run.stop_at_kl, checkpoints.parse_iteration(checkpoint)
+    return done >= config.run.iterations or (limit is not None and read_state(checkpoint)["kl"] >= limit)
+
+
+def check_fork(config: Config, checkpoint: Path) -> None:
+    """Raise ConfigError if a fork from this checkpoint would have nothing to do."""
+    if is_at_end(config, checkpoint):
+        done = checkpoints.parse_iteration(checkpoint)
+        limit = f", stop_at_kl {config.run.stop_at_kl:g}" if config.run.stop_at_kl is not None else ""
+        raise ConfigError(
+            f"fork: nothing is left to do after iteration {done} with iterations {config.run.iterations}{limit}; raise "
+            "them, or name an earlier checkpoint, as fork=RUN/checkpoints/iteration_…"
+        )
+
+
+def describe_restart(recorded: dict[str, Any], config: Config, iteration: int) -> list[str]:
+    """Return a line if the learning rate, of a schedule over the whole run, rises where the run continues."""
+    try:
+        scheduler = LRScheduler(recorded["optimizer"]["lr_scheduler"])
+        before = replace(
+            config.optimizer, lr_scheduler=scheduler, warmup_ratio=float(recorded["optimizer"]["warmup_ratio"])
+        )
+        shares = [
+            compute_lr_factor(settings, iteration * LR_STEPS, max(1, iterations * LR_STEPS))
+            for settings, iterations in ((before, recorded["iterations"]), (config.optimizer, config.run.iterations))
+        ]
+    except (KeyError, TypeError, ValueError):
+        return []
+    old, new = (f"{share * 100:.0f} %" for share in shares)
+    if shares[1] <= shares[0] or old == new:
+        return []
+    return [
+        f"optimizer.lr_scheduler={config.optimizer.lr_scheduler.value} spans the whole run: with iterations "
+        f"{recorded['iterations']} → {config.run.iterations} the learning rate rises from {old} to {new} of its peak"
+    ]
+
+
 def restore_records(trainer: Trainer, source_path: Path) -> None:
     """Bring the records to the iteration that `trainer` was restored to.
 
@@ -141,7 +228,8 @@ def restore_records(trainer: Trainer, source_path: Path) -> None:
     """
     config, directory, iteration = trainer.config, trainer.directory, trainer.progress.iteration
     source = RunDirectory(source_path)
-    changes = [f"{key} {old!r} → {new!r}" for key, old, new in find_differences(read_config(source.path), config.raw)]
+    recorded = read_config(source.path)
+    changes = [f"{key} {old!r} → {new!r}" for key, old, new in find_differences(recorded, config.raw)]
     if source.path == directory.path:
         truncate_run(directory, config, iteration)
         trainer.console.say(f"continues after iteration {iteration}")
@@ -150,6 +238,10 @@ def restore_records(trainer: Trainer, source_path: Path) -> None:
         trainer.console.say(f"forked from {source.path} after iteration {iteration}")
     if changes:
         trainer.console.say(f"from iteration {iteration + 1} on: {', '.join(changes)}")
+    elif source.path != directory.path:
+        trainer.console.say("all settings but those of length, evaluation and output are that run's")
+    for line in describe_restart(recorded, config, iteration):
+        trainer.console.say(line)
 
 
 # --- a run's directory --------------------------------------------------------------------------------------
@@ -178,11 +270,14 @@ def claim_directory(
     if candidates:
         directory.check_resume(config.raw)
         return path, candidates, False
-    if config.run.resume == AUTO and not directory.result.exists():
-        directory.clear()
-    directory.claim(config.raw)
     if config.run.fork is not None:
         candidates = checkpoints.locate_checkpoints(config.run.fork)[1]
+        check_fork(config, candidates[-1])
+    if config.run.resume == AUTO and not directory.result.exists():
+        if done := directory.count_iterations():
+            print(f"{path}: {done} iterations without a checkpoint are run again", flush=True)
+        directory.clear()
+    directory.claim(config.raw)
     return path, candidates, False
 
 
@@ -208,7 +303,7 @@ def list_resume_candidates(config: Config, path: Path) -> list[Path]:
 
 def select_checkpoint(candidates: list[Path], console: Console) -> Path | None:
     """Return the latest intact checkpoint; None for an empty list."""
-    return checkpoints.select_latest_intact(candidates, console.say) if candidates else None
+    return checkpoints.select_latest_intact(candidates, console.say, check_pools) if candidates else None
 
 
 def truncate_run(directory: RunDirectory, config: Config, iteration: int) -> None:
@@ -217,23 +312,19 @@ def truncate_run(directory: RunDirectory, config: Config, iteration: int) -> Non
     directory.truncate_records(config.raw, iteration)
 
 
-@contextmanager
-def release_on_failure(directory: RunDirectory) -> Iterator[None]:
-    """Undo the claim of the directory if the block fails before the first checkpoint."""
-    try:
-        yield
-    except BaseException:
-        if not directory.checkpoints.exists():
-            directory.release()
-        raise
-
-
 def format_resume_command(command: str, config: Config, path: Path) -> str:
     """Return the command that continues the run in `path`."""
     overrides = build_resume_overrides(config.raw, path)
     words = [part for word in sys.argv for part in (word.split("=", 1) if word.startswith("--config-dir=") else [word])]
     folders = [value for flag, value in itertools.pairwise(words) if flag in ("--config-dir", "-cd")]
     return shlex.join([command, *overrides, *(["--config-dir", folders[0]] if folders else [])])
+
+
+def format_sweep_command(sweep: str) -> str:
+    """Return the command that continues the sweep of this command line; `sweep` is the sweep's name."""
+    words = [word for word in sys.argv[1:] if not word.startswith(f"{RESUME}=")]
+    name = [] if any(word.startswith("name=") for word in words) else [f"name={format_override_value(sweep)}"]
+    return shlex.join(["apa-train", *words, *name, f"{RESUME}={AUTO}"])
 
 
 def remove_if_empty(path: Path) -> None:
@@ -254,30 +345,31 @@ def release_memory() -> None:
 
 def start_sft(config: Config, path: Path) -> None:
     """Fine-tune `model.path`, or a new model of `model.architecture` (apa-sft)."""
-
-    def build(context: StageContext) -> dict[str, float]:
-        return train_sft_model(config, *load_examples(config, context.say), config.run.seed, context)
-
-    run_stage("apa-sft", config, path, build, "SFT", "model.path")
+    run_stage("apa-sft", config, path, train_sft_model, "SFT", "model.path", lambda config, *_: config)
 
 
 def start_reward(config: Config, path: Path) -> None:
     """Train a reward model on the trunk of `model.path`, or of the SFT stage's model (apa-reward)."""
 
-    def build(context: StageContext) -> dict[str, float]:
-        data = load_examples(config, context.say)
-        start = find_or_train_sft_model(config, *data, context.device, context.say, context.report_progress)
-        return train_reward_model(
-            replace(config, model=replace(config.model, path=start)), *data, config.run.seed, context
-        )
+    def fill_path(config: Config, train: list[Example], held_out: list[Example], context: StageContext) -> Config:
+        start = find_or_train_sft_model(config, train, held_out, context.device, context.say, context.report_progress)
+        return replace(config, model=replace(config.model, path=start))
 
-    run_stage("apa-reward", config, path, build, "reward model", "reward.path")
+    run_stage("apa-reward", config, path, train_reward_model, "reward model", "reward.path", fill_path)
 
 
 def run_stage(
-    command: str, config: Config, path: Path, build: Callable[[StageContext], dict[str, float]], name: str, key: str
+    command: str,
+    config: Config,
+    path: Path,
+    train_model: Callable[..., dict[str, float]],
+    name: str,
+    key: str,
+    fill_path: Callable[..., Config],
 ) -> None:
-    """Run a stage as a command of its own; `build` trains and saves the model and returns its figures.
+    """Run a stage as a command of its own; `train_model` trains and saves the model and returns its figures.
+
+    `fill_path(config, train, held_out, context)` returns the configuration with the model that the stage starts from.
 
     The directory gets model/, result.json, and the files of every run; metrics.jsonl has a line per evaluation, with
     the optimizer step as its `iteration`. Messages name the stage `name`; `key` is the configuration key for its model.
@@ -291,11 +383,18 @@ def run_stage(
             return
         directory = RunDirectory(path)
         try:
-            with release_on_failure(directory), Console(path / "run.log", 0) as console:
+            with Console(path / "run.log", 0) as console, directory.record_failure(console):
                 checkpoint = select_checkpoint(candidates, console)
+                context = make_stage_context(config, directory, console, name, checkpoint, stopping)
+                train, held_out = load_examples(config, console.say)
+                config = fill_path(config, train, held_out, context)
+                inputs = digest_inputs(config, train, held_out, STAGE_SECTIONS)
                 if checkpoint is not None:
+                    recorded = read_state(checkpoint).get(INPUTS)
+                    compare_inputs(recorded, inputs, config.run.resume_changed, False, console.say)
                     truncate_run(directory, config, checkpoints.parse_iteration(checkpoint))
-                result = build(make_stage_context(config, directory, console, name, checkpoint, stopping))
+                context = replace(context, inputs=inputs)
+                result = train_model(config, train, held_out, config.run.seed, context)
                 replace_text(directory.result, json.dumps(result, indent=2) + "\n")
                 console.say(f"the model is in {path / 'model'}; use it with {key}={path / 'model'}")
         except RunStopped as stopped:

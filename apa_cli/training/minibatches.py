@@ -17,9 +17,9 @@ from apa_cli.types import Batch, Sequences
 def count_steps(rows: int, responses_per_row: int, minibatch_size: int) -> int:
     """Return the number of optimizer steps of one pass over `rows` rows, of about `minibatch_size` responses each.
 
-    At least one and at most one per row; 0 for no row.
+    At least one and at most one per row; 0 for no row. A half is rounded up.
     """
-    return min(rows, max(1, round(rows * responses_per_row / minibatch_size)))
+    return min(rows, max(1, (2 * rows * responses_per_row + minibatch_size) // (2 * minibatch_size)))
 
 
 def split_into_minibatches(run: RunSettings, iteration: int, rows: int, responses_per_row: int = 1) -> list[Tensor]:

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from apa_cli.errors import UserError
 from apa_cli.models.forward import TrainingModel
 from apa_cli.pool import Pool
 from apa_cli.runs import checkpoint as checkpoints
+from apa_cli.runs.files import POOLS
 from apa_cli.tensor_ops import is_rounding
 from apa_cli.training.guard import GuardState
+from apa_cli.training.responses_per_prompt import ROW_KEYS
 from apa_cli.types import State
 
 KEPT = "kept"
@@ -108,6 +111,15 @@ def save_pools(progress: Progress, folder: Path) -> None:
     _, _, pools = checkpoints.split_state(progress.algorithm)
     for name, pool in {**pools, KEPT: progress.kept}.items():
         pool.save(checkpoints.get_pool_file(folder, name))
+
+
+def check_pools(checkpoint: Path) -> None:
+    """Raise UserError, with file and line, if a pool that a checkpoint needs is damaged."""
+    kept = checkpoints.read_pools(checkpoint).get(KEPT, Pool())
+    for number, row in enumerate(kept.rows(range(len(kept))), 1):
+        if missing := sorted(ROW_KEYS - row.keys()):
+            file = checkpoints.get_pool_file(checkpoint.parent.parent / POOLS, KEPT)
+            raise UserError(f"{file}, line {number}: lacks {missing[0]!r}")
 
 
 def collect_state(

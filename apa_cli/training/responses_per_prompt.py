@@ -13,6 +13,9 @@ from apa_cli.rollout.engine import Sampled
 from apa_cli.settings import SamplingSettings
 from apa_cli.types import SAMPLER, Prompt, Rollout, RolloutPlan
 
+ROW_KEYS = {"settings", "sampler", "example", "tokens", "logprobs", "ending", "score"}
+"""Keys of a row of the pool."""
+
 
 @dataclass
 class ResponsesPerPrompt:

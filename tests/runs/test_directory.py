@@ -225,3 +225,86 @@ def test_a_start_after_a_kill_before_the_first_checkpoint_removes_the_pools(tmp_
     pool.save(directory.pools / "pool.jsonl")
     directory.clear()
     assert not any(tmp_path.iterdir())
+
+
+# --- a name that is used already ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write_run(tmp_path, make_config):
+    """write_run(rows, *overrides) → the directory of a run that recorded these iterations; None: no metrics.jsonl."""
+
+    def write(iterations):
+        path = tmp_path / "run"
+        RunDirectory(path).claim(make_config("name=run").raw)
+        if iterations is not None:
+            rows = "".join(json.dumps({"iteration": n, "samples": 8 * n}) + "\n" for n in range(iterations + 1))
+            (path / "metrics.jsonl").write_text(rows)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("iterations", [None, 0])
+def test_run_that_ended_before_its_first_iteration_does_not_block_its_name(iterations, write_run, make_config, capsys):
+    path = write_run(iterations)
+    (path / "run.log").write_text("why it ended")
+    RunDirectory(path).claim(make_config("name=run", "seed=7").raw)
+    assert capsys.readouterr().out == f"{path}: a run that ended before its first iteration is replaced\n"
+    assert sorted(file.name for file in path.iterdir()) == ["config.yaml", "run.log"]
+    assert yaml.safe_load((path / "config.yaml").read_text())["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    "result", [None, "result.json", "eval.json", "bench.json", "model", "checkpoints/iteration_000000"]
+)
+def test_run_with_iterations_or_results_blocks_its_name(result, write_run, make_config):
+    path = write_run(3 if result is None else 0)
+    if result is not None:
+        (path / result).mkdir(parents=True)
+    before = (path / "metrics.jsonl").read_text()
+    message = "ended after 3 iterations without a checkpoint" if result is None else "overwrite=true to remove it"
+    with pytest.raises(UserError, match=message):
+        RunDirectory(path).claim(make_config("name=run").raw)
+    assert (path / "metrics.jsonl").read_text() == before
+
+
+def test_overwrite_removes_what_a_run_wrote_and_follows_no_link(write_run, make_config, tmp_path):
+    path, outside = write_run(3), tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    for folder in ("checkpoints/iteration_000003", "model", "pools", "faults"):
+        (path / folder).mkdir(parents=True)
+    (path / "critic").symlink_to(outside)
+    (path / "model" / "link").symlink_to(outside)
+    for file in ("eval_iteration_000003.json", "curves.png", "notes.txt"):
+        (path / file).write_text("")
+    RunDirectory(path).claim(make_config("name=run", "overwrite=true").raw)
+    assert sorted(file.name for file in path.iterdir()) == ["config.yaml", "notes.txt"]
+    assert (outside / "kept").read_text() == "kept"
+
+
+def test_overwrite_refuses_what_is_no_run_and_what_it_reads(write_run, make_config, tmp_path):
+    raw = make_config("name=run", "overwrite=true").raw
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("logging: true\n")
+    (tmp_path / "other" / "model").mkdir()
+    with pytest.raises(ConfigError, match=r"^overwrite: .*other is not the directory of a run"):
+        RunDirectory(tmp_path / "other").claim(raw)
+    assert (tmp_path / "other" / "model").is_dir()
+    path = write_run(3)
+    (path / "model").mkdir()
+    with pytest.raises(ConfigError, match=r"^overwrite: model\.path is in .*run, which would be removed"):
+        RunDirectory(path).claim({**raw, "model": {"path": f"{path}/model"}})
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(ConfigError, match=r"^overwrite: .*link is not the directory of a run"):
+        RunDirectory(tmp_path / "link").claim(raw)
+    assert (path / "metrics.jsonl").is_file()
+    with pytest.raises(ConfigError, match=r"^overwrite: resume=auto continues the run"):
+        make_config("name=run", "overwrite=true", "resume=auto")
+
+
+def test_files_have_the_permissions_of_the_umask(finished_run):
+    files = [path for path in finished_run.rglob("*") if path.is_file() and path.name != ".lock"]
+    expected = (finished_run / "metrics.jsonl").stat().st_mode
+    assert len(files) > 20 and {file.stat().st_mode for file in files} == {expected}

@@ -95,9 +95,14 @@ def test_run_resumed_after_a_failed_reward_equals_one_without_the_fault(
         assert all(torch.equal(tensor, got[file][name]) for name, tensor in tensors.items()), file
 
 
-def test_reward_that_fails_before_training_leaves_no_directory(make_reward, run_train, tmp_path):
-    assert "is saved" not in run_to_error(run_train, make_reward(1))
-    assert not (tmp_path / "run").exists()
+def test_reward_that_fails_before_training_leaves_its_traceback_and_frees_the_name(make_reward, run_train, tmp_path):
+    error = run_to_error(run_train, make_reward(1))
+    assert "is saved" not in error
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["run.log"]
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert f"ended by UserError: {error}" in log
+    assert "Traceback" in log and 'raise KeyError("no such word")' in log
+    assert (run_train("iterations=0", make_reward()) / "result.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ RUN = RunSettings(
     resume=None,
     resume_changed=[],
     fork=None,
+    overwrite=False,
     stop_after=None,
     dry_run=False,
     run=None,
