@@ -334,3 +334,15 @@ def test_responses_do_not_depend_on_earlier_passes_of_the_model(kind, tokenizer,
     assert can_pack(used)
     arguments = (tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS}))
     assert sample_responses(new, *arguments) == sample_responses(used, *arguments)
+
+
+def test_a_stop_string_may_begin_in_a_prefix(policy, tokenizer, prompts, uniforms):
+    """Each response continues its prompt's last token; the token with which the free response begins completes "x y"."""
+    free = sample_responses(policy, tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS}))
+    i = next(i for i, tokens in enumerate(free.tokens) if 0 < tokens[0] < EOS and len(tokens) > 1)
+    prefix = prompts[i][-1:]
+    settings = replace(SETTINGS, stop_strings=[tokenizer.decode([*prefix, free.tokens[i][0]])])
+    sample = (policy, tokenizer, prompts[i : i + 1], uniforms[i : i + 1], settings, frozenset({EOS}))
+    sampled = sample_responses(*sample, prefixes=[prefix])
+    assert (sampled.tokens, sampled.endings) == ([free.tokens[i][:1]], ["stop"])
+    assert sample_responses(*sample).tokens[0][:2] == free.tokens[i][:2]  # without the prefix it goes on
