@@ -65,7 +65,7 @@ def compose_from_run(
     check_plain(recorded, config_file, (*SECTIONS, *TARGET_SECTIONS))
     for section in (recorded["model"], recorded.get("guide", {})):
         section["trust_remote_code"] = False  # consent given to another run does not carry over
-    defaults = to_dict(compose([], extra_dir))
+    defaults = to_dict(compose(choose_dataset(recorded, extra_dir), extra_dir))
     cfg = OmegaConf.create(fill_missing(recorded, defaults))
     cfg.pop(LAMBDA, None)
     code = list_unoffered_code(recorded, extra_dir)
@@ -88,6 +88,17 @@ def parse_single_values(overrides: list[str]) -> list[Any]:
         if override.is_delete() or override.is_sweep_override():
             raise ConfigError(f"{override.key_or_group}: one value is needed; several need -m, a list needs brackets")
     return parsed
+
+
+def choose_dataset(recorded: dict[str, Any], extra_dir: str | None) -> list[str]:
+    """Return the override that chooses the data set of a recorded run, so that keys that are new since get a value."""
+    section = recorded.get("dataset")
+    target = section.get("_target_") if isinstance(section, dict) else None
+    for folder in list_config_dirs(extra_dir):
+        for file in sorted((folder / "dataset").glob("*.yaml")):
+            if f"_target_: {target}" in file.read_text(encoding="utf-8").splitlines():
+                return [f"dataset={file.stem}"]
+    return []
 
 
 def fill_missing(recorded: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,16 @@ def test_keys_that_the_run_lacks_have_their_defaults(record_run):
     assert config.evaluation.best_of and config.evaluation.rewards == [] and config.chat.dialogue is None
 
 
+def test_keys_that_a_data_set_other_than_the_default_lacks_have_their_defaults(record_run):
+    run = record_run("dataset=jsonl", "dataset.path=a.csv", "dataset.held_out_every=7", policy="x", reward="y")
+    raw = yaml.safe_load((run / "config.yaml").read_text())
+    del raw["dataset"]["columns"], raw["dataset"]["subset"]
+    (run / "config.yaml").write_text(yaml.safe_dump(raw))
+    dataset = build_config(compose_from_run([f"run={run}"])).dataset
+    assert (dataset.path, dataset.held_out_every, dataset.subset) == ("a.csv", 7, None)
+    assert set(dataset.columns.values()) == {None}
+
+
 @pytest.fixture(scope="module")
 def new_run(record_run):
     return record_run(policy="x", reward="y")
