@@ -211,6 +211,6 @@ def build_score(
             return [float(number % 2) for number in range(len(responses))]
         texts = zip(prompts, responses, strict=True)
         ids = [encode_reward_text(tokenizer, prompt, response, longest) for prompt, response in texts]
-        return score_rows(model, ids, rows, model.device)
+        return score_rows(model, model.config, ids, rows, model.device)
 
     return score

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from apa_cli.errors import UserError, get_first_line
+from apa_cli.errors import UserError, find_details, get_first_line
 
 T = TypeVar("T")
 WEEK = 7 * 86400.0
@@ -86,9 +86,12 @@ class World:
             raise UserError(str(error)) from error
         except UserError as error:
             failure = error
-        for rank, message in enumerate(self.all_gather(None if failure is None else str(failure))):
-            if message is not None:
-                raise UserError(f"rank {rank}: {message}") from failure
+        report = None if failure is None else (str(failure), find_details(failure))
+        for rank, failed in enumerate(self.all_gather(report)):
+            if failed is not None:
+                error = UserError(f"rank {rank}: {failed[0]}")
+                error.details = failed[1]  # rank 0 alone writes run.log
+                raise error from failure
         return value
 
     def check_all_ranks(self) -> None:
@@ -97,9 +100,9 @@ class World:
         Call this inside `run_on_all_ranks`, before a step in which all ranks must take part. Its all-gather pairs with
         the all-gather in which a failed rank reports its error.
         """
-        for rank, message in enumerate(self.all_gather(None)):
-            if message is not None:
-                raise OtherRankFailed(f"rank {rank}: {message}")
+        for rank, failed in enumerate(self.all_gather(None)):
+            if failed is not None:
+                raise OtherRankFailed(f"rank {rank}: {failed[0]}")
 
     def barrier(self, timeout: float | None = None) -> None:
         """Wait for all ranks, at most `timeout` seconds (None: `self.timeout`).

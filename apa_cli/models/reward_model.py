@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -236,23 +237,31 @@ def score_in_batches(
 
 
 def score_rows(
-    model: PreTrainedModel, rows: list[list[int]], batch_size: int, device: torch.device | str, output: int = 0
+    model: Callable[..., Any],
+    config: PretrainedConfig,
+    rows: list[list[int]],
+    batch_size: int,
+    device: torch.device | str,
+    output: int = 0,
 ) -> list[float]:
-    """Return one output of a classifier for each row of tokens, `batch_size` rows per forward pass."""
-    with use_pad_token(model, rows) as pad_id:
+    """Return one output of a classifier for each row of tokens, `batch_size` rows per forward pass.
+
+    `config` is the classifier's own; `model` may be its forward pass alone, as that of a sharded model is.
+    """
+    with use_pad_token(config, rows) as pad_id:
         return score_in_batches(rows, batch_size, pad_id, device, lambda inputs: model(**inputs).logits[:, output])
 
 
 @contextmanager
-def use_pad_token(model: PreTrainedModel, rows: list[list[int]]) -> Iterator[int]:
+def use_pad_token(config: PretrainedConfig, rows: list[list[int]]) -> Iterator[int]:
     """Yield the token that pads `rows`: the model's own; for a model without, a token that ends no row.
 
     A classifier on a causal trunk reads its score at the last token that does not pad. A model whose configuration
     names no pad token was trained on single texts, and must read the last token whatever that is.
     """
-    config = model.config.get_text_config()
-    own, size = config.pad_token_id, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if own is not None and 0 <= own < size:
+    config = config.get_text_config()
+    own = config.pad_token_id
+    if own is not None and 0 <= own < config.vocab_size:
         yield own
         return
     last = {row[-1] for row in rows}

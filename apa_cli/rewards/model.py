@@ -57,14 +57,14 @@ class ModelReward(Reward):
         encoder = RewardTextEncoder(tokenizer, is_chat, compute_max_text_tokens(model, tokenizer, self.max_tokens))
         encoder.check_room("reward.max_tokens")
         mean = read_score_mean(model, path) if self.centered else 0.0
-        model = placement.place_model(model)
+        config, model = model.config, placement.place_model(model)
 
         def encode(prompt: str, response: str, row: dict[str, Any]) -> list[int]:
             return encoder.encode(prompt, response, row.get(MESSAGES))[0]
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> list[float]:
             rows = list(map(encode, prompts, responses, columns))
-            values = score_rows(model, rows, self.microbatch_size, placement.device, output)
+            values = score_rows(model, config, rows, self.microbatch_size, placement.device, output)
             return [self.scale * (value - mean) for value in values]
 
         def show_input(prompt: str, response: str, row: dict[str, Any]) -> dict[str, str]:

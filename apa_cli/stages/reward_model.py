@@ -27,6 +27,7 @@ from apa_cli.randomness import Stream, derive_torch_seed
 from apa_cli.settings import Config, RewardFormat
 from apa_cli.stages.fitting import SayFunction, StageContext, fit
 from apa_cli.stages.sft import configure_trainable_weights
+from apa_cli.tensor_ops import ROUNDING
 from apa_cli.types import Example
 
 CALIBRATION_BINS = 10
@@ -47,7 +48,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, center_coef: float) -> 
 def compute_preference_metrics(chosen: list[float], rejected: list[float], lengths: list[int]) -> dict[str, float]:
     """Return the metrics of a reward model's scores of N held-out pairs.
 
-    accuracy: share of pairs with the chosen reply scored higher (a tie counts half);
+    accuracy: share of pairs with the chosen reply scored higher (a tie, up to rounding, counts half);
     accuracy_ci: half width of its normal 95 % interval;
     margin: mean score difference;
     calibration_error: |mean σ(|difference|) − accuracy| in equal-width bins of σ(|difference|) from 0.5 to 1,
@@ -56,7 +57,8 @@ def compute_preference_metrics(chosen: list[float], rejected: list[float], lengt
     being those of all chosen, then of all rejected replies; 0 if either is constant.
     """
     difference = np.array(chosen) - np.array(rejected)
-    correct = np.where(difference == 0, 0.5, difference > 0)
+    is_tie = np.abs(difference) <= ROUNDING * np.maximum(np.abs([chosen, rejected]).max(axis=0), 1)
+    correct = np.where(is_tie, 0.5, difference > 0)
     accuracy = float(correct.mean())
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     bins = np.minimum(((confidence - 0.5) * 2 * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
@@ -113,7 +115,7 @@ def train_reward_model(
     def score_pairs(pairs: list[TokenPair]) -> tuple[list[float], list[float]]:
         rows = [pair[side] for side in (0, 1) for pair in pairs]
         with autocast_to(context.device, config.model.dtype):
-            scores = score_rows(model, rows, 2 * settings.batch_size, context.device)
+            scores = score_rows(model, model.config, rows, 2 * settings.batch_size, context.device)
         return scores[: len(pairs)], scores[len(pairs) :]
 
     lengths = [len(getattr(e, side)) for side in ("chosen", "rejected") for e in held_out]
@@ -130,6 +132,12 @@ def train_reward_model(
     train_scores = np.concatenate(score_pairs(pairs[: settings.scored_pairs]))
     moments = {"score_mean": float(train_scores.mean()), "score_std": float(train_scores.std())}
     context.say(format_summary(metrics | moments, len(train), len(held_out)))
+    if metrics["accuracy"] - metrics["accuracy_ci"] <= 0.5:
+        context.say(
+            f"warning: reward_model: the held-out accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_ci']:.3f} is not "
+            "above chance, 0.5, so its scores may mean nothing. Check which response of a pair is the chosen one, or train "
+            "on more pairs"
+        )
     text_format = RewardFormat.chat if encoder.is_chat else RewardFormat.plain
     save_model(model, tokenizer, context.model_folder, **moments, **{STORED_FORMAT: text_format.value})
     return {**metrics, **moments, "pairs": len(train), "held_out_pairs": len(held_out), "step": best["iteration"]}
@@ -154,8 +162,8 @@ def encode_pairs(encoder: RewardTextEncoder, examples: list[Example], say: SayFu
     rows = [encoder.encode(e.prompt, str(reply), e.messages) for e in examples for reply in (e.chosen, e.rejected)]
     if cut := sum(is_cut for _, is_cut in rows):
         say(
-            f"reward model: {cut} of {len(rows)} texts are longer than {encoder.max_tokens} tokens and lose the start of "
-            "their prompt"
+            f"reward model: {cut} of {len(rows)} texts are longer than {encoder.max_tokens} tokens and lose the start "
+            "of their prompt"
         )
     return [(chosen, rejected) for (chosen, _), (rejected, _) in zip(rows[::2], rows[1::2], strict=True)]
 
