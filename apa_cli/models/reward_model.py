@@ -46,7 +46,8 @@ def load_reward_model(path: str, dtype: str) -> tuple[PreTrainedModel, PreTraine
     """
     resolve_model_source(path, "reward.path")
     options: dict[str, Any] = {"dtype": TORCH_DTYPES[DType(dtype)], "trust_remote_code": False}
-    tokenizer_path, load = path, load_complete_classifier
+    load: Callable[..., PreTrainedModel] = load_complete_classifier
+    tokenizer_path = path
     if is_adapter(path):
         # The base lacks the head, or has another; the adapter's replaces it.
         load, options["num_labels"] = AutoModelForSequenceClassification.from_pretrained, count_adapter_outputs(path)
