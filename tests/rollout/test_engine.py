@@ -337,7 +337,7 @@ def test_responses_do_not_depend_on_earlier_passes_of_the_model(kind, tokenizer,
 
 
 def test_a_stop_string_may_begin_in_a_prefix(policy, tokenizer, prompts, uniforms):
-    """Each response continues its prompt's last token; the token with which the free response begins completes "x y"."""
+    """Each response continues its prompt's last token; with it the first free token completes a stop string."""
     free = sample_responses(policy, tokenizer, prompts, uniforms, SETTINGS, frozenset({EOS}))
     i = next(i for i, tokens in enumerate(free.tokens) if 0 < tokens[0] < EOS and len(tokens) > 1)
     prefix = prompts[i][-1:]

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -14,8 +15,12 @@ from transformers import (
     GPT2Config,
 )
 
+from apa_cli.datasets.base import PromptStyle
 from apa_cli.errors import ConfigError
+from apa_cli.models.prompting import PromptFormat
+from apa_cli.training.build import RunInputs, describe_prompt
 from apa_cli.training.evaluator import compute_win_rate
+from apa_cli.types import Example
 
 # A critic initialised from the reward model
 
@@ -178,3 +183,27 @@ def test_a_resume_with_other_held_out_prompts_compares_on_those(prompts, lora, r
     assert resumed[-1]["eval/win_rate_sft"] == pytest.approx(compute_win_rate(scores[3], scores[0])) != 0.5
     state = json.loads((run / "checkpoints" / "iteration_000003" / "state.json").read_text())
     assert state["best_reward"] == max(row["eval/reward_mean"] for row in resumed)  # only those on the same prompts
+
+
+# The lines at a run's start
+
+
+def test_the_first_prompt_is_shown_as_the_policy_reads_it_with_what_ends_a_response(make_config, tiny):
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.bos_token = "<|padding|>"
+    special = [("<|padding|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<|padding|> $A", special_tokens=special)
+    config = make_config(r"sampling.stop_strings=['\n']", "sampling.max_new_tokens=7")
+    rows = [Example("Who?\nYou:", None, None, {}), Example("Another", None, None, {})]
+    ends = frozenset({tokenizer.eos_token_id})
+    inputs = RunInputs(rows, rows, PromptFormat(tokenizer, PromptStyle.hh), ends, None, None)
+    count = 1 + len(tokenizer("Who?\nYou:", add_special_tokens=False)["input_ids"])
+    assert describe_prompt(config, inputs) == [
+        f"first prompt, {count} tokens: '<|padding|>Who?\\nYou:'",
+        "a response ends at <|endoftext|>, '\\n' or 7 tokens",
+    ]
+
+
+def test_a_stop_string_that_is_never_found_is_refused_before_training(make_trainer):
+    with pytest.raises(ConfigError, match=r"^sampling\.stop_strings: 'x<\|padding\|>' is never found"):
+        make_trainer("sampling.stop_strings=['x<|padding|>']")
