@@ -16,9 +16,11 @@ from apa_cli.models.prompting import PromptFormat
 from apa_cli.randomness import Stream, make_generator
 from apa_cli.rewards.base import CheckedScoreFunction, Scores
 from apa_cli.rollout.collect import collect_rollout, concatenate_sequences
-from apa_cli.rollout.engine import LENGTH, pad_right
+from apa_cli.rollout.engine import pad_right
+from apa_cli.rollout.response_text import LENGTH
 from apa_cli.rollout.samplers import PolicySampler, Sampler
 from apa_cli.settings import Config, PenaltySettings
+from apa_cli.training.hooks import check_masks, check_rollout_plans, instruct
 from apa_cli.training.models import RunModels
 from apa_cli.training.responses_per_prompt import ResponsesPerPrompt
 from apa_cli.training.row_encoder import RowEncoder, build_sequences, get_text
@@ -31,6 +33,7 @@ from apa_cli.types import (
     RolloutPlan,
     Sequences,
     State,
+    require,
 )
 
 
@@ -73,7 +76,7 @@ class RolloutBuilder:
         `state` is the algorithm's.
         """
         rng = make_generator(self.config.run.seed, Stream.plan, iteration)
-        plans = self.config.plan.rollout(iteration, rng, state)
+        plans = check_rollout_plans(self.config.plan, self.config.plan.rollout(iteration, rng, state))
         once = [plan.roll_in for plan in plans if plan.once_per_prompt]
         if len(set(once)) < len(once):  # their responses would be kept as one
             raise ValueError(f"plan {self.config.plan.name}: two plans sample once per prompt from {once[0]}")
@@ -139,7 +142,7 @@ class RolloutBuilder:
     def encode_prompt(self, row: int, iteration: int, place: int, number: int) -> tuple[Prompt, bool]:
         """Return the prompt of a row of the data set, with the logged response if one is needed, and if it was cut."""
         example, longest = self.examples[row], self.config.sampling.max_prompt_tokens
-        instructed = self.config.algo.instruct(example, iteration)
+        instructed = instruct(self.config.algo, example, iteration)
         prompt, is_truncated = self.prompt_format.encode_instructed(example, instructed, place, number, longest)
         prompt = replace(prompt, example_index=row)
         text = example.chosen if example.response is None else example.response
@@ -183,7 +186,7 @@ class RolloutBuilder:
             scores=torch.tensor(scores.values, dtype=torch.float32), token_scores=build_token_scores(scores, shard)
         )
         if self.world.size == 1:
-            return rollout, scores.parts
+            return average_equal_responses(rollout), scores.parts
         shards = self.world.all_gather((rollout, shard.positions, scores.parts))
         pad = self.prompt_format.tokenizer.pad_token_id
         positions = torch.cat([positions for _, positions, _ in shards])
@@ -194,8 +197,9 @@ class RolloutBuilder:
         # A rank whose responses have logged scores has no parts; then there are none of the whole rollout.
         names = [name for name in shards[0][2] if all(name in part for *_, part in shards)]
         parts = {name: [value for *_, part in shards for value in part[name]] for name in names}
+        whole = concatenate_sequences([rollout for rollout, *_ in shards], pad).select_rows(order)
         return (
-            concatenate_sequences([rollout for rollout, *_ in shards], pad).select_rows(order),
+            average_equal_responses(whole),
             {name: [values[i] for i in order.tolist()] for name, values in parts.items()},
         )
 
@@ -216,7 +220,9 @@ class RolloutBuilder:
                 rollout = concatenate_sequences([others, again], tokenizer.pad_token_id)
         texts = {name: self.encode_texts(rollout, name, iteration) for name in self.config.needs.texts}
         rollout = rollout.replace(related=texts)
-        return rollout.replace(masks=self.config.plan.masks(rollout))
+        masks = self.config.plan.masks(rollout)
+        check_masks(self.config.plan, "masks", masks, rollout)
+        return rollout.replace(masks=masks)
 
     def encode_texts(self, rollout: Rollout, name: str, iteration: int) -> Sequences:
         """Return a column of texts of the data set as responses to the rows' prompts; no token if a row has none."""
@@ -224,7 +230,7 @@ class RolloutBuilder:
         texts = [get_text(example, name) for example in examples]
         longest = self.config.sampling.max_new_tokens
         rows = [
-            self.prompt_format.encode_response(self.config.algo.instruct(example, iteration), text, longest)
+            self.prompt_format.encode_response(instruct(self.config.algo, example, iteration), text, longest)
             if text
             else []
             for example, text in zip(examples, texts, strict=True)
@@ -256,6 +262,21 @@ def build_token_scores(scores: Scores, shard: RolloutShard) -> Tensor | None:
     if scores.token_scores is None:
         return None
     return pad_right(scores.token_scores, 0.0, shard.rollout.mask.shape[1], torch.float32)
+
+
+def average_equal_responses(rollout: Rollout) -> Rollout:
+    """Return the scored rollout with the mean score on all equal responses to a prompt.
+
+    A reward model may score a text differently in another batch; the difference would rank equal responses.
+    """
+    rows: dict[tuple[int, str], list[int]] = {}
+    for row, key in enumerate(zip(rollout.example_index.tolist(), rollout.responses, strict=True)):
+        rows.setdefault(key, []).append(row)
+    scores = require(rollout.scores, "scores").clone()
+    for group in rows.values():
+        if len(group) > 1:
+            scores[group] = scores[group].double().mean().to(scores.dtype)
+    return rollout.replace(scores=scores)
 
 
 def compute_penalties(rollout: Rollout, settings: PenaltySettings) -> Tensor | None:

@@ -216,3 +216,9 @@ def test_the_format_of_the_texts_is_stored_with_the_model(tiny, tmp_path):
     with pytest.raises(UserError, match=r"^reward_model\.format: chat needs a reward tokenizer with a chat template"):
         config = configure_model(tiny, (), "reward_model.format=chat")
         train_reward_model(config, rows, rows, 0, make_stage_context(tmp_path / "none"))
+
+
+def test_scores_of_a_pair_that_differ_by_rounding_tie():
+    # 2⁻¹⁸ · 3 = 1.1e-5: 1e-5 is rounding, 2e-5 is not
+    metrics = compute_preference_metrics([3 + 1e-5, 3.0, 3 + 2e-5], [3.0, 3 + 1e-5, 3.0], [1] * 6)
+    assert metrics["accuracy"] == pytest.approx((0.5 + 0.5 + 1) / 3)

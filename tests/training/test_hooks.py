@@ -136,7 +136,7 @@ def test_a_hook_of_a_plan_that_returns_something_else_is_one_line(hook, result, 
     [
         (lambda mine, b: check_pair(mine, "prepare", b, Batch), "prepare must return two values (Batch, dict), got a"),
         (lambda mine, b: check_pair(mine, "prepare", (b, None), Batch), "got 2 values (Batch, NoneType)"),
-        (lambda mine, b: check_result(mine, "prepare_minibatch", None, Batch), "prepare_minibatch must return a Batch"),
+        (lambda mine, b: check_result(mine, "prepare_minibatch", None, Batch), "minibatch must return a Batch"),
         (
             lambda mine, b: check_batch(mine, "prepare", b.replace(masks={"m": b.mask.long()})),
             "a bool tensor is needed",
