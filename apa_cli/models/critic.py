@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from apa_cli.errors import ConfigError
 from apa_cli.models.lm_head import compute_head_statistics
 from apa_cli.models.lora import add_adapter
 from apa_cli.models.structure import get_state_width, get_trunk
@@ -126,6 +127,7 @@ def build_critic(
         torch.manual_seed(seed)
         head = build_value_head(head_kind, get_state_width(policy), outputs, is_zero=spec.init == "zero")
     if kind is CriticKind.head:
+        check_hidden_states(policy)
         return CriticModule(None, head, is_action=is_action)
     if kind is CriticKind.adapter:
         adapter = f"critic_{spec.name}"
@@ -137,3 +139,20 @@ def build_critic(
     else:
         backbone = backbone.float().requires_grad_(True)
     return CriticModule(backbone, head, is_action=is_action)
+
+
+@torch.no_grad()
+def check_hidden_states(policy: PreTrainedModel) -> None:
+    """Raise ConfigError unless the policy's last hidden states, [B, S, h], are what its output head reads.
+
+    Gemma 3n's have a further dimension. A model without weights, of which only the size is asked, is not checked.
+    """
+    if policy.device.type == "meta":
+        return
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=policy.device)
+    states = policy(input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    if states.shape != (1, 1, get_state_width(policy)):
+        raise ConfigError(
+            f"critic.kind: head cannot read the hidden states of this {policy.config.get_text_config().model_type} "
+            "model; give critic=separate"
+        )

@@ -175,30 +175,32 @@ def compute_response_logprobs(
 ) -> Tensor:
     """Return log π of each response token, [B, T] float32, 0 outside the mask."""
     padded = build_padded_inputs(batch.prompt_ids, batch.prompt_mask, batch.response_ids, batch.mask)
-    return compute_statistics(model, padded, batch.mask, temperature, [LOGPROBS])[0][LOGPROBS]
+    return compute_statistics_with_output(model, padded, batch.mask, temperature, [LOGPROBS])[0][LOGPROBS]
 
 
-def compute_statistics(
+def compute_statistics_with_output(
     model: PreTrainedModel | AdapterDisabledModel,
     padded: PaddedInputs,
     mask: Tensor,
     temperature: float,
     names: list[str],
-) -> tuple[dict[str, Tensor], PaddedInputs | PackedInputs]:
-    """Return the named statistics of each response token, and the inputs that the model had.
+    **options: Any,
+) -> tuple[dict[str, Tensor], Any, PaddedInputs | PackedInputs]:
+    """Return the named statistics of each response token, the model's output, and the inputs that it had.
 
     The names are LOGPROBS, ENTROPY and MEAN_LOGPROB; the statistics are [B, T] float32, 0 outside the mask [B, T].
-    Only positions of the mask reach a linear output head, see `find_linear_head`.
+    Only positions of the mask reach a linear output head, see `find_linear_head`. `options` are passed to the model.
     """
     head = find_linear_head(model)
     inputs = padded if head is None else pack_if_faster(model, padded)
-    options = {**inputs.inputs, "use_cache": False, "logits_to_keep": inputs.logits_to_keep}
+    options = {**inputs.inputs, "use_cache": False, "logits_to_keep": inputs.logits_to_keep, **options}
     if head is None:
-        logits = apply_temperature(model(**options).logits[:, -padded.logits_to_keep :], temperature)
+        output = model(**options)
+        logits = apply_temperature(output.logits[:, -padded.logits_to_keep :], temperature)
         statistics = [compute_logit_statistic(name, logits, padded.response_ids) for name in names]
     else:
 
-        def compute_rows(states: Tensor) -> Tensor:
+        def compute_statistics(states: Tensor) -> Tensor:
             # The weights are read here, during the model's forward pass: FSDP gathers them when it begins.
             head_inputs = (inputs.select_response_outputs(states), head.weight, head.bias)
             token_ids = padded.response_ids[padded.mask]
@@ -209,27 +211,14 @@ def compute_statistics(
                 rows = [getattr(every, name) for name in names]
             return torch.stack([scatter_to_mask(row, padded.mask) for row in rows], dim=-1)
 
-        with override_forward(head, compute_rows):
-            statistics = list(model(**options).logits.unbind(-1))
-    return {name: pad_to_mask(x, mask) for name, x in zip(names, statistics, strict=True)}, inputs
-
-
-@contextmanager
-def record_trunk_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """Within the block, append the last hidden state [B, S, h] of each pass of the model to the list.
-
-    Unlike the model's own list of hidden states, it keeps no other layer's, and has one form in every architecture.
-    """
-    states: list[Tensor] = []
-    handle = get_trunk(model).register_forward_hook(lambda _, __, output: states.append(output.last_hidden_state))
-    try:
-        yield states
-    finally:
-        handle.remove()
+        with override_forward(head, compute_statistics):
+            output = model(**options)
+        statistics = list(output.logits.unbind(-1))
+    return {name: pad_to_mask(x, mask) for name, x in zip(names, statistics, strict=True)}, output, inputs
 
 
 def compute_logit_statistic(name: str, logits: Tensor, token_ids: Tensor) -> Tensor:
-    """Return one statistic [B, T'] of logits [B, T', V] and token_ids [B, T']; see `compute_statistics`."""
+    """Return one statistic [B, T'] of logits [B, T', V] and token_ids [B, T']; see `compute_statistics_with_output`."""
     if name == ENTROPY:
         return token_entropy(logits)
     return logits.log_softmax(dim=-1).mean(dim=-1) if name == MEAN_LOGPROB else token_logprobs(logits, token_ids)
@@ -324,9 +313,11 @@ class TrainingModel(nn.Module):
         computed, trunk_states = {LOGPROBS: torch.zeros(mask.shape, device=mask.device)}, None
         inputs: PaddedInputs | PackedInputs = padded
         if with_policy or needs_trunk:
-            with checkpoint_activations(self.policy), record_trunk_states(self.policy) as states:
-                computed, inputs = compute_statistics(self.policy, padded, mask, self.temperature, statistics)
-            trunk_states = states[-1] if needs_trunk else None
+            with checkpoint_activations(self.policy):
+                computed, output, inputs = compute_statistics_with_output(
+                    self.policy, padded, mask, self.temperature, statistics, output_hidden_states=needs_trunk
+                )
+            trunk_states = output.hidden_states[-1] if needs_trunk else None
         values, logsumexp = {}, {}
         for name in critics:
             with torch.no_grad() if name.endswith(TARGET) else nullcontext():

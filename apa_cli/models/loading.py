@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import transformers
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -80,10 +81,11 @@ def load_pretrained(load: Callable[..., T], path: str, key: str, **options: Any)
     except (
         Exception
     ) as error:  # `transformers`, safetensors, pickle, json, zipfile, the hub's client, … raise many types
+        reason = get_first_line(error).partition(" Model type should be one of")[0].rstrip(".")
         advice = "" if Path(source).is_dir() else f"; a local folder with the hub's layout works too, {key}=FOLDER"
         if "trust_remote_code" in str(error) and key == "model.path":
             advice = "; model.trust_remote_code=true runs the model's code"
-        raise UserError(f"{key}: cannot load {path}: {get_first_line(error).rstrip('.')}{advice}") from error
+        raise UserError(f"{key}: cannot load {path}: {reason}{advice}") from error
 
 
 def require_all_weights(load: Callable[..., Any]) -> Callable[..., PreTrainedModel]:
@@ -211,7 +213,16 @@ def load_model_config(settings: ModelSettings, path: str | None) -> PretrainedCo
     while is_adapter(source):
         source = read_adapter_base(source)
     options = {"trust_remote_code": settings.trust_remote_code}
-    return load_pretrained(AutoConfig.from_pretrained, source, "model.path", **options)
+    config = load_pretrained(AutoConfig.from_pretrained, source, "model.path", **options)
+    check_task(config, path, "model.path")
+    return config
+
+
+def check_task(config: PretrainedConfig, path: str, key: str) -> None:
+    """Raise UserError, beginning with `key`, if a configuration is not a causal language model's."""
+    is_own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not is_own_code:
+        raise UserError(f"{key}: {path} is a {config.model_type} model, which is not a causal language model")
 
 
 def build_architecture_config(architecture: dict[str, Any], vocab_size: int) -> PretrainedConfig:

@@ -127,8 +127,17 @@ def check_effect(model: PreTrainedModel, name: str, with_head: bool) -> None:
     part = model if with_head else get_trunk(model)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     with use_adapter(model, name), torch.enable_grad():
-        output = part(input_ids=ids, use_cache=False)[0]
-        gradients = torch.autograd.grad(output.float().sum(), list(parameters.values()), allow_unused=True)
+        try:
+            output = part(input_ids=ids, use_cache=False)
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"lora.target_modules: this {get_model_type(model)} model does not run with adapters on these layers "
+                f"({get_first_line(error)}); name other layers"
+            ) from error
+        total = output["logits" if "logits" in output else "last_hidden_state"].float().sum()
+        gradients: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if total.requires_grad:
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     is_used: dict[str, bool] = {}
     for key, gradient in zip(parameters, gradients, strict=True):
         layer = max((layer for layer in layers if key.startswith(f"{layer}.")), key=len).rpartition(".")[2]
@@ -183,14 +192,15 @@ def find_linear_names(model: PreTrainedModel) -> set[str]:
     """Return the last part of the name of each linear layer that adapters may wrap, the output head left out."""
     layers, head, whole = find_lora_layers(model), model.get_output_embeddings(), find_layers_trained_whole(model)
     inside = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}
-    return {
-        name.rpartition(".")[2]
+    modules = {
+        name: layers[name].get_base_layer() if name in layers else module
         for name, module in model.named_modules()
-        if id(module) not in inside
-        and isinstance(layers[name].get_base_layer() if name in layers else module, nn.Linear | Conv1D)
-        and module is not head
-        and name not in whole
+        if id(module) not in inside and module is not head and name not in whole
     }
+    # The number of a block may be that of a linear layer in a list: such a layer is given with its whole name.
+    others = {name.rpartition(".")[2] for name, module in modules.items() if not isinstance(module, nn.Linear | Conv1D)}
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    return {name if (last := name.rpartition(".")[2]) in others else last for name in linear}
 
 
 def find_lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -289,8 +299,8 @@ def merge_adapter_tensors(model: PreTrainedModel, name: str = POLICY_ADAPTER) ->
 
     layers = find_lora_layers(model)
     deltas = {
-        f"{name_of_layer}.{getattr(layer, 'parameter_name', 'weight')}": layer.get_delta_weight(name)
-        for name_of_layer, layer in layers.items()
+        strip_wrappers(f"{layer_name}.{getattr(layer, 'parameter_name', 'weight')}"): layer.get_delta_weight(name)
+        for layer_name, layer in layers.items()
         if has_adapter(layer, name)
     }
     adapters = {key for other in list_adapters(model) for key in find_adapter_parameters(model, other)}
@@ -302,11 +312,16 @@ def merge_adapter_tensors(model: PreTrainedModel, name: str = POLICY_ADAPTER) ->
         module_name, _, last = key.rpartition(".")
         if last == "weight" and not value.is_floating_point():
             value = dequantize_module_weight(model.get_submodule(module_name))
-        key = re.sub(r"(\.base_layer)+\.", ".", key)
+        key = strip_wrappers(key)
         if key in deltas:
             value = (value.float() + deltas[key].float()).to(value.dtype)
         merged[key] = value.contiguous()
     return merged
+
+
+def strip_wrappers(key: str) -> str:
+    """Return a tensor's name without adapters; a module with several adapted tensors, of experts, is wrapped twice."""
+    return re.sub(r"(\.base_layer)+\.", ".", key)
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, base: str, name: str = POLICY_ADAPTER) -> None:
