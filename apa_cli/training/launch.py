@@ -261,6 +261,10 @@ def claim_directory(
     the run's.
     """
     path = resolve_directory(config, requested_path, sweep)
+    sources: list[Path] = []
+    if config.run.fork is not None and not list_resume_candidates(config, path):
+        sources = checkpoints.locate_checkpoints(config.run.fork)[1]
+        check_fork(config, sources[-1])
     directory = RunDirectory(path)
     stack.enter_context(directory.lock())
     candidates = list_resume_candidates(config, path)
@@ -270,15 +274,12 @@ def claim_directory(
     if candidates:
         directory.check_resume(config.raw)
         return path, candidates, False
-    if config.run.fork is not None:
-        candidates = checkpoints.locate_checkpoints(config.run.fork)[1]
-        check_fork(config, candidates[-1])
     if config.run.resume == AUTO and not directory.result.exists():
         if done := directory.count_iterations():
             print(f"{path}: {done} iterations without a checkpoint are run again", flush=True)
         directory.clear()
     directory.claim(config.raw)
-    return path, candidates, False
+    return path, sources, False
 
 
 def resolve_directory(config: Config, path: Path, sweep: str | None) -> Path:

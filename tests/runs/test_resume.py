@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 from argparse import Namespace
@@ -23,7 +24,7 @@ from apa_cli.runs.directory import RunDirectory
 from apa_cli.runs.files import read_config
 from apa_cli.runs.resume import build_resume_overrides, find_code
 from apa_cli.runs.stopping import RunStopped
-from apa_cli.training.launch import format_resume_command, start_training
+from apa_cli.training.launch import describe_restart, format_resume_command, format_sweep_command, start_training
 
 OVERRIDES = [
     "algo=ppo",
@@ -531,3 +532,50 @@ def test_shortened_run_ends_with_an_evaluation(run_train, records):
     assert "continues after iteration 2" in (run / "run.log").read_text()
     assert [row["iteration"] for row in rows] == [0, 1, 2, 2] and rows[-1]["eval/kl_exact"] > 1e-4
     assert json.loads((run / "result.json").read_text())["eval/kl_exact"] == rows[-1]["eval/kl_exact"]
+
+
+# --- commands that are printed ------------------------------------------------------------------------------
+
+
+def test_command_that_continues_a_sweep_names_it(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["apa-train", "-m", "seed=0,1", "resume=null"])
+    words = ["apa-train", "-m", "seed=0,1", "name=2026-11-28_02-46-19", "resume=auto"]
+    assert shlex.split(format_sweep_command("2026-11-28_02-46-19")) == words
+    monkeypatch.setattr("sys.argv", ["apa-train", "-m", "seed=0,1", "name=mine"])
+    assert format_sweep_command("mine") == "apa-train -m seed=0,1 name=mine resume=auto"
+
+
+def test_signal_before_there_is_a_state_names_the_command_that_starts_again(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/bin/apa-train", "dataset.path=my data"])
+    with pytest.raises(stopping.RunInterrupted) as error, stopping.GracefulStop():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stopping.describe_interruption("apa-train", error.value) == (
+        "stopped by SIGTERM before there was anything to save; start again with: apa-train 'dataset.path=my data'"
+    )
+
+
+# --- nothing left to do -------------------------------------------------------------------------------------
+
+
+def test_resume_and_fork_of_a_finished_run_say_that_nothing_is_left(
+    run_copy, run_command, comparable, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    weights, before = run_copy / "model" / "model.safetensors", comparable(run_copy / "metrics.jsonl")
+    written = weights.stat().st_mtime_ns
+    run_command(f"resume={run_copy}")
+    assert f"{run_copy}: finished (4 iterations); nothing is left to do" in capsys.readouterr().out
+    assert weights.stat().st_mtime_ns == written and comparable(run_copy / "metrics.jsonl") == before
+    with pytest.raises(ConfigError, match=r"^fork: nothing is left to do after iteration 4 with iterations 4; raise"):
+        run_command(f"fork={run_copy}", "name=other")
+    assert not Path("outputs/other").exists()
+
+
+def test_learning_rate_that_rises_again_is_said(make_config):
+    config = make_config("iterations=8", "optimizer.lr_scheduler=linear")
+    # After 4 of 4 iterations linear is at 1 − 4 / 4 = 0, after 4 of 8 at 1 − 4 / 8 = 50 %.
+    (line,) = describe_restart({**config.raw, "iterations": 4}, config, 4)
+    assert "with iterations 4 → 8 the learning rate rises from 0 % to 50 % of its peak" in line
+    assert not describe_restart(config.raw, config, 4)
+    constant = make_config("iterations=8")
+    assert not describe_restart({**constant.raw, "iterations": 4}, constant, 4)

@@ -9,7 +9,7 @@ import torch
 
 from apa_cli.distributed.world import World
 from apa_cli.settings import LRScheduler, UpdateOrder
-from apa_cli.training.minibatches import split_into_microbatches, split_into_minibatches
+from apa_cli.training.minibatches import count_steps, split_into_microbatches, split_into_minibatches
 from apa_cli.training.objective import NO_MAXIMUM
 from apa_cli.types import Batch, Loss, LossTerm, Needs, PolicyOutput, Sequences
 from tests.training.builders import (
@@ -193,3 +193,9 @@ def test_critics_are_computed_for_related_sequences_that_need_them():
     # The related sequences are the rows' own in another order.
     own, related = outputs[1].values["value"], outputs[1].related["other"].values["value"]
     torch.testing.assert_close(related.sum(-1).sort().values, own.sum(-1).sort().values)
+
+
+def test_half_a_minibatch_is_a_minibatch_more():
+    # 12 / 8 = 1.5 → 2, 20 / 8 = 2.5 → 3 (not 2, the nearest even number), 19 / 8 = 2.375 → 2; 10 pairs: 20 responses.
+    assert [count_steps(rows, 1, 8) for rows in (12, 20, 19, 0, 3)] == [2, 3, 2, 0, 1]
+    assert count_steps(10, 2, 8) == 3 and count_steps(2, 2, 1) == 2
