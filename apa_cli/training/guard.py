@@ -98,11 +98,13 @@ def find_remarks(
             f"{_count_iterations(groups, state.groups_differed)}: the algorithm compares the responses to a prompt, so "
             "the scores give no gradient. Try a reward with finer steps, or a larger samples_per_prompt"
         )
-    differed = {
-        "scores_differed": state.scores_differed or (std is not None and not is_equal),
-        "groups_differed": state.groups_differed or metrics.get("reward/equal_groups", 1) < 1,
-    }
-    return remarks, replace(state, equal_scores=count, equal_groups=groups, **differed)
+    return remarks, replace(
+        state,
+        equal_scores=count,
+        equal_groups=groups,
+        scores_differed=state.scores_differed or (std is not None and not is_equal),
+        groups_differed=state.groups_differed or metrics.get("reward/equal_groups", 1) < 1,
+    )
 
 
 def _count_iterations(count: int, is_in_a_row: bool) -> str:

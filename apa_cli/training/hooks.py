@@ -115,7 +115,9 @@ def check_loss(algorithm: Algorithm, loss: Any, masks: Mapping[str, Tensor]) -> 
     return loss
 
 
-def check_term(algorithm: Algorithm, term: Any, kind: type, name: str, masks: Mapping[str, Tensor]) -> None:
+def check_term(
+    algorithm: Algorithm, term: Any, kind: type[LossTerm] | type[Metric], name: str, masks: Mapping[str, Tensor]
+) -> None:
     """Raise UserError for what is no `kind`, an unknown mask, or values not of the mask's shape."""
     if not isinstance(term, kind):
         raise make_error(algorithm, "loss", f"gives {name} as {describe_result(term)}, not a types.{kind.__name__}")
