@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from apa_cli.config.hydra_api import parse_override
 from apa_cli.errors import ConfigError
 from apa_cli.runs.resume import is_within
-from apa_cli.settings import Config
+from apa_cli.settings import Config, CriticKind
 from apa_cli.types import REFERENCE
 
 CRITIC_KEYS = (
@@ -23,6 +24,13 @@ def list_idle_options(config: Config) -> dict[str, str]:
     idle = {f"algo.{name}": f"algo.{reason}" for name, reason in algo.idle_fields().items()}
     if not needs.critics:
         idle |= dict.fromkeys(CRITIC_KEYS, f"{algo.label} without a critic")
+    elif config.critic.kind is not CriticKind.separate:
+        idle["critic.init"] = f"critic={config.critic.kind.value}, which starts from the policy"
+    if config.model.tokenizer is not None or config.model.path is not None:
+        key = "tokenizer" if config.model.tokenizer is not None else "path"
+        idle["model.tokenizer_vocabulary"] = f"model.{key}, which brings its own tokenizer"
+    if config.model.path is not None and Path(config.model.path).expanduser().is_dir():
+        idle["model.architecture"] = "a model.path that is a folder, whose config.json says the same"
     if not any(REFERENCE in passes for passes in needs.passes.values()):
         idle["reference.refresh_every"] = f"{algo.label}, whose loss reads no reference"
     return idle
