@@ -94,5 +94,6 @@ def test_a_dry_run_prints_the_lines_and_leaves_no_directory(make_config, tmp_pat
     (tmp_path / "run").mkdir()
     config = make_config("dry_run=true")
     start_training(config, tmp_path / "run", None)
-    assert capsys.readouterr().out.splitlines() == describe_run(config)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith("dataset: 60 rows to train on") and lines == describe_run(config)
     assert not (tmp_path / "run").exists()
