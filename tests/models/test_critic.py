@@ -179,3 +179,29 @@ def test_a_critic_that_is_an_adapter_cannot_have_a_polyak_copy(policy):
     critic = build_value_critic(policy, CriticKind.adapter, lora=lora)
     with pytest.raises(ConfigError, match=r"^critic=adapter: the critic value needs a Polyak copy.*critic=separate"):
         TrainingModel(policy, {"value": critic}, 1.0, [Critic("value", polyak=0.5)])
+
+
+@pytest.mark.parametrize("kind", CriticKind)
+def test_a_critic_reads_states_of_the_width_that_the_trunk_projects_to(kind):
+    policy = build_tiny_policy("opt", ffn_dim=16, word_embed_proj_dim=8, do_layer_norm_before=False)  # as OPT 350M
+    critic = build_value_critic(policy, kind, lora=make_lora_settings(rank=2 if kind is CriticKind.adapter else 0))
+    assert critic.head.weight.shape == (1, 8)  # the blocks have 16 features
+    tokens = make_sequences([[3, 1, 4], [1]], [[2, 7], [8, 2, 8]])
+    values = TrainingModel(policy, {"value": critic}, 1.0)(tokens).values["value"]
+    values.sum().backward()
+    # The bias is added to each of the 5 tokens.
+    assert float(critic.head.bias.grad) == 5 and bool(critic.head.weight.grad.abs().sum() > 0)
+
+
+def test_hidden_states_that_the_output_head_does_not_read_are_one_line():
+    policy = build_tiny_policy("llama")
+    trunk_forward = policy.model.forward
+
+    def forward(**inputs):
+        output = trunk_forward(**inputs)
+        output.hidden_states = tuple(states.unsqueeze(0) for states in output.hidden_states or ())  # as Gemma 3n's
+        return output
+
+    policy.model.forward = forward
+    with pytest.raises(ConfigError, match=r"^critic.kind: head cannot read the hidden states of this llama model"):
+        build_value_critic(policy, CriticKind.head)

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig
 
 from apa_cli.errors import UserError
+from apa_cli.models.loading import load_policy
 from apa_cli.models.padding_probe import build_probe_rows, measure_difference, measure_padding_difference
 from apa_cli.rollout.sampling_probe import check_sampling
 from apa_cli.settings import DType
@@ -37,10 +38,15 @@ def build(kind: str, sizes: dict):
     return build_random_policy(AutoConfig.for_model(kind, **{**SIZES, **sizes}))
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "mamba"])
 @pytest.mark.parametrize("dtype", DType)
 def test_a_causal_model_is_accepted(kind, dtype):
     check_sampling(build_tiny_policy(kind), dtype, "model.path")
+
+
+def test_models_are_loaded_without_the_router_logits_that_decoding_with_a_cache_cannot_have(tmp_path, make_config):
+    build(kind="mixtral", sizes={**MOE, "output_router_logits": True}).save_pretrained(tmp_path)
+    check_sampling(load_policy(make_config().model, str(tmp_path)), DType.float32, "model.path")
 
 
 @pytest.mark.slow
