@@ -24,8 +24,20 @@ LEVELS = [
     ["models"],
     ["algorithms", "hardware"],
     ["settings", "datasets", "kl"],
-    ["types", "errors", "secrets", "losses", "advantages", "tensor_ops", "randomness", "network", "pool", "user_code",
-     "hashing", "file_modes"],
+    [
+        "types",
+        "errors",
+        "secrets",
+        "losses",
+        "advantages",
+        "tensor_ops",
+        "randomness",
+        "network",
+        "pool",
+        "user_code",
+        "hashing",
+        "file_modes",
+    ],
 ]
 """From the commands down. A package, or a module that lies flat in apa_cli, imports its own level and lower."""
 

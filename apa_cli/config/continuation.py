@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from apa_cli.config.build import build_needs
@@ -15,7 +14,7 @@ from apa_cli.config.explain import LAMBDA
 from apa_cli.config.from_run import (
     apply_overrides,
     check_offered,
-    choose_dataset,
+    choose_options,
     fill_missing,
     list_unoffered_code,
     mark_missing,
@@ -78,7 +77,7 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
     parsed = parse_single_values(overrides)
     groups = list_groups(extra_dir)
     recorded = read_config(source)
-    defaults = to_dict(compose(choose_dataset(recorded, extra_dir), extra_dir))
+    defaults = to_dict(compose(choose_options(recorded, extra_dir), extra_dir))
     is_fork = any(override.key_or_group == FORK for override in parsed)
     if is_old(recorded):
         raise ConfigError(
@@ -90,8 +89,6 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
     recorded |= {key: defaults[key] for key in NOT_INHERITED}
     if is_fork:
         recorded["name"] = defaults["name"]
-    for section in TARGET_SECTIONS:
-        recorded[section] = _restore_lambda_link(recorded[section], section, recorded.get(LAMBDA), extra_dir)
     cfg = OmegaConf.create(_restore_links(recorded, defaults, OmegaConf.create(recorded)))
     if any(override.key_or_group.partition(".")[0] in ("algo", "plan", "experiment") for override in parsed):
         _restore_own_samples(cfg, extra_dir)
@@ -115,26 +112,6 @@ def compose_continuation(overrides: list[str], source: Path, extra_dir: str | No
 def without_lambda(defaults: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
     """Return the defaults for a recorded run: without the default algorithm's λ if the run has no λ."""
     return defaults if LAMBDA in recorded else {key: value for key, value in defaults.items() if key != LAMBDA}
-
-
-def _restore_lambda_link(section: dict[str, Any], name: str, lambda_: Any, extra_dir: str | None) -> dict[str, Any]:
-    """Return the section with the keys that `lambda` sets, by the yaml of its `_target_`, linked to `lambda` again.
-
-    So are keys that follow such a key, unless the run gave them another value.
-    """
-    target, prefix = section.get("_target_"), f"${{{name}."
-    sources = section | {LAMBDA: lambda_}
-    for root in list_config_dirs(extra_dir):
-        for file in sorted((root / name).rglob("*.yaml")):
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            keys = content.get(name, content) if isinstance(content, dict) else None
-            if target is not None and isinstance(keys, dict) and keys.get("_target_") == target:
-                links = {key: str(value).removeprefix(prefix).strip("${}") for key, value in keys.items()
-                         if value == f"${{{LAMBDA}}}" or str(value).startswith(prefix)}  # fmt: skip
-                return section | {
-                    key: keys[key] for key, source in links.items() if section.get(key) == sources.get(source)
-                }
-    return section
 
 
 def _restore_own_samples(cfg: DictConfig, extra_dir: str | None) -> None:

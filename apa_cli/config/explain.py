@@ -112,9 +112,7 @@ def explain_sweep(message: str, overrides: list[str]) -> str:
         parsed = parse_override(override)
         if parsed.is_sweep_override() and PATH_KEY.search(parsed.key_or_group):
             quoted = quote_for_shell(quote_value(override))
-            return (
-                f"{parsed.key_or_group}: several values need -m (a sweep), a path with a comma quotes, {quoted}"
-            )
+            return f"{parsed.key_or_group}: several values need -m (a sweep), a path with a comma quotes, {quoted}"
     return f"{message}: several values need -m (a sweep), a list needs brackets"
 
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import BooleanNode, DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
 from apa_cli.config.compose import compose
 from apa_cli.config.explain import LAMBDA, describe_unknown_key
-from apa_cli.config.hydra_api import list_config_dirs, list_groups, list_keys, parse_override, to_dict
-from apa_cli.config.trust import check_plain, check_targets, list_offered_targets, list_targets
+from apa_cli.config.hydra_api import SHARED, list_config_dirs, list_groups, list_keys, parse_override, to_dict
+from apa_cli.config.trust import TARGET, check_plain, check_targets, list_offered_targets, list_targets
 from apa_cli.errors import ConfigError
 from apa_cli.runs.records import RecordedRun
 from apa_cli.runs.resume import find_code, format_override_value
@@ -65,7 +66,7 @@ def compose_from_run(
     check_plain(recorded, config_file, (*SECTIONS, *TARGET_SECTIONS))
     for section in (recorded["model"], recorded.get("guide", {})):
         section["trust_remote_code"] = False  # consent given to another run does not carry over
-    defaults = to_dict(compose(choose_dataset(recorded, extra_dir), extra_dir))
+    defaults = to_dict(compose(choose_options(recorded, extra_dir), extra_dir))
     cfg = OmegaConf.create(fill_missing(recorded, defaults))
     cfg.pop(LAMBDA, None)
     code = list_unoffered_code(recorded, extra_dir)
@@ -90,15 +91,25 @@ def parse_single_values(overrides: list[str]) -> list[Any]:
     return parsed
 
 
-def choose_dataset(recorded: dict[str, Any], extra_dir: str | None) -> list[str]:
-    """Return the override that chooses the data set of a recorded run, so that keys that are new since get a value."""
-    section = recorded.get("dataset")
-    target = section.get("_target_") if isinstance(section, dict) else None
-    for folder in list_config_dirs(extra_dir):
-        for file in sorted((folder / "dataset").glob("*.yaml")):
-            if f"_target_: {target}" in file.read_text(encoding="utf-8").splitlines():
-                return [f"dataset={file.stem}"]
-    return []
+def choose_options(recorded: dict[str, Any], extra_dir: str | None) -> list[str]:
+    """Return the overrides that choose a recorded run's options by their classes, which give keys new since a value."""
+    targets = {group: recorded[group].get(TARGET) for group in TARGET_SECTIONS if isinstance(recorded.get(group), dict)}
+    options = {group: find_option(group, target, extra_dir) for group, target in targets.items()}
+    return [f"{group}={option}" for group, option in options.items() if option is not None]
+
+
+def find_option(group: str, target: Any, extra_dir: str | None) -> str | None:
+    """Return the first option of the group whose section has this `_target_`, or None if none has."""
+    for root in list_config_dirs(extra_dir):
+        for file in sorted((root / group).rglob("*.yaml")):
+            text = file.read_text(encoding="utf-8")
+            if file.name.startswith(SHARED) or str(target) not in text:  # parsing takes milliseconds
+                continue
+            content = yaml.safe_load(text)
+            section = content.get(group, content) if isinstance(content, dict) else None
+            if isinstance(section, dict) and section.get(TARGET) == target:
+                return str(file.with_suffix("").relative_to(root / group))
+    return None
 
 
 def fill_missing(recorded: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +117,7 @@ def fill_missing(recorded: dict[str, Any], defaults: dict[str, Any]) -> dict[str
     filled = {**defaults, **recorded}
     for key, value in recorded.items():
         default = defaults.get(key)
-        if isinstance(value, dict) and isinstance(default, dict) and value.get("_target_") == default.get("_target_"):
+        if isinstance(value, dict) and isinstance(default, dict) and value.get(TARGET) == default.get(TARGET):
             filled[key] = fill_missing(value, default) if key != "architecture" else value
     return filled
 

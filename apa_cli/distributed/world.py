@@ -89,9 +89,9 @@ class World:
         report = None if failure is None else (str(failure), find_details(failure))
         for rank, failed in enumerate(self.all_gather(report)):
             if failed is not None:
-                error = UserError(f"rank {rank}: {failed[0]}")
-                error.details = failed[1]  # rank 0 alone writes run.log
-                raise error from failure
+                reported = UserError(f"rank {rank}: {failed[0]}")
+                reported.details = failed[1]  # rank 0 alone writes run.log
+                raise reported from failure
         return value
 
     def check_all_ranks(self) -> None:

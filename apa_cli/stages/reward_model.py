@@ -135,8 +135,8 @@ def train_reward_model(
     if metrics["accuracy"] - metrics["accuracy_ci"] <= 0.5:
         context.say(
             f"warning: reward_model: the held-out accuracy {metrics['accuracy']:.3f} ± {metrics['accuracy_ci']:.3f} is "
-            "not above chance, 0.5, so its scores may mean nothing. Check which response of a pair is the chosen one, or "
-            "train on more pairs"
+            "not above chance, 0.5, so its scores may mean nothing. Check which response of a pair is the chosen one, "
+            "or train on more pairs"
         )
     text_format = RewardFormat.chat if encoder.is_chat else RewardFormat.plain
     save_model(model, tokenizer, context.model_folder, **moments, **{STORED_FORMAT: text_format.value})

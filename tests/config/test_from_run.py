@@ -10,6 +10,7 @@ import yaml
 from apa_cli.cli.app import check_subject
 from apa_cli.config.build import build_config
 from apa_cli.config.compose import compose
+from apa_cli.config.continuation import compose_continuation
 from apa_cli.config.from_run import compose_from_run
 from apa_cli.config.run_names import make_job_name
 from apa_cli.errors import ConfigError
@@ -64,14 +65,18 @@ def test_keys_that_the_run_lacks_have_their_defaults(record_run):
     assert config.evaluation.best_of and config.evaluation.rewards == [] and config.chat.dialogue is None
 
 
-def test_keys_that_a_data_set_other_than_the_default_lacks_have_their_defaults(record_run):
-    run = record_run("dataset=jsonl", "dataset.path=a.csv", "dataset.held_out_every=7", policy="x", reward="y")
+def test_keys_that_options_other_than_the_default_lack_have_the_values_of_those_options(record_run):
+    overrides = ["dataset=jsonl", "dataset.path=a.csv", "dataset.held_out_every=7", "reward=ensemble"]
+    run = record_run(*overrides, "reward.paths=[a, b]", "algo=a2po", "lambda=0.3", policy="x", reward="y")
     raw = yaml.safe_load((run / "config.yaml").read_text())
-    del raw["dataset"]["columns"], raw["dataset"]["subset"]
+    del raw["dataset"]["columns"], raw["dataset"]["subset"], raw["reward"]["format"], raw["reward"]["deviations"]
+    del raw["algo"]["beta1"], raw["plan"]["init_samples"]
     (run / "config.yaml").write_text(yaml.safe_dump(raw))
-    dataset = build_config(compose_from_run([f"run={run}"])).dataset
-    assert (dataset.path, dataset.held_out_every, dataset.subset) == ("a.csv", 7, None)
-    assert set(dataset.columns.values()) == {None}
+    for config in map(build_config, (compose_from_run([f"run={run}"]), compose_continuation([f"fork={run}"], run))):
+        assert (config.dataset.path, config.dataset.held_out_every, config.dataset.subset) == ("a.csv", 7, None)
+        assert set(config.dataset.columns.values()) == {None}
+        assert (config.reward.format.value, config.reward.deviations) == ("auto", 1.0)
+        assert (config.algo.beta1, config.algo.beta2, config.plan.init_samples) == (0.3, 0.3, 8)  # β₁ follows β₂, λ
 
 
 @pytest.fixture(scope="module")

@@ -197,9 +197,7 @@ def test_any_trunk_learns_within_its_positions_and_scores_as_it_was_saved(kind, 
         alone = [score([prompt], [reply], [{}])[0] for prompt, reply, _ in zip(*texts, strict=True)]
         assert scores == pytest.approx(alone, rel=0, abs=1e-5)  # padding changes nothing
         scored.append(scores)
-        assert scores == pytest.approx(
-            scored[0], rel=1e-4, abs=1e-5
-        )  # the adapter alone scores the same
+        assert scores == pytest.approx(scored[0], rel=1e-4, abs=1e-5)  # the adapter alone scores the same
 
 
 def test_the_format_of_the_texts_is_stored_with_the_model(tiny, tmp_path):
