@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from apa_cli.datasets.dialogue import format_dialogue
+from apa_cli.datasets.text_file import has_lone_surrogate
 from apa_cli.errors import ConfigError, UserError
 from apa_cli.inference.trained_policy import PromptKind, load_trained_policy, read_first_prompt
 from apa_cli.models.loading import find_end_token_ids, load_tokenizer
@@ -96,7 +97,7 @@ def run_chat(config: Config, run: RecordedRun | None) -> None:
 def read_line() -> str:
     """Return the next line of the input. Raise UserError if it is not UTF-8, EOFError at the end."""
     line = input("> " if sys.stdin.isatty() else "")
-    if any("\ud800" <= character <= "\udfff" for character in line):
+    if has_lone_surrogate(line):
         shown = line.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         raise UserError(f"chat: the input {shown[:80]!r} is not UTF-8; convert it, such as by iconv -f latin1 -t utf-8")
     return line

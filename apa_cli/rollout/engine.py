@@ -13,10 +13,11 @@ from torch import LongTensor, Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from apa_cli.models.sequence_packing import can_pack
+from apa_cli.models.structure import get_context_length
 from apa_cli.rollout.decode_step import EagerDecoder, GraphDecoder
 from apa_cli.rollout.fast_linear import use_fast_linears
 from apa_cli.rollout.graph_probe import can_decode_with_graph
-from apa_cli.rollout.response_text import EOS, LENGTH, STOP, StopSearch
+from apa_cli.rollout.response_text import EOS, LENGTH, STOP, start_searches
 from apa_cli.settings import SamplingSettings
 
 LOOKAHEAD_STEPS = {"cuda": 1}
@@ -87,11 +88,7 @@ def sample_microbatch(
     """
     device, length = model.device, uniforms.shape[1]
     ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id, device)
-    searches = [StopSearch(tokenizer, settings.stop_strings) for _ in prompts]
-    has_stops = any(settings.stop_strings)
-    for prefix, search in zip(prefixes, searches, strict=True):
-        for token in prefix if has_stops else []:
-            search.add(token)
+    searches = start_searches(tokenizer, settings.stop_strings, prefixes)
     responses: list[list[int]] = [[] for _ in prompts]
     endings = [LENGTH] * len(prompts)
     logprobs = torch.zeros(len(prompts), length, device=device)
@@ -99,7 +96,7 @@ def sample_microbatch(
     row_indices = torch.arange(len(prompts), device=device)  # the same on the device
     unfinished = set(decoded_rows)
     # Rows that have ended are decoded on; after a long prefix they would pass the model's last position.
-    positions = getattr(model.config, "max_position_embeddings", None) if any(prefixes) else None
+    positions = get_context_length(model) if any(prefixes) else None
     decoder: EagerDecoder | GraphDecoder = EagerDecoder(
         model, ids, attention_mask, torch.from_numpy(uniforms).to(device), settings, positions and positions - 1
     )
@@ -118,7 +115,7 @@ def sample_microbatch(
         for i, token in zip(rows, read_tokens(), strict=True):
             if i in unfinished:
                 responses[i].append(token)
-                if token in end_tokens or (has_stops and searches[i].add(token)):
+                if token in end_tokens or (searches and searches[i].add(token)):
                     endings[i] = EOS if token in end_tokens else STOP
                     unfinished.discard(i)
                 elif len(prefixes[i]) + len(responses[i]) == length:

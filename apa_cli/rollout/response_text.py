@@ -54,6 +54,17 @@ class StopSearch:
         return False
 
 
+def start_searches(
+    tokenizer: PreTrainedTokenizerBase, strings: list[str], prefixes: list[list[int]]
+) -> list[StopSearch]:
+    """Return the search in each response, with its prefix read; an empty list without stop strings."""
+    searches = [StopSearch(tokenizer, strings) for _ in prefixes] if any(strings) else []
+    for search, prefix in zip(searches, prefixes, strict=False):
+        for token in prefix:
+            search.add(token)
+    return searches
+
+
 def find_stop_tokens(tokenizer: PreTrainedTokenizerBase, strings: list[str]) -> frozenset[int]:
     """Return the ids of the stop strings that are special tokens, with or without white space around them."""
     special = find_special_tokens(tokenizer)

@@ -346,3 +346,14 @@ def test_a_stop_string_may_begin_in_a_prefix(policy, tokenizer, prompts, uniform
     sampled = sample_responses(*sample, prefixes=[prefix])
     assert (sampled.tokens, sampled.endings) == ([free.tokens[i][:1]], ["stop"])
     assert sample_responses(*sample).tokens[0][:2] == free.tokens[i][:2]  # without the prefix it goes on
+
+
+def test_after_a_prefix_positions_go_on_to_the_end_of_a_scaled_context(tokenizer, prompts, uniforms):
+    """A factor of 2 extends 8 positions to 16: prompts of 1 to 4 tokens, the last one a prefix, and 11 free tokens."""
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    scaled = build_tiny_policy("llama", max_position_embeddings=8, rope_parameters=scaling)
+    short = [i for i in range(N) if len(prompts[i]) <= 4]
+    chosen, numbers = [prompts[i] for i in short], uniforms[short]
+    prefixes = [prompt[-1:] for prompt in chosen]
+    sampled = sample_responses(scaled, tokenizer, chosen, numbers, SETTINGS, frozenset({EOS}), prefixes)
+    assert_equal_to_reference(scaled, sampled, chosen, numbers[:, : LENGTH - 1], {EOS})
