@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from apa_cli.errors import UserError, get_first_line
+from apa_cli.model_folder import ADAPTER_CONFIG, is_adapter_folder
 from apa_cli.models.structure import get_trunk
 from apa_cli.network import probe_hub
 from apa_cli.settings import LoraSettings
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
 
 POLICY_ADAPTER = "policy"
 """Name of the policy's adapter."""
-ADAPTER_CONFIG = "adapter_config.json"
-WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")
-"""Patterns of the files of a whole model's weights."""
 
 # peft imports bitsandbytes, which reports at once each optional kernel that is not installed.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
@@ -76,7 +74,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, name: str, seed:
 
     config = build_lora_config(model, settings, with_head)
     if settings.target_modules is not None:
-        check_targets(model, list(cast("set[str]", config.target_modules)), with_head)
+        check_target_modules(model, list(cast("set[str]", config.target_modules)), with_head)
     trained = [p for other in list_adapters(model) for p in find_adapter_parameters(model, other).values()]
     active = get_active_adapter(model)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -99,7 +97,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, name: str, seed:
     check_effect(model, name, with_head)
 
 
-def check_targets(model: PreTrainedModel, targets: list[str], with_head: bool) -> None:
+def check_target_modules(model: PreTrainedModel, targets: list[str], with_head: bool) -> None:
     """Raise UserError if the model lacks a layer of one of these names, or, without its head, layers of all of them.
 
     The critic has no head, so it may lack a layer that the policy has.
@@ -159,7 +157,8 @@ def untie_head(model: PreTrainedModel) -> None:
 
     The adapter changes one of them only, so the merged model cannot be tied; its configuration says so.
     """
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
     adapted = [part for part in (head, embedding) if any(part is layer for layer in find_lora_layers(model).values())]
     bases = [part.get_base_layer() if part in adapted else part for part in (head, embedding)]
     if adapted and all(base is not None for base in bases) and bases[0].weight is bases[1].weight:
@@ -191,7 +190,7 @@ def find_layers_trained_whole(model: PreTrainedModel) -> list[str]:
 def find_linear_names(model: PreTrainedModel) -> set[str]:
     """Return the last part of the name of each linear layer that adapters may wrap, the output head left out."""
     layers, head, whole = find_lora_layers(model), model.get_output_embeddings(), find_layers_trained_whole(model)
-    inside = {id(part) for layer in layers.values() for part in layer.modules() if part is not layer}
+    inside = {id(part) for layer in layers.values() for part in cast(nn.Module, layer).modules() if part is not layer}
     modules = {
         name: layers[name].get_base_layer() if name in layers else module
         for name, module in model.named_modules()
@@ -224,7 +223,7 @@ def list_adapters(model: nn.Module) -> list[str]:
 
 def find_adapter_parameters(model: nn.Module, name: str, as_saved: bool = False) -> dict[str, nn.Parameter]:
     """Return the parameters of adapter `name` by their names in the model, or in a file of that adapter alone."""
-    parameters = {}
+    parameters: dict[str, nn.Parameter] = {}
     for layer_name, layer in find_lora_layers(model).items():
         for part in layer.adapter_layer_names:
             container = getattr(layer, part, {})
@@ -299,7 +298,9 @@ def merge_adapter_tensors(model: PreTrainedModel, name: str = POLICY_ADAPTER) ->
 
     layers = find_lora_layers(model)
     deltas = {
-        strip_wrappers(f"{layer_name}.{getattr(layer, 'parameter_name', 'weight')}"): layer.get_delta_weight(name)
+        strip_wrappers(f"{layer_name}.{getattr(layer, 'parameter_name', 'weight')}"): cast(Any, layer).get_delta_weight(
+            name
+        )
         for layer_name, layer in layers.items()
         if has_adapter(layer, name)
     }
@@ -350,19 +351,9 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str, name: str = PO
 
 
 def is_adapter(path: str) -> bool:
-    """Return True if a folder or hub repository holds an adapter instead of a model.
-
-    A folder with adapter_config.json is an adapter's, also beside a config.json, unless it has a model's weights.
-    """
+    """Return True if a folder or hub repository holds an adapter instead of a model."""
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        return (folder / ADAPTER_CONFIG).is_file() and not has_model_weights(folder)
-    return is_hub_adapter(path)
-
-
-def has_model_weights(folder: Path) -> bool:
-    """Return True if the folder has the weights of a whole model."""
-    return any(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+    return is_adapter_folder(folder) if folder.is_dir() else is_hub_adapter(path)
 
 
 @cache

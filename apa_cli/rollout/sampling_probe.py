@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import PreTrainedModel
 
 from apa_cli.errors import UserError, get_first_line
@@ -81,11 +82,12 @@ def compute_decoded_logits(model: PreTrainedModel, prompts: list[list[int]], res
     )  # fmt: skip
     uniforms = torch.zeros(responses.shape, device=model.device)
     decoder = EagerDecoder(model, *pad_left(prompts, 0, model.device), uniforms, settings)
-    order, logits = torch.arange(len(prompts), device=model.device), []
+    order = torch.arange(len(prompts), device=model.device)  # the prompt of each row of the decoder
+    swap, logits = cast(LongTensor, order.flip(0)), []
     for step in range(RESPONSE_TOKENS):
         decoder.step()
         logits.append(decoder.logits[order.argsort()])
-        order = order.flip(0)
-        decoder.input_ids = responses[:, step : step + 1].clone()[order.flip(0)]
-        decoder.select_rows(torch.arange(len(prompts) - 1, -1, -1, device=model.device))
+        decoder.input_ids = responses[order, step : step + 1]
+        decoder.select_rows(swap)
+        order = order[swap]
     return torch.stack(logits, dim=1)
