@@ -296,11 +296,9 @@ def merge_adapter_tensors(model: PreTrainedModel, name: str = POLICY_ADAPTER) ->
     """
     from peft.utils.integrations import dequantize_module_weight
 
-    layers = find_lora_layers(model)
+    layers: dict[str, Any] = {**find_lora_layers(model)}
     deltas = {
-        strip_wrappers(f"{layer_name}.{getattr(layer, 'parameter_name', 'weight')}"): cast(Any, layer).get_delta_weight(
-            name
-        )
+        strip_wrappers(f"{layer_name}.{getattr(layer, 'parameter_name', 'weight')}"): layer.get_delta_weight(name)
         for layer_name, layer in layers.items()
         if has_adapter(layer, name)
     }
