@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from apa_cli.model_folder import ADAPTER_CONFIG, MODEL_FILES, is_adapter_folder
 from apa_cli.types import Example
 
 WHOLE_FILE_LIMIT = 2**30
@@ -25,9 +26,7 @@ SAMPLED_BLOCKS, BLOCK_SIZE = 1024, 2**18
 
 WEIGHTS = ("adapter_model*.safetensors", "adapter_model*.bin", "model*.safetensors", "pytorch_model*.bin", "*.bin")
 """Names of weight files; the files of the first pattern that matches are loaded."""
-MODEL_CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
-CONFIG_FILES = ("config.json", "adapter_config.json", "tokenizer_config.json")
-"""Files of which a folder with a model, an adapter or a tokenizer has at least one."""
+MODEL_CONFIGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 TOKENIZER_FILES = (
     "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "*.model", "*.tiktoken",
@@ -133,7 +132,7 @@ def find_model_folder(path: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = [try_to_load_from_cache(path, name) for name in CONFIG_FILES]
+        found = [try_to_load_from_cache(path, name) for name in MODEL_FILES]
     except ValueError:  # not a name that a repository can have
         return None
     return next((Path(file).parent for file in found if isinstance(file, str)), None)
@@ -149,10 +148,10 @@ def find_tokenizer_folder(path: str) -> Path | None:
 
 def find_adapter_base(folder: Path) -> str | None:
     """Return the base model that the adapter in a folder names; None if the folder holds no adapter."""
-    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+    if not is_adapter_folder(folder):
         return None
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         return settings["base_model_name_or_path"] or None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -179,13 +178,13 @@ def hash_path(path: str) -> str | None:
     place = Path(path).expanduser()
     if place.is_file():
         return hash_large_file(place)
-    if place.is_dir() and not any((place / name).is_file() for name in CONFIG_FILES):
+    if place.is_dir() and not any((place / name).is_file() for name in MODEL_FILES):
         files = sorted(file for file in place.rglob("*") if file.is_file())
         return hash_json([[str(file.relative_to(place)), hash_large_file(file)] for file in files])
     return hash_model(path)
 
 
-def hash_code(target: str) -> str | None:
+def hash_target(target: str) -> str | None:
     """Return a digest of the file of FILE.py:NAME, package.module:NAME or package.module.NAME; None without a file.
 
     The digest covers the modules of the file's folder that it imports, at any depth.

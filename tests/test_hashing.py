@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from apa_cli import hashing
-from apa_cli.hashing import hash_chat_template, hash_code, hash_examples, hash_large_file, hash_model, hash_tokenizer
+from apa_cli.hashing import hash_chat_template, hash_examples, hash_large_file, hash_model, hash_target, hash_tokenizer
 from apa_cli.types import Example
 
 
@@ -58,9 +58,12 @@ def test_weights_that_are_not_loaded_do_not_count(model):
     assert hash_model(str(model)) == before
 
 
-def test_an_adapter_is_known_by_its_base_too(model, tmp_path):
+@pytest.mark.parametrize("further", [[], ["config.json"]])  # some trainers save the base's configuration beside it
+def test_an_adapter_is_known_by_its_base_too(further, model, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
+    for name in further:
+        (adapter / name).write_text("{}")
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(model), "r": 2}))
     (adapter / "adapter_model.safetensors").write_bytes(b"low rank")
     before = digest(adapter)
@@ -109,14 +112,14 @@ def test_code_is_known_with_the_modules_of_its_folder(tmp_path):
     (tmp_path / "package" / "second.py").write_text("x = 1\n")
     (tmp_path / "unrelated.py").write_text("x = 1\n")
     target = f"{tmp_path}/reward.py:f"
-    before = hash_code(target)
+    before = hash_target(target)
     copy = shutil.copytree(tmp_path, tmp_path / "copy", ignore=lambda *_: ["copy"])
-    assert hash_code(f"{copy}/reward.py:g") == before is not None
+    assert hash_target(f"{copy}/reward.py:g") == before is not None
     (tmp_path / "unrelated.py").write_text("x = 2\n")
-    assert hash_code(target) == before
+    assert hash_target(target) == before
     for file in ("reward.py", "first.py", "package/second.py"):
         text = (tmp_path / file).read_text()
         (tmp_path / file).write_text(text + "\n")
-        assert hash_code(target) != before
+        assert hash_target(target) != before
         (tmp_path / file).write_text(text)
-    assert hash_code(f"{tmp_path}/none.py:f") is None and hash_code("apa_cli.rewards.vader:compound") is not None
+    assert hash_target(f"{tmp_path}/none.py:f") is None and hash_target("apa_cli.rewards.vader:compound") is not None

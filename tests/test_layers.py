@@ -37,6 +37,7 @@ LEVELS = [
         "user_code",
         "hashing",
         "file_modes",
+        "model_folder",
     ],
 ]
 """From the commands down. A package, or a module that lies flat in apa_cli, imports its own level and lower."""

@@ -67,7 +67,7 @@ def join_parts(content: object, name: str) -> str:
     return content
 
 
-def parse_reply(reply: object, name: str) -> tuple[Turns | None, str | None]:
+def split_reply(reply: object, name: str) -> tuple[Turns | None, str | None]:
     """Return the turns before a reply and the reply's text.
 
     The reply is a text; a message by the assistant, alone or in a list; or a whole dialogue that ends with it. The

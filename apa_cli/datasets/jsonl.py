@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from apa_cli.datasets.base import Dataset, PromptStyle, make_prompt_key
-from apa_cli.datasets.conversation import Turns, parse_messages, parse_reply
+from apa_cli.datasets.conversation import Turns, parse_messages, split_reply
 from apa_cli.datasets.dialogue import HUMAN, format_dialogue
-from apa_cli.datasets.row_file import SUFFIXES, Row, abbreviate, find_split_file, get_format, read_rows
+from apa_cli.datasets.row_file import SUFFIXES, Row, abbreviate, find_split_file, get_format, read_row_file
 from apa_cli.datasets.source import HUB_NAME, Source, select_split
 from apa_cli.errors import UserError
 from apa_cli.types import EscapedText, Example, Range
@@ -140,7 +140,7 @@ class JSONLines(Dataset):
 
 def open_file(file: Path, key: str = "dataset.path", is_held_out: bool = False) -> RowSource:
     """Return the rows of a file; errors name `key`."""
-    return RowSource(key, str(file), read_rows(file, key), is_held_out)
+    return RowSource(key, str(file), read_row_file(file, key), is_held_out)
 
 
 def parse_row(row: dict[str, Any], columns: dict[str, str]) -> Example:
@@ -149,8 +149,8 @@ def parse_row(row: dict[str, Any], columns: dict[str, str]) -> Example:
     if "messages" not in columns and row.get("messages") is None and isinstance(row.get(SHARE_GPT), list):
         names["messages"] = SHARE_GPT
     values = {name: read_column(row, column) for name, column in names.items()}
-    before_chosen, chosen = parse_reply(values["chosen"], names["chosen"])
-    before_rejected, rejected = parse_reply(values["rejected"], names["rejected"])
+    before_chosen, chosen = split_reply(values["chosen"], names["chosen"])
+    before_rejected, rejected = split_reply(values["rejected"], names["rejected"])
     dialogues = {names["chosen"]: before_chosen, names["rejected"]: before_rejected}
     if values["messages"] is not None:
         turns = parse_messages(values["messages"], names["messages"])
@@ -192,15 +192,15 @@ def read_column(row: dict[str, Any], column: str) -> Any:
     def fill(match: re.Match[str]) -> str:
         if match[1] not in row:
             raise ValueError(f"no column {match[1]!r} for the template {column!r}")
-        return format_value(row[match[1]])
+        return format_part(row[match[1]])
 
     return TEMPLATE.sub(fill, EscapedText.read(column))
 
 
-def format_value(value: object) -> str:
+def format_part(value: object) -> str:
     """Return a value as text in a template: a list joined by commas, null as "". Raise ValueError for an object."""
     if isinstance(value, list):
-        return ", ".join(map(format_value, value))
+        return ", ".join(map(format_part, value))
     if isinstance(value, dict):
         raise ValueError(f"a template cannot show {abbreviate(value)}")
     return "" if value is None else str(value)

@@ -9,7 +9,7 @@ from typing import Annotated
 from apa_cli.datasets.base import Dataset, make_prompt_key
 from apa_cli.datasets.row_file import SUFFIXES, get_format
 from apa_cli.datasets.source import select_split
-from apa_cli.datasets.text_file import read_lines, strip_line_end
+from apa_cli.datasets.text_file import read_text_lines, strip_line_end
 from apa_cli.errors import UserError
 from apa_cli.types import EscapedText, Example, Examples, Range
 
@@ -31,7 +31,7 @@ class PromptFile(Dataset):
         file = Path(self.path).expanduser()
         if get_format(file) in SUFFIXES:
             raise UserError(f"dataset.path: {file} holds rows, not lines of text; give dataset=jsonl")
-        lines = [text for _, line in read_lines(file, "dataset.path") if (text := strip_line_end(line)).strip()]
+        lines = [text for _, line in read_text_lines(file, "dataset.path") if (text := strip_line_end(line)).strip()]
         texts = list(dict.fromkeys(lines))
         count = len({make_prompt_key(text) for text in texts})
         if count < self.held_out_every:

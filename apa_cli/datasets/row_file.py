@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from apa_cli.datasets.text_file import has_lone_surrogate, read_lines
+from apa_cli.datasets.text_file import has_lone_surrogate, read_text_lines
 from apa_cli.errors import UserError, get_first_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -45,7 +45,7 @@ def find_split_file(folder: Path, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def read_rows(file: Path, key: str) -> Iterator[Row]:
+def read_row_file(file: Path, key: str) -> Iterator[Row]:
     """Yield the rows of a file in the format of its suffix, JSON for an unknown one; blank lines are skipped.
 
     Raise UserError, in one line that names `key`, file and row, for a file or row that cannot be read. Rows are counted
@@ -63,7 +63,7 @@ def read_rows(file: Path, key: str) -> Iterator[Row]:
 
 def read_json(file: Path, key: str) -> Iterator[tuple[int, Any]]:
     """Yield number and content of each row of JSON Lines, or of one array if the file begins with a bracket."""
-    lines = ((number, line) for number, line in read_lines(file, key) if line.strip())
+    lines = ((number, line) for number, line in read_text_lines(file, key) if line.strip())
     first = next(lines, None)
     if first is None:
         return
@@ -99,7 +99,7 @@ def read_csv(file: Path, key: str) -> Iterator[tuple[int, dict[str, str | None]]
 
     The delimiter is the one of DELIMITERS that is most frequent in the header.
     """
-    lines = (line for _, line in read_lines(file, key))
+    lines = (line for _, line in read_text_lines(file, key))
     header_line = next((line for line in lines if line.strip()), None)
     if header_line is None:
         return

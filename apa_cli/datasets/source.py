@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apa_cli.datasets.base import is_held_out, make_prompt_key
-from apa_cli.datasets.row_file import SUFFIXES, Row, abbreviate, find_split_file, get_format, read_rows
+from apa_cli.datasets.row_file import SUFFIXES, Row, abbreviate, find_split_file, get_format, read_row_file
 from apa_cli.errors import UserError, get_first_line
 from apa_cli.network import probe_hub
 from apa_cli.types import Example, Examples
@@ -92,7 +92,7 @@ class Source:
         rows = self._splits[split]
         if isinstance(rows, list):
             for file in rows:
-                yield from read_rows(file, "dataset.path")
+                yield from read_row_file(file, "dataset.path")
             return
         with self._translate_errors():
             for number, row in enumerate(rows, start=1):

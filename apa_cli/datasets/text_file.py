@@ -23,7 +23,7 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 LONE_CARRIAGE_RETURN = re.compile(rb"(?<=\r)(?!\n|\Z)")
 
 
-def read_lines(file: Path, key: str) -> Iterator[tuple[int, str]]:
+def read_text_lines(file: Path, key: str) -> Iterator[tuple[int, str]]:
     """Yield the number, from 1, and the text of each line of a file, line end included, byte order mark dropped.
 
     Other separators, such as U+2028 and form feeds, are characters of a line. Raise UserError naming `key`, file and,

@@ -23,10 +23,9 @@ from transformers import (
 
 from apa_cli.errors import UserError, get_first_line
 from apa_cli.file_modes import apply_umask
+from apa_cli.model_folder import ADAPTER_CONFIG, MODEL_FILES, has_model_weights
 from apa_cli.models.lora import (
-    ADAPTER_CONFIG,
     find_lora_layers,
-    has_model_weights,
     is_adapter,
     mark_untied,
     merge_adapter_tensors,
@@ -46,8 +45,6 @@ transformers.utils.logging.set_verbosity_error()
 # transformers warns at every generation step from 5.24 on; older versions do not know the argument's new name.
 warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
 
-MODEL_FILES = ("config.json", ADAPTER_CONFIG, "tokenizer_config.json")
-"""Files of which a folder with a model, an adapter or a tokenizer has at least one."""
 TORCH_DTYPES = {DType.float32: torch.float32, DType.bfloat16: torch.bfloat16}
 
 T = TypeVar("T")

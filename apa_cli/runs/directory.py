@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.hashing import hash_code, hash_path
+from apa_cli.hashing import hash_path, hash_target
 from apa_cli.runs.console import Console
 from apa_cli.runs.environment import collect_environment
 from apa_cli.runs.files import (
@@ -217,7 +217,7 @@ class RunDirectory:
             digest = (RecordedRun(self.path).inputs or {}).get(key)
         except UserError:
             return False
-        return digest is not None and isinstance(value, str) and digest in (hash_path(value), hash_code(value))
+        return digest is not None and isinstance(value, str) and digest in (hash_path(value), hash_target(value))
 
     def truncate_records(self, config: dict[str, Any], iteration: int) -> None:
         """Remove the records after `iteration`, and write the configuration of the resumed run."""

@@ -56,7 +56,7 @@ from apa_cli.training.models import (
     load_guide,
 )
 from apa_cli.training.rollout_builder import RolloutBuilder
-from apa_cli.training.row_encoder import get_text
+from apa_cli.training.row_encoder import get_example_text
 from apa_cli.training.trainer import Trainer
 from apa_cli.training.updater import Updater, build_optimizer
 from apa_cli.types import Example
@@ -170,7 +170,7 @@ def select_training_rows(config: Config, train: list[Example]) -> list[Example]:
     """Return the rows that the plan trains on. Raise UserError if no row has a text that the algorithm needs."""
     train = config.plan.examples(train)
     for name in config.needs.texts:
-        if not any(get_text(example, name) for example in train):
+        if not any(get_example_text(example, name) for example in train):
             raise UserError(f"dataset: no row has {name!r}, which the algorithm needs")
     return train
 

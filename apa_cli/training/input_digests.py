@@ -10,7 +10,7 @@ from typing import Any
 
 from apa_cli import user_code
 from apa_cli.errors import ConfigError
-from apa_cli.hashing import hash_chat_template, hash_code, hash_examples, hash_path, hash_source, hash_tokenizer
+from apa_cli.hashing import hash_chat_template, hash_examples, hash_path, hash_source, hash_target, hash_tokenizer
 from apa_cli.runs.resume import find_changed_inputs, format_changed_inputs, is_within, may_change
 from apa_cli.settings import Config
 from apa_cli.types import Example
@@ -68,7 +68,7 @@ def _digest_value(value: Any, key: str, name: str) -> Iterator[tuple[str, str | 
     elif is_dataclass(value) and not isinstance(value, type):
         yield from _digest_fields(getattr(value, "reward", value), key)
     elif isinstance(value, str) and name == CODE_FIELD:
-        yield key, hash_code(value)
+        yield key, hash_target(value)
     elif isinstance(value, str) and (name in PATH_FIELDS or ("/" in value and Path(value).expanduser().exists())):
         yield key, hash_path(value)
 

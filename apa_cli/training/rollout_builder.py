@@ -23,7 +23,7 @@ from apa_cli.settings import Config, PenaltySettings
 from apa_cli.training.hooks import check_masks, check_rollout_plans, instruct
 from apa_cli.training.models import RunModels
 from apa_cli.training.responses_per_prompt import ResponsesPerPrompt
-from apa_cli.training.row_encoder import RowEncoder, build_sequences, get_text
+from apa_cli.training.row_encoder import RowEncoder, build_sequences, get_example_text
 from apa_cli.types import (
     DATA,
     POLICY,
@@ -227,7 +227,7 @@ class RolloutBuilder:
     def encode_texts(self, rollout: Rollout, name: str, iteration: int) -> Sequences:
         """Return a column of texts of the data set as responses to the rows' prompts; no token if a row has none."""
         examples = [self.examples[row] for row in rollout.example_index.tolist()]
-        texts = [get_text(example, name) for example in examples]
+        texts = [get_example_text(example, name) for example in examples]
         longest = self.config.sampling.max_new_tokens
         rows = [
             self.prompt_format.encode_response(instruct(self.config.algo, example, iteration), text, longest)

@@ -53,7 +53,7 @@ def build_sequences(prompt_ids: Tensor, prompt_mask: Tensor, responses: list[lis
     )
 
 
-def get_text(example: Example, name: str) -> str | None:
+def get_example_text(example: Example, name: str) -> str | None:
     """Return a response of the data set by its field's or column's name; None if the row has none."""
     text = getattr(example, name, None) or example.columns.get(name)
     return str(text) if text else None

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from apa_cli.datasets.row_file import abbreviate, find_split_file, read_rows
+from apa_cli.datasets.row_file import abbreviate, find_split_file, read_row_file
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def read(tmp_path):
 
     def rows(name, text):
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-        return list(read_rows(tmp_path / name, "key"))
+        return list(read_row_file(tmp_path / name, "key"))
 
     return rows
 
@@ -57,7 +57,7 @@ def test_parquet_rows(tmp_path):
 
     rows = [{"m": [{"role": "user", "content": "x"}], "s": 0.5}, {"m": None, "s": None}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a [1].parquet")
-    read = list(read_rows(tmp_path / "a [1].parquet", "key"))
+    read = list(read_row_file(tmp_path / "a [1].parquet", "key"))
     assert read == rows and [number(row) for row in read] == [1, 2]
 
 
@@ -100,7 +100,7 @@ def test_a_whole_surrogate_pair_is_a_character(read):
 
 
 def test_an_absent_parquet_file(tmp_path, error_line):
-    message = error_line(lambda: list(read_rows(tmp_path / "a.parquet", "key")))
+    message = error_line(lambda: list(read_row_file(tmp_path / "a.parquet", "key")))
     assert message.startswith(f"key: cannot read {tmp_path / 'a.parquet'} (")
 
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from apa_cli.datasets.text_file import read_lines, strip_line_end
+from apa_cli.datasets.text_file import read_text_lines, strip_line_end
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def read(tmp_path):
 
     def lines(data):
         (tmp_path / "file").write_bytes(data)
-        return list(read_lines(tmp_path / "file", "key"))
+        return list(read_text_lines(tmp_path / "file", "key"))
 
     return lines
 
@@ -60,11 +60,12 @@ def test_other_encodings_are_errors_with_file_and_row(read, tmp_path, error_line
 def test_files_that_cannot_be_read_are_errors_of_one_line(read, tmp_path, error_line):
     absent = tmp_path / "absent"
     assert (
-        error_line(lambda: list(read_lines(absent, "key"))) == f"key: cannot read {absent} (No such file or directory)"
+        error_line(lambda: list(read_text_lines(absent, "key")))
+        == f"key: cannot read {absent} (No such file or directory)"
     )
-    message = error_line(lambda: list(read_lines(tmp_path, "key")))
+    message = error_line(lambda: list(read_text_lines(tmp_path, "key")))
     assert message == f"key: cannot read {tmp_path} (Is a directory)"
     assert error_line(lambda: read(gzip.compress(b"a" * 99)[:-9])).startswith(f"key: cannot read {tmp_path / 'file'} (")
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
-    message = error_line(lambda: list(read_lines(tmp_path / "pipe", "key")))
+    message = error_line(lambda: list(read_text_lines(tmp_path / "pipe", "key")))
     assert message == f"key: {tmp_path / 'pipe'} is not a regular file; save its content in one"
