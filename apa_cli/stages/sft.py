@@ -17,6 +17,7 @@ from apa_cli.models.structure import freeze_all_but_top, get_context_length, mov
 from apa_cli.models.tokenization import show_tokens
 from apa_cli.randomness import Stream, derive_torch_seed
 from apa_cli.rollout.engine import pad_left
+from apa_cli.rollout.sampling_probe import check_sampling
 from apa_cli.runs.formatting import quote_text
 from apa_cli.settings import Config, ModelSettings
 from apa_cli.stages.fitting import SayFunction, StageContext, fit
@@ -72,6 +73,7 @@ def train_sft_model(
     model, tokenizer = load_or_build_model(config.model, train, seed, frozen_base=config.lora.rank > 0)
     configure_trainable_weights(model, config, derive_torch_seed(seed, Stream.initialization, 1))
     move_to_device(model, context.device)
+    check_sampling(model, config.model.dtype, "model.path")
     prompt_format, pad_id = PromptFormat(tokenizer, config.dataset.prompt_style), tokenizer.pad_token_id
     max_tokens = min(settings.max_tokens, get_context_length(model) or settings.max_tokens)
     targets = encode_targets(prompt_format, train, max_tokens, "train", context.say)

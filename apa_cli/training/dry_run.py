@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from apa_cli.models.loading import TORCH_DTYPES, load_model_config
 from apa_cli.models.lora import POLICY_ADAPTER, add_adapter
-from apa_cli.models.structure import count_parameters, freeze_all_but_top
+from apa_cli.models.structure import count_parameters, freeze_all_but_top, get_trunk
 from apa_cli.randomness import Stream, make_generator
 from apa_cli.rewards.base import NamedReward
 from apa_cli.settings import Config, CriticKind, Quantization
@@ -127,7 +127,7 @@ def measure_model_size(config: Config, architecture: PretrainedConfig) -> ModelS
     """Return the parameter counts, from a model on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture)
-        whole, trunk = count_parameters(model), count_parameters(model.base_model)
+        whole, trunk = count_parameters(model), count_parameters(get_trunk(model))
         if config.lora.rank:
             add_adapter(model, config.lora, POLICY_ADAPTER, 0)
         elif config.model.trainable_layers is not None:
