@@ -43,6 +43,8 @@ def test_interval_of_three_values(script):
     assert script["compute_interval"]([1.0, 3.0, 5.0]) == pytest.approx((3.0, 4.303 * 2 / math.sqrt(3)), rel=1e-12)
     mean, half = script["compute_interval"]([7.0])
     assert mean == 7.0 and math.isnan(half)
+    texts = [script["format_interval"](script["compute_interval"](values)) for values in ([1.0, 3.0, 5.0], [7.0], [])]
+    assert texts == ["3.000 ± 4.969", "7.000", ""]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -292,7 +293,9 @@ def run_job(arguments: argparse.Namespace, side: str, lambda_: float, seed: int)
 
 
 def format_interval(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.3f} ± {interval[1]:.3f}"
+    """Return "mean ± half width"; of one value the value, of none nothing."""
+    mean, half = interval
+    return "" if math.isnan(mean) else f"{mean:.3f}" if math.isnan(half) else f"{mean:.3f} ± {half:.3f}"
 
 
 def print_report(results: Sequence[dict]) -> None:
