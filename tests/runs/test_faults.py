@@ -201,8 +201,16 @@ def test_nonfinite_initial_model_is_detected_before_training(run_train, tiny, tm
     tensors["gpt_neox.layers.0.mlp.dense_h_to_4h.weight"][3, 3] = math.nan
     save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     error = run_to_error(run_train, f"model.path={tmp_path}/broken")
-    assert error.startswith("evaluation after iteration 0: eval/kl_exact is nan")
+    assert error == "model.path: the logits of this gpt_neox model are not finite; its weights may be damaged"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_nonfinite_metric_of_an_evaluation_ends_the_run(make_trainer, tmp_path):
+    trainer = make_trainer(folder=tmp_path)
+    with torch.no_grad():
+        list(trainer.models.policy.parameters())[-1].fill_(math.nan)
+    with pytest.raises(UserError, match=r"^evaluation after iteration 0: eval/kl_exact is nan"):
+        trainer.evaluate()
 
 
 def test_number_of_dumped_batches_is_limited(tmp_path, make_trainer, monkeypatch):
