@@ -18,6 +18,8 @@ from apa_cli.settings import Config
 from apa_cli.types import Range
 
 ALGORITHMS = sorted(list_groups(None)["algo"])
+FEW = [name if name in ("a2po", "dpo", "ppo") else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
+"""All of them, of which the quick tests run three: with a plan of its own, in pairs, with a critic."""
 LINK = f"${{{LAMBDA}}}"
 """Value, in a yaml, of the keys that `lambda` sets."""
 
@@ -119,7 +121,7 @@ def assert_refused(answer, tmp_path):
     return check
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", FEW)
 def test_numbers_of_samples_that_do_not_fit_are_refused(name, assert_refused):
     needs = make_config(name).needs
     wrong = [0, *([needs.least_samples - 1] if needs.least_samples > 1 else [])]
@@ -136,7 +138,7 @@ def test_group_mean_of_one_sample_is_refused(override, assert_refused, answer):
     assert_refused("samples_per_prompt", *override.split(), "samples_per_prompt=1")
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", FEW)
 def test_plans_that_do_not_fit_are_refused(name, assert_refused, answer):
     for plan in sorted(list_groups(None)["plan"]):
         overrides = [f"algo={name}", f"plan={plan}"]
@@ -146,7 +148,7 @@ def test_plans_that_do_not_fit_are_refused(name, assert_refused, answer):
             assert_refused("plan", *overrides)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", FEW)
 def test_keys_that_lambda_sets_are_refused(name, assert_refused):
     keys = list_linked_keys(name)
     assert bool(keys) == (make_config(name).algo.lambda_meaning is not None)

@@ -280,23 +280,16 @@ def test_published_defaults():
         assert (algo.gamma, algo.gae_lambda, algo.score_scaling.value, algo.value_coef) == (1, 0.95, "running", 1)
 
 
-@pytest.mark.parametrize(
-    ("written", "read"),
-    [
-        (r"\n", "\n"),
-        (r"\n\nHuman:", "\n\nHuman:"),
-        (r"a\tb\r", "a\tb\r"),
-        (r"a\\nb", r"a\nb"),
-        (r"\d+", r"\d+"),
-        ("\n", "\n"),
-    ],
-)
-def test_escapes_in_texts_are_read_as_in_yaml(written, read, tmp_path):
+def test_escapes_in_texts_are_read_as_in_yaml(tmp_path):
     """Neither a shell nor Hydra reads them; Hydra keeps a backslash that stands before no quote."""
-    overrides = [f'sampling.stop_strings=["{written}","x"]', "dataset=prompts", f"dataset.path={tmp_path}/prompts.txt"]
-    config = build_config(compose([*overrides, f'dataset.prefix="{written}"', f'dataset.suffix="{written}x"']))
-    assert config.sampling.stop_strings == [read, "x"]
-    assert (config.dataset.prefix, config.dataset.suffix) == (read, f"{read}x")
+    written = [r"\n", r"\n\nHuman:", r"a\tb\r", r"a\\nb", r"\d+", "\n"]
+    read = ["\n", "\n\nHuman:", "a\tb\r", r"a\nb", r"\d+", "\n"]
+    strings = ",".join(f'"{text}"' for text in written)
+    overrides = [f"sampling.stop_strings=[{strings}]", "dataset=prompts", f"dataset.path={tmp_path}/prompts.txt"]
+    texts = [f'dataset.prefix="{"".join(written)}"', f'dataset.suffix="{"".join(reversed(written))}"']
+    config = build_config(compose([*overrides, *texts]))
+    assert config.sampling.stop_strings == read
+    assert (config.dataset.prefix, config.dataset.suffix) == ("".join(read), "".join(reversed(read)))
 
 
 def test_a_sweep_is_every_combination():

@@ -18,21 +18,38 @@ GROUP_MEAN = "algo.advantage_estimator=group_mean"
     ("overrides", "message"),
     [
         (["algo=ppo", GROUP_MEAN, "algo.gamma=0.9"], "algo.gamma: no effect with algo.advantage_estimator=group_mean"),
-        (["algo=apa", GROUP_MEAN, "algo.gae_lambda=0"], "algo.gae_lambda: no effect with"),
-        (["algo=awr", GROUP_MEAN, "algo.value_coef=0.5"], "algo.value_coef: no effect with"),
-        (["algo=awr", GROUP_MEAN, "algo.value_clip_range=0.2"], "algo.value_clip_range: no effect with"),
         (["algo=awr", GROUP_MEAN, "critic=head"], "critic: no effect with AWR without a critic"),
-        (["algo=apa", "algo.advantage_estimator=monte_carlo", "algo.gae_lambda=0.5"], "estimator=monte_carlo; leave"),
-        (["algo=apa", "algo.value_coef=0", "algo.value_clip_range=1"], "no effect with algo.value_coef=0"),
         (["algo=ppo", "algo.kl_target=3"], "algo.kl_target: no effect with algo.kl_controller=fixed"),
-        (["algo=grpo", "optimizer.critic_lr=1e-3"], "optimizer.critic_lr: no effect with GRPO without a critic"),
-        (["algo=rloo", "critic.head=mlp"], "critic.head: no effect with RLOO without a critic"),
-        (["algo=ppo", "critic=head", "critic.init=reward"], "critic.init: no effect with critic=head"),
-        (["model.path=/tmp", "model.tokenizer_vocabulary=400"], "tokenizer_vocabulary: no effect with model.path"),
         (["model.path=/tmp", "+model.architecture.hidden_size=8"], "no effect with a model.path that is a folder"),
-        (["algo=awr", "reference.refresh_every=2"], "reference.refresh_every: no effect with AWR, whose loss reads no"),
         (["algo=dpo", "optimizer.critic_warmup_iterations=1"], "DPO with these settings has no critic"),
-        (["algo=ppo", "algo.kl_controller=adaptive", "lambda=0"], "and 0 stays 0; give lambda above 0"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [
+                (["algo=apa", GROUP_MEAN, "algo.gae_lambda=0"], "algo.gae_lambda: no effect with"),
+                (["algo=awr", GROUP_MEAN, "algo.value_coef=0.5"], "algo.value_coef: no effect with"),
+                (["algo=awr", GROUP_MEAN, "algo.value_clip_range=0.2"], "algo.value_clip_range: no effect with"),
+                (
+                    ["algo=apa", "algo.advantage_estimator=monte_carlo", "algo.gae_lambda=0.5"],
+                    "estimator=monte_carlo; leave",
+                ),
+                (["algo=apa", "algo.value_coef=0", "algo.value_clip_range=1"], "no effect with algo.value_coef=0"),
+                (
+                    ["algo=grpo", "optimizer.critic_lr=1e-3"],
+                    "optimizer.critic_lr: no effect with GRPO without a critic",
+                ),
+                (["algo=rloo", "critic.head=mlp"], "critic.head: no effect with RLOO without a critic"),
+                (["algo=ppo", "critic=head", "critic.init=reward"], "critic.init: no effect with critic=head"),
+                (
+                    ["model.path=/tmp", "model.tokenizer_vocabulary=400"],
+                    "tokenizer_vocabulary: no effect with model.path",
+                ),
+                (
+                    ["algo=awr", "reference.refresh_every=2"],
+                    "reference.refresh_every: no effect with AWR, whose loss reads no",
+                ),
+                (["algo=ppo", "algo.kl_controller=adaptive", "lambda=0"], "and 0 stays 0; give lambda above 0"),
+            ]
+        ),
     ],
 )
 def test_an_option_without_effect_is_refused(overrides, message):

@@ -28,7 +28,7 @@ def run_and_list_moved(trainer, iteration: int) -> tuple[set[str], dict[str, flo
     return {name for name in OUTPUTS if not same[name]}, metrics
 
 
-@pytest.mark.parametrize("critic", ["separate", "head"])
+@pytest.mark.parametrize("critic", ["separate", pytest.param("head", marks=pytest.mark.slow)])
 def test_a_critic_that_idles_does_not_move_though_adamw_has_momentum(critic, make_contract_trainer):
     trainer = make_contract_trainer("algo=two_critics", f"critic={critic}", "optimizer.weight_decay=0.1")
     moved, metrics = zip(*(run_and_list_moved(trainer, iteration) for iteration in (1, 2, 3, 4)), strict=True)

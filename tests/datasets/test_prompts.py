@@ -73,6 +73,7 @@ def test_unreadable_files_are_errors_of_one_line(tmp_path):
         PromptFile(str(tmp_path), 2, "", "", []).load("train")
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_a_prompt_file(tmp_path, run_train, records):
     (tmp_path / "prompts.txt").write_text("".join(f"How long does tea number {i} take?\n" for i in range(20)))
     run = run_train(

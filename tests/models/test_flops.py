@@ -108,7 +108,15 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "recomputed"])
-@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(
+            overrides, id=name, marks=[] if name in ("everything", "top-head", "lora-all") else pytest.mark.slow
+        )
+        for name, overrides in OVERRIDES.items()
+    ],
+)
 def test_flops_of_an_update_pass(overrides, checkpointing, make_config):
     config = make_config(*overrides, f"model.gradient_checkpointing={str(checkpointing).lower()}")
     model, reference = build_training_model(config, build_random_policy(NEOX))

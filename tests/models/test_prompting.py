@@ -181,7 +181,9 @@ CHATML = (
         "What does\n\n\nthis   mean ? " * 9,
     ],
 )
-@pytest.mark.parametrize("name", ["tokenizers/llama-spm32k", "models/stories260k", "tokenizers/gptj"])
+@pytest.mark.parametrize(
+    "name", ["tokenizers/llama-spm32k", "models/stories260k", pytest.param("tokenizers/gptj", marks=pytest.mark.slow)]
+)
 def test_the_cut_of_a_chat_ends_for_every_text(name, text, shared):
     """Text cut by tokens, decoded and encoded again may be as long as before."""
     tokenizer = AutoTokenizer.from_pretrained(shared / name)

@@ -230,13 +230,19 @@ def test_a_start_after_a_kill_before_the_first_checkpoint_removes_the_pools(tmp_
 # --- a name that is used already ----------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def raw(make_config):
+    """The configuration of a run named "run", as it is recorded."""
+    return make_config("name=run").raw
+
+
 @pytest.fixture
-def write_run(tmp_path, make_config):
+def write_run(tmp_path, raw):
     """write_run(rows, *overrides) → the directory of a run that recorded these iterations; None: no metrics.jsonl."""
 
     def write(iterations):
         path = tmp_path / "run"
-        RunDirectory(path).claim(make_config("name=run").raw)
+        RunDirectory(path).claim(raw)
         if iterations is not None:
             rows = "".join(json.dumps({"iteration": n, "samples": 8 * n}) + "\n" for n in range(iterations + 1))
             (path / "metrics.jsonl").write_text(rows)
@@ -258,14 +264,14 @@ def test_run_that_ended_before_its_first_iteration_does_not_block_its_name(itera
 @pytest.mark.parametrize(
     "result", [None, "result.json", "eval.json", "bench.json", "model", "checkpoints/iteration_000000"]
 )
-def test_run_with_iterations_or_results_blocks_its_name(result, write_run, make_config):
+def test_run_with_iterations_or_results_blocks_its_name(result, write_run, raw):
     path = write_run(3 if result is None else 0)
     if result is not None:
         (path / result).mkdir(parents=True)
     before = (path / "metrics.jsonl").read_text()
     message = "ended after 3 iterations without a checkpoint" if result is None else "overwrite=true to remove it"
     with pytest.raises(UserError, match=message):
-        RunDirectory(path).claim(make_config("name=run").raw)
+        RunDirectory(path).claim(raw)
     assert (path / "metrics.jsonl").read_text() == before
 
 

@@ -78,7 +78,7 @@ def faultless(train, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("call", "saved"),
-    [(2, 0), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(3, 1), (4, 2), (5, 2)]), (7, 4)],
+    [*(pytest.param(*each, marks=pytest.mark.slow) for each in [(2, 0), (3, 1), (4, 2), (5, 2)]), (7, 4)],
 )
 def test_run_resumed_after_a_failed_reward_equals_one_without_the_fault(
     call, saved, make_reward, run_train, faultless, comparable, tmp_path

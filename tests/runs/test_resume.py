@@ -392,7 +392,9 @@ def run_in_iteration(monkeypatch):
     monkeypatch.setattr(RolloutBuilder, "sample", original)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_signal_ends_the_run_after_its_iteration_and_saves(
     number, status, run_in_iteration, train, run_command, tmp_path, monkeypatch, uninterrupted, comparable, target
 ):
@@ -466,6 +468,7 @@ def limit_file_size():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving_keeps_earlier_checkpoints(
     limit_file_size, run_in_iteration, train, run_command, tmp_path, comparable, uninterrupted
 ):
@@ -482,6 +485,7 @@ def test_full_disk_while_saving_keeps_earlier_checkpoints(
     assert comparable(run / "metrics.jsonl") == comparable(uninterrupted / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_full_disk_while_writing_results_keeps_the_checkpoint(
     limit_file_size, train, run_command, tmp_path, comparable, uninterrupted, monkeypatch
 ):

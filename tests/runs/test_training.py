@@ -113,10 +113,10 @@ def test_another_seed_gives_other_numbers_but_is_evaluated_on_the_same_random_nu
         pytest.param(overrides.split(), id=name, marks=[] if quick else pytest.mark.slow)
         for name, quick, overrides in [
             ("apa", True, "algo=apa optimizer.lr_scheduler=linear optimizer.warmup_ratio=0.1875"),
-            ("ppo-adaptive", True, "algo=ppo algo.kl_controller=adaptive algo.kl_horizon=16"),
+            ("ppo-adaptive", False, "algo=ppo algo.kl_controller=adaptive algo.kl_horizon=16"),
             ("awr-head", False, "algo=awr critic=head critic.head=mlp"),
             ("refreshed", False, "algo=apa reference.refresh_every=1"),
-            ("lora", True, "algo=apa lora=default critic=adapter model.gradient_checkpointing=true optimizer.lr=3e-3"),
+            ("lora", False, "algo=apa lora=default critic=adapter model.gradient_checkpointing=true optimizer.lr=3e-3"),
             (
                 "lora-separate",
                 False,
@@ -200,7 +200,7 @@ def test_results_do_not_depend_on_the_microbatch_size(run_train, make_trainer, c
 # --- metrics ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["apa", "ppo", "awr"])
+@pytest.mark.parametrize("name", ["apa", "ppo", pytest.param("awr", marks=pytest.mark.slow)])
 def test_every_documented_metric_is_logged_and_finite(name, baseline, run_train, records):
     run = baseline if name == "apa" else run_train(f"algo={name}")
     start, *rows = records(run / "metrics.jsonl")
@@ -234,7 +234,7 @@ def test_run_without_iterations_evaluates_and_writes_the_sft_model(run_train, re
     assert_same_bits(load_file(run / "model" / "model.safetensors"), load_file(tiny / "model.safetensors"))
 
 
-@pytest.mark.parametrize(("every", "evaluated"), [(0, [0, 3]), (2, [0, 2, 3])])
+@pytest.mark.parametrize(("every", "evaluated"), [(0, [0, 3]), pytest.param(2, [0, 2, 3], marks=pytest.mark.slow)])
 def test_evaluations_at_the_start_the_end_and_every_so_many_iterations(every, evaluated, run_train, records):
     run = run_train(f"evaluation.every={every}")
     rows = records(run / "metrics.jsonl")
@@ -248,17 +248,22 @@ def test_evaluations_at_the_start_the_end_and_every_so_many_iterations(every, ev
 @pytest.mark.parametrize(
     "overrides",
     [
-        "dataset=embedded critic=head",
-        "critic.head=mlp",
         "algo=ppo critic=head critic.head=mlp update_order=consecutive",
-        "algo.normalizer=batch",
-        "algo.whitening=minibatch algo.normalizer=batch",
-        "sampling.temperature=0.7",
-        "sampling.top_k=5 sampling.top_p=0.9",
-        "algo.advantage_estimator=monte_carlo algo.score_scaling=batch algo.score_clip=2",
-        "model.dtype=bfloat16",
         "model.dtype=bfloat16 algo=ppo critic=head",
         "rollout_batch_size=8 minibatch_size=8 microbatch_size=1 samples_per_prompt=8",
+        *(
+            pytest.param(variant, marks=pytest.mark.slow)
+            for variant in (
+                "dataset=embedded critic=head",
+                "critic.head=mlp",
+                "algo.normalizer=batch",
+                "algo.whitening=minibatch algo.normalizer=batch",
+                "sampling.temperature=0.7",
+                "sampling.top_k=5 sampling.top_p=0.9",
+                "algo.advantage_estimator=monte_carlo algo.score_scaling=batch algo.score_clip=2",
+                "model.dtype=bfloat16",
+            )
+        ),
     ],
 )
 def test_variants_train(overrides, run_train, records):
@@ -274,7 +279,7 @@ def test_reference_is_scored_at_the_sampling_temperature(run_train, records):
     assert abs(first["kl/sequence"]) < 1e-4 and first["policy/sampler_gap"] < 1e-5
 
 
-@pytest.mark.parametrize("override", ["sampling.top_k=5", "sampling.top_p=0.9"])
+@pytest.mark.parametrize("override", [pytest.param("sampling.top_k=5", marks=pytest.mark.slow), "sampling.top_p=0.9"])
 def test_truncated_sampling_distribution_gives_one_warning(override, run_train):
     run = run_train(override, "iterations=2")
     warnings = [line for line in (run / "run.log").read_text().splitlines() if "warning" in line]

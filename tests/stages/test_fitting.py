@@ -122,7 +122,7 @@ OVERRIDES = [
     ("start", "options"),
     [
         pytest.param(start_sft, [], id="sft"),
-        pytest.param(start_reward, ["lora=default", "lora.rank=3"], id="reward-lora"),
+        pytest.param(start_reward, ["lora=default", "lora.rank=3"], id="reward-lora", marks=pytest.mark.slow),
         pytest.param(start_sft, ["lora=default", "lora.rank=3"], id="sft-lora", marks=pytest.mark.slow),
         pytest.param(start_reward, [], id="reward", marks=pytest.mark.slow),
     ],

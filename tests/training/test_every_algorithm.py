@@ -153,7 +153,7 @@ def assert_same(result: tuple[dict, torch.Tensor], expected: tuple[dict, torch.T
     torch.testing.assert_close(result[1], expected[1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("microbatch", [1, 3])
+@pytest.mark.parametrize("microbatch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_updates_do_not_depend_on_the_microbatch(microbatch, config, expected):
     model = build_model(config)
     assert_same(run_updates(config, model, prepare_batch(config, model), microbatch), expected)

@@ -144,6 +144,7 @@ def test_a_run_warns_once_of_each_bound_and_a_resumed_run_continues_the_count(ru
     assert sorted(read_warnings(resumed)) == sorted([far, blind])  # iterations 1 and 2, then 3
 
 
+@pytest.mark.slow
 def test_a_run_that_the_guard_ended_can_be_resumed(run_train, comparable):
     overrides = [*BLIND, "iterations=4", "checkpoint.every=0", "guard.max_kl=null"]
     with pytest.raises(UserError, match=r"explained_variance.*guard\.action=stop.*after iteration 3.*resume=") as error:

@@ -207,7 +207,10 @@ def count_reference_passes(trainer: Trainer) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize(("algo", "rows_without"), [("awr", 0), ("apa", 8), ("ppo algo.kl_controller=adaptive", 8)])
+@pytest.mark.parametrize(
+    ("algo", "rows_without"),
+    [("awr", 0), pytest.param("apa", 8, marks=pytest.mark.slow), ("ppo algo.kl_controller=adaptive", 8)],
+)
 def test_without_log_kl_the_reference_is_computed_only_if_the_algorithm_needs_it(algo, rows_without, make_trainer):
     results = {}
     for log_kl, expected_rows in ((True, 8), (False, rows_without)):
