@@ -61,10 +61,16 @@ def test_an_option_without_effect_is_refused(overrides, message):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["algo=ppo", "algo.gamma=0.9", "algo.gae_lambda=0.5", "algo.value_coef=2", "critic=head"],
-        ["algo=ppo", "algo.kl_controller=adaptive", "algo.kl_target=3", "algo.kl_horizon=100"],
+        pytest.param(
+            ["algo=ppo", "algo.gamma=0.9", "algo.gae_lambda=0.5", "algo.value_coef=2", "critic=head"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["algo=ppo", "algo.kl_controller=adaptive", "algo.kl_target=3", "algo.kl_horizon=100"],
+            marks=pytest.mark.slow,
+        ),
         ["algo=grpo", "optimizer.critic_warmup_iterations=0", "guard.critic_patience=null"],
-        ["algo=grpo", "reference.refresh_every=2"],
+        pytest.param(["algo=grpo", "reference.refresh_every=2"], marks=pytest.mark.slow),
         ["algo=awr", "reference.refresh_every=0"],
     ],
 )

@@ -176,19 +176,30 @@ def test_every_job_of_a_sweep_finds_the_users_yamls(config_dir, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            ["reward=http", "reward.url=http://h/", "reward.timeout=1e10"],
-            "reward.timeout: 10000000000.0 must be greater",
-        ),
-        (
-            ["reward=http", "reward.url=http://h/", "reward.backoff=1e10"],
-            "reward.backoff: 10000000000.0 must be at least",
-        ),
-        (["reward=http", "reward.url=http://h/", "reward.longest_backoff=1e10"], "reward.longest_backoff: 1000000000"),
-        (["reward=http", "reward.url=http://h/", f"reward.max_bytes={10**20}"], f"reward.max_bytes: {10**20} must be"),
-        (
-            ["reward=vader", "reward.timeout=1e10"],
-            "reward.timeout: 10000000000.0 must be greater than 0 and at most 1e+09",
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in [
+                (
+                    ["reward=http", "reward.url=http://h/", "reward.timeout=1e10"],
+                    "reward.timeout: 10000000000.0 must be greater",
+                ),
+                (
+                    ["reward=http", "reward.url=http://h/", "reward.backoff=1e10"],
+                    "reward.backoff: 10000000000.0 must be at least",
+                ),
+                (
+                    ["reward=http", "reward.url=http://h/", "reward.longest_backoff=1e10"],
+                    "reward.longest_backoff: 1000000000",
+                ),
+                (
+                    ["reward=http", "reward.url=http://h/", f"reward.max_bytes={10**20}"],
+                    f"reward.max_bytes: {10**20} must be",
+                ),
+                (
+                    ["reward=vader", "reward.timeout=1e10"],
+                    "reward.timeout: 10000000000.0 must be greater than 0 and at most 1e+09",
+                ),
+            ]
         ),
         (["reward.max_tokens=10000000000"], "reward.max_tokens: 10000000000 must be at least 1 and at most 1e+09"),
         (["reward.format=chatml"], "reward.format: 'chatml' is not one of auto, chat, plain"),
