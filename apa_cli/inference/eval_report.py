@@ -27,12 +27,12 @@ from apa_cli.settings import Config, TrackerKind
 from apa_cli.training.build import (
     build_batch_sizes,
     build_evaluator,
-    load_examples,
     load_inputs,
     run_missing_stages,
     set_up_device,
 )
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator, ScoredResponses
+from apa_cli.training.examples import load_examples
 from apa_cli.training.input_digests import digest_inputs
 from apa_cli.training.models import check_model_limits
 from apa_cli.types import Example

@@ -11,10 +11,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from apa_cli.datasets.base import make_prompt_key
 from apa_cli.distributed.device import claim_gpu, should_use_gpu
 from apa_cli.distributed.world import SINGLE_PROCESS, World
-from apa_cli.errors import UserError
 from apa_cli.hardware import cpu_matmul as matmul
 from apa_cli.hardware.allocator import keep_freed_blocks
 from apa_cli.hardware.oom import BatchSizeHalver
@@ -43,6 +41,7 @@ from apa_cli.settings import Config, FrozenPlacement, LaunchSettings, ParallelSt
 from apa_cli.stages.cache import fill_model_paths, find_or_train_reward_model
 from apa_cli.training.dry_run import describe_run
 from apa_cli.training.evaluator import MAIN_REWARD, Evaluator
+from apa_cli.training.examples import load_examples, select_training_rows
 from apa_cli.training.forward_passes import ForwardPasses
 from apa_cli.training.hooks import instruct
 from apa_cli.training.input_digests import compare_inputs, digest_inputs
@@ -56,7 +55,6 @@ from apa_cli.training.models import (
     load_guide,
 )
 from apa_cli.training.rollout_builder import RolloutBuilder
-from apa_cli.training.row_encoder import get_example_text
 from apa_cli.training.trainer import Trainer
 from apa_cli.training.updater import Updater, build_optimizer
 from apa_cli.types import Example
@@ -130,49 +128,6 @@ def set_up_device(settings: LaunchSettings, world: World = SINGLE_PROCESS) -> to
         return torch.device("cuda", claim_gpu(settings, world))
     keep_freed_blocks()
     return torch.device("cpu")
-
-
-def load_examples(config: Config, say: Callable[[str], None]) -> tuple[list[Example], list[Example]]:
-    """Return the data set's train and held-out rows; held-out prompts are left out of the train rows.
-
-    Report how many rows are left out and why. Raise UserError if either split is empty or cannot be read.
-    """
-    try:
-        train, held_out = config.dataset.load("train"), config.dataset.load("test")
-    except ValueError as error:
-        raise UserError(f"dataset: {error}") from error
-    for split, rows in (("train", train), ("test", held_out)):
-        if dropped := getattr(rows, "drop_counts", {}):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-            say(f"dataset: {len(rows)} {split} rows; left out: {reasons}")
-    prompts = {make_prompt_key(example.prompt) for example in held_out}
-    shared = {make_prompt_key(example.prompt) for example in train} & prompts
-    if shared:
-        train = [example for example in train if make_prompt_key(example.prompt) not in prompts]
-        say(
-            f"dataset: {len(shared)} held-out prompts are also in train and are left out of it, such as {min(shared)!r}"
-        )
-    if not train or not held_out:
-        raise UserError(f"dataset: {len(train)} rows to train on, {len(held_out)} held out; both splits are needed")
-    columns = sorted({name for example in train for name in example.columns})
-    further = f"; further columns: {', '.join(columns)}" if columns else ""
-    say(f"dataset: {count_rows(train)} to train on, {count_rows(held_out)} held out{further}")
-    return train, held_out
-
-
-def count_rows(examples: list[Example]) -> str:
-    """Return the number of rows, and of their distinct prompts if some prompt has several rows."""
-    distinct = len({make_prompt_key(example.prompt) for example in examples})
-    return f"{len(examples)} rows" + (f" of {distinct} prompts" if distinct < len(examples) else "")
-
-
-def select_training_rows(config: Config, train: list[Example]) -> list[Example]:
-    """Return the rows that the plan trains on. Raise UserError if no row has a text that the algorithm needs."""
-    train = config.plan.examples(train)
-    for name in config.needs.texts:
-        if not any(get_example_text(example, name) for example in train):
-            raise UserError(f"dataset: no row has {name!r}, which the algorithm needs")
-    return train
 
 
 def run_missing_stages(

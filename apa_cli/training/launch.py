@@ -47,8 +47,9 @@ from apa_cli.stages.cache import find_or_train_sft_model
 from apa_cli.stages.fitting import StageContext
 from apa_cli.stages.reward_model import train_reward_model
 from apa_cli.stages.sft import train_sft_model
-from apa_cli.training.build import build_trainer, load_examples, make_stage_reporter, set_up_device
+from apa_cli.training.build import build_trainer, make_stage_reporter, set_up_device
 from apa_cli.training.dry_run import describe_run
+from apa_cli.training.examples import load_examples
 from apa_cli.training.input_digests import STAGE_SECTIONS, compare_inputs, digest_inputs
 from apa_cli.training.models import check_training_options
 from apa_cli.training.progress import check_pools

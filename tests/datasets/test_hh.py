@@ -148,7 +148,7 @@ def test_real_rows_and_their_unusable_pairs(real):
 
 
 def test_no_real_training_prompt_is_held_out(real):
-    from apa_cli.training.build import load_examples
+    from apa_cli.training.examples import load_examples
 
     messages = []
     train, held_out = load_examples(SimpleNamespace(dataset=make_dataset(real("hh-rlhf"), ())), messages.append)

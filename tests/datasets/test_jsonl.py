@@ -419,7 +419,7 @@ def test_prompts_that_differ_in_white_space_only_are_on_one_side(write):
 
 
 def test_a_run_counts_prompts_and_removes_held_out_ones_whatever_their_white_space(write):
-    from apa_cli.training.build import load_examples
+    from apa_cli.training.examples import load_examples
 
     train, held_out = (
         write("train.jsonl", rows("a  b", "c", "c", " c", "d")),
