@@ -46,9 +46,9 @@ HELD_OUT = 1024
 """Prompts of the evaluation; with fewer its own noise exceeds the differences."""
 TRL, PPO, APA = "trl", "ppo", "apa"
 SIDES: dict[str, tuple[list[str], tuple[float, ...]]] = {
-    TRL: ([], (0.2, 0.05, 0.02)),
-    PPO: (["algo=ppo", "algo.score_scaling=none", f"optimizer.critic_lr={LR}"], (0.2, 0.05, 0.02)),
-    APA: (["algo=apa"], (0.3, 0.1, 0.03)),
+    TRL: ([], (0.2, 0.05, 0.01)),
+    PPO: (["algo=ppo", "algo.score_scaling=none", f"optimizer.critic_lr={LR}"], (0.2, 0.05, 0.01)),
+    APA: (["algo=apa"], (0.2, 0.1, 0.03)),
 }
 """Side → apa-train's overrides and the values of λ."""
 TARGETS = (2.0, 4.0, 8.0)
