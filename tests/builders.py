@@ -26,7 +26,7 @@ from apa_cli.algorithms.awr import AWR
 from apa_cli.algorithms.base import ActorCritic, AdvantageEstimator, ScoreScaling, Whitening
 from apa_cli.algorithms.ppo import PPO, KLController
 from apa_cli.datasets.embedded import EmbeddedDataset
-from apa_cli.models.critic import CriticModule, build_critic
+from apa_cli.models.critic import CriticModule, CriticStart, build_critic
 from apa_cli.models.forward import PaddedInputs, build_padded_inputs
 from apa_cli.models.loading import build_policy, save_model, train_tokenizer
 from apa_cli.models.lora import POLICY_ADAPTER, add_adapter
@@ -97,12 +97,12 @@ def build_value_critic(
     kind: CriticKind = CriticKind.separate,
     head: HeadKind = HeadKind.linear,
     seed: int = 0,
-    source: PreTrainedModel | None = None,
+    start: CriticStart | None = None,
     lora: LoraSettings | None = None,
 ) -> CriticModule:
-    """Return a new critic `value`, which starts from `source`, by default the policy; it has no adapters by default."""
+    """Return a new critic `value`, which starts from `start`, by default the policy; it has no adapters by default."""
     settings = CriticSettings(kind=kind, init=CriticInit.policy, head=head)
-    return build_critic(policy, Critic("value"), settings, lora or make_lora_settings(rank=0), seed, source)
+    return build_critic(policy, Critic("value"), settings, lora or make_lora_settings(rank=0), seed, start)
 
 
 def save_dialogue_model(folder: Path) -> None:

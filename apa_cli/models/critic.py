@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, ItemsView, ValuesView
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,16 @@ def build_value_head(kind: HeadKind, hidden_size: int, outputs: int = 1, is_zero
     if kind is HeadKind.linear:
         return last
     return nn.Sequential(nn.Linear(hidden_size, 2 * hidden_size), nn.ReLU(), last)
+
+
+class CriticStart(NamedTuple):
+    """The reward model from which a critic with a network of its own starts."""
+
+    trunk: PreTrainedModel
+    weight: Tensor | None = None
+    """Weight [h] of a linear value head, the score head's; None: the head starts as without a reward model."""
+    bias: float = 0.0
+    """Bias of that head."""
 
 
 class CriticModule(nn.Module):
@@ -111,13 +121,14 @@ def build_critic(
     settings: CriticSettings,
     lora: LoraSettings,
     seed: int,
-    source: PreTrainedModel | None,
+    start: CriticStart | None,
 ) -> CriticModule:
-    """Build the critic `spec` on a copy of `source`'s trunk (None: the policy's) or on the policy's own.
+    """Build the critic `spec` on a copy of `start`'s trunk (None: the policy's) or on the policy's own.
 
     `settings.kind` says which, unless the critic must be on the policy's trunk. With LoRA the copy keeps its dtype and
     only adapters on it are trained; the policy must not have its own adapter yet if its trunk is copied. A critic of
-    kind `adapter` adds its adapter to the policy. The head depends on `seed` alone.
+    kind `adapter` adds its adapter to the policy. The head depends on `seed` alone, but a linear head of a state critic
+    starts as `start`'s score head, so that V is the reward model's score of the text so far.
     """
     kind = CriticKind.head if spec.on == "trunk" else settings.kind
     head_kind = settings.head if spec.head is None else HeadKind(spec.head)
@@ -133,7 +144,11 @@ def build_critic(
         adapter = f"critic_{spec.name}"
         add_adapter(policy, lora, adapter, seed, with_head=False)
         return CriticModule(None, head, adapter, is_action)
-    backbone = copy.deepcopy(get_trunk(source or policy))
+    backbone = copy.deepcopy(start.trunk if start is not None else get_trunk(policy))
+    if start is not None and start.weight is not None and isinstance(head, nn.Linear) and not is_action:
+        with torch.no_grad():
+            head.weight.copy_(start.weight)
+            head.bias.fill_(start.bias)
     if lora.rank:
         add_adapter(backbone, lora, "critic", seed, with_head=False)
     else:

@@ -6,20 +6,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from apa_cli.algorithms.base import Algorithm
+from apa_cli.algorithms.base import Algorithm, ScoreScaling
 from apa_cli.errors import ConfigError
 from apa_cli.models.adjusted_decoding import adjust_decoding
-from apa_cli.models.critic import CriticModule, build_critic
+from apa_cli.models.critic import CriticModule, CriticStart, build_critic
 from apa_cli.models.forward import TrainingModel, enable_activation_checkpointing
-from apa_cli.models.loading import TORCH_DTYPES, load_merged, load_policy, load_tokenizer
+from apa_cli.models.loading import TORCH_DTYPES, load_policy, load_tokenizer
 from apa_cli.models.lora import POLICY_ADAPTER, AdapterDisabledModel, add_adapter
+from apa_cli.models.reward_model import find_output_index, load_reward_model, read_score_mean
 from apa_cli.models.sharding import copy_gathered_weights
 from apa_cli.models.structure import freeze_all_but_top, get_context_length, get_trunk, make_frozen_copy, move_to_device
 from apa_cli.randomness import Stream, derive_torch_seed
+from apa_cli.rewards.model import ModelReward
 from apa_cli.rollout.response_text import check_stop_strings
 from apa_cli.rollout.samplers import DataSampler, ModelSampler, PolicySampler, Sampler
 from apa_cli.rollout.sampling_probe import check_sampling
@@ -183,7 +184,7 @@ def build_critics(config: Config, policy: PreTrainedModel) -> dict[str, CriticMo
     """Return the critics that algorithm and plan need, by name."""
     specs = config.needs.critics
     has_own_network = any(spec.on == "configured" for spec in specs)
-    trunk = load_reward_trunk(config, policy) if has_own_network and config.critic.init is CriticInit.reward else None
+    start = load_reward_start(config, policy) if has_own_network and config.critic.init is CriticInit.reward else None
     return {
         spec.name: build_critic(
             policy,
@@ -191,39 +192,37 @@ def build_critics(config: Config, policy: PreTrainedModel) -> dict[str, CriticMo
             config.critic,
             config.lora,
             derive_torch_seed(config.run.seed, Stream.initialization, number),
-            trunk,
+            start,
         )
         for number, spec in enumerate(specs)
     }
 
 
-def load_reward_trunk(config: Config, policy: PreTrainedModel) -> PreTrainedModel:
-    """Load the reward model's trunk, from which critics start under critic.init=reward.
+def load_reward_start(config: Config, policy: PreTrainedModel) -> CriticStart:
+    """Load the reward model's trunk and, in units of the algorithm's scores, its score head, for critic.init=reward.
 
     Raise ConfigError if the reward is not a model, or if the trunk or its tokenizer differs from the policy's.
     """
-    path = getattr(config.reward, "path", None)
-    if config.critic.kind is not CriticKind.separate or path is None:
+    reward = config.reward
+    if config.critic.kind is not CriticKind.separate or not isinstance(reward, ModelReward) or reward.path is None:
         raise ConfigError("critic.init: reward needs critic=separate and a reward that is a model; give policy instead")
-    # Loaded with a head of any size, since an adapter's names are those of the whole model.
-    classifier = load_merged(
-        AutoModelForSequenceClassification.from_pretrained,
-        path,
-        "reward.path",
-        dtype=torch.float32,
-        num_labels=1,
-        ignore_mismatched_sizes=True,
-        trust_remote_code=False,
-    )
-    trunk = get_trunk(classifier)
+    model, tokenizer = load_reward_model(reward.path, "float32")
     for name in ("model_type", "vocab_size", "hidden_size"):
-        value, expected = getattr(trunk.config, name), getattr(policy.config, name)
+        value, expected = getattr(model.config, name), getattr(policy.config, name)
         if value != expected:
             raise ConfigError(f"critic.init: the reward model's {name} is {value}, the policy's {expected}")
-    tokenizer = load_tokenizer(replace(config.model, tokenizer=None), path)
     if tokenizer.get_vocab() != load_tokenizer(config.model, config.model.resolved_path).get_vocab():
         raise ConfigError("critic.init: the reward model's tokenizer is not the policy's")
-    return trunk.eval()
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        return CriticStart(get_trunk(model))
+    # Scaled scores have about unit deviation; the stored one is that of the reward model's training pairs.
+    is_scaled = getattr(config.algo, "score_scaling", ScoreScaling.none) is not ScoreScaling.none
+    factor = reward.scale / (abs(reward.scale) * getattr(model.config, "score_std", 1.0)) if is_scaled else reward.scale
+    output = find_output_index(model, reward.output, reward.path)
+    mean = read_score_mean(model, reward.path) if reward.centered else 0.0
+    bias = 0.0 if head.bias is None else float(head.bias[output])
+    return CriticStart(get_trunk(model), factor * head.weight[output], factor * (bias - mean))
 
 
 def check_training_options(config: Config) -> None:

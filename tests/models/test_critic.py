@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from apa_cli.errors import ConfigError
-from apa_cli.models.critic import CriticModule, build_critic, build_value_head
+from apa_cli.models.critic import CriticModule, CriticStart, build_critic, build_value_head
 from apa_cli.models.forward import TrainingModel
 from apa_cli.settings import CriticInit, CriticKind, CriticSettings, HeadKind
 from apa_cli.types import Critic
@@ -56,8 +56,8 @@ def test_the_mlp_head_is_h_to_2h_to_1_with_relu():
 
 def test_a_critics_backbone_is_a_trainable_copy_of_its_source():
     policy, start = build_policy(seed=0), build_policy(seed=1)
-    for source, expected in ((None, policy), (start, start)):
-        critic = build_value_critic(policy, source=source)
+    for source, expected in ((None, policy), (CriticStart(start.base_model), start)):
+        critic = build_value_critic(policy, start=source)
         for parameter, original in zip(critic.backbone.parameters(), expected.base_model.parameters(), strict=True):
             assert torch.equal(parameter, original)
             assert parameter is not original
@@ -66,7 +66,7 @@ def test_a_critics_backbone_is_a_trainable_copy_of_its_source():
 
 def test_a_critic_from_a_frozen_bfloat16_source_is_trainable_and_float32():
     start = build_policy(seed=1).bfloat16().requires_grad_(False)
-    critic = build_value_critic(build_policy(seed=0), source=start)
+    critic = build_value_critic(build_policy(seed=0), start=CriticStart(start.base_model))
     assert {parameter.dtype for parameter in critic.parameters()} == {torch.float32}
     assert all(parameter.requires_grad for parameter in critic.parameters())
 

@@ -60,6 +60,11 @@ def load_trunk(path) -> dict[str, torch.Tensor]:
     return AutoModel.from_pretrained(path).state_dict()
 
 
+def load_score_head(path) -> torch.Tensor:
+    """Return the score head's weight [1, h] of the classifier in `path`."""
+    return AutoModelForSequenceClassification.from_pretrained(path).score.weight.detach()
+
+
 def test_the_critic_starts_from_the_reward_models_trunk_and_the_policy_does_not(make_trainer, reward, tiny):
     trainer = make_trainer(*list_overrides(reward))
     critic = trainer.models.critics["value"]
@@ -67,10 +72,37 @@ def test_the_critic_starts_from_the_reward_models_trunk_and_the_policy_does_not(
     assert_equal(trainer.models.policy.base_model.state_dict(), load_trunk(tiny))
     assert_equal(trainer.models.reference.base_model.state_dict(), load_trunk(tiny))
     assert not torch.equal(load_trunk(reward)["embed_in.weight"], load_trunk(tiny)["embed_in.weight"])
-    assert not critic.head.weight.any() and not critic.head.bias.any()
+    assert torch.equal(critic.head.weight, load_score_head(reward)) and not critic.head.bias.any()
     assert all(parameter.requires_grad for parameter in critic.parameters())
     trained = {id(parameter) for parameter in trainer.updater.optimizer.param_groups[1]["params"]}
     assert trained == {id(parameter) for parameter in critic.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "factor", "bias"),
+    [
+        # Scores 2 · (w·h − 3), unscaled, are what V predicts.
+        (["algo.score_scaling=none", "reward.scale=2", "reward.centered=true"], 2.0, -6.0),
+        # Scaled scores are divided by their deviation, 2 · 4 or close to it: (2 / 8) · (w·h − 3).
+        (["reward.scale=2", "reward.centered=true"], 0.25, -0.75),
+        (["reward.scale=-2"], -0.25, 0.0),
+    ],
+)
+def test_the_value_head_starts_as_the_score_head_in_the_units_of_the_algorithms_scores(
+    overrides, factor, bias, make_trainer, make_reward
+):
+    folder = make_reward()
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"score_mean": 3.0, "score_std": 4.0}))
+    head = make_trainer(*list_overrides(folder), *overrides).models.critics["value"].head
+    torch.testing.assert_close(head.weight, factor * load_score_head(folder))
+    assert head.bias.tolist() == [bias]
+
+
+def test_a_value_head_with_two_layers_starts_at_zero_on_the_reward_models_trunk(make_trainer, reward):
+    critic = make_trainer(*list_overrides(reward), "critic.head=mlp").models.critics["value"]
+    assert_equal(critic.backbone.state_dict(), load_trunk(reward))
+    assert not critic.head[-1].weight.any() and not critic.head[-1].bias.any()
 
 
 def test_by_default_the_critic_starts_from_the_policy(make_trainer, reward, tiny):
