@@ -79,6 +79,8 @@ def load_pretrained(load: Callable[..., T], path: str, key: str, **options: Any)
         Exception
     ) as error:  # `transformers`, safetensors, pickle, json, zipfile, the hub's client, … raise many types
         reason = get_first_line(error).partition(" Model type should be one of")[0].rstrip(".")
+        if reason.startswith("Couldn't instantiate the backend tokenizer"):  # followed by a list of many lines
+            reason = "no tokenizer that `transformers` can read, such as tokenizer.json; copy the model's into it"
         advice = "" if Path(source).is_dir() else f"; a local folder with the hub's layout works too, {key}=FOLDER"
         if "trust_remote_code" in str(error) and key == "model.path":
             advice = "; model.trust_remote_code=true runs the model's code"
@@ -86,10 +88,16 @@ def load_pretrained(load: Callable[..., T], path: str, key: str, **options: Any)
 
 
 def require_all_weights(load: Callable[..., Any]) -> Callable[..., PreTrainedModel]:
-    """Wrap a model's `from_pretrained` to raise ValueError for missing weights instead of random initialization."""
+    """Wrap a model's `from_pretrained` to raise ValueError for weights that are missing or of another shape.
+
+    Missing ones would be initialized at random; the shapes are in no message of `transformers`' own.
+    """
 
     def load_completely(source: str, **options: Any) -> PreTrainedModel:
-        model, info = load(source, output_loading_info=True, **options)
+        model, info = load(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+        if mismatched := sorted(info["mismatched_keys"]):
+            name, stored, configured = mismatched[0]
+            raise ValueError(f"{name} has the shape {list(stored)}, but {list(configured)} by config.json")
         if missing := sorted(info["missing_keys"]):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(f"the weights lack {missing[0]}{more}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from apa_cli.datasets.base import PromptStyle
@@ -139,7 +138,7 @@ class PromptFormat:
         """Return the chat template's tokens, up to the start of the reply. Raise UserError if the template fails."""
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, which raises many types
             reason = " ".join(str(error).split())
             raise UserError(
                 f"dataset: the tokenizer's chat template refuses {str(messages)[:200]}: {reason}"

@@ -155,8 +155,12 @@ def test_style_chat_needs_a_template(tokenizer):
         PromptFormat(tokenizer, PromptStyle.chat)
 
 
-def test_a_template_error_is_one_line(tokenizer):
-    tokenizer.chat_template = "{{ raise_exception('roles must\nalternate') }}"
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('roles must\nalternate') }}", "{{ messages[0].content + 1 }}", {"rag": "no default"}],
+)
+def test_a_template_error_is_one_line(tokenizer, template):
+    tokenizer.chat_template = template
     with pytest.raises(UserError, match=r"^dataset: the tokenizer's chat template refuses") as error:
         encode(tokenizer, PromptStyle.auto, make_row())
     assert "\n" not in str(error.value)
