@@ -1,6 +1,6 @@
 """dataset=embedded: dialogues with preference pairs that the package generates from a grammar, without a download.
 
-Questions about two dozen everyday activities and replies to them are sampled from one grammar, in the format of
+Questions about a dozen everyday activities and replies to them are sampled from one grammar, in the format of
 Anthropic's HH data. Every question asks for some of four parts (needs, steps, time, tip) of one topic. Replies have
 random faults (no courtesy, wrong topic, a missing part, a repeated sentence; garbled words in some rejected replies),
 so that some are preferable. `parse_prompt` and `parse_reply` read the grammar's texts back. The phrases are in
@@ -41,11 +41,11 @@ SHAPES = ((1, 1, 0.40), (1, 2, 0.33), (1, 3, 0.12), (2, 1, 0.10), (2, 2, 0.05))
 """The mix of prompts: (human turns, parts that the last turn asks for, share of the prompts)."""
 
 # Probabilities of the faults and courtesies of a sampled reply.
-P_OFF_TOPIC, P_SENTENCE_OFF_TOPIC, P_INCOMPLETE, P_EXTRA, P_REPEAT = 0.45, 0.6, 0.5, 0.2, 0.4
-P_OPENING = P_CLOSING = 0.25
+P_OFF_TOPIC, P_SENTENCE_OFF_TOPIC, P_INCOMPLETE, P_EXTRA, P_REPEAT = 0.3, 0.6, 0.5, 0.2, 0.3
+P_OPENING = P_CLOSING = 0.15
 P_GARBLED = 0.4
-"""Probability that a rejected reply is garbled."""
-WEIGHTS = {"relevance": 0.75, "completeness": 0.75, "courtesy": 1.0, "repetition": -1.0, "extra": -0.3}
+"""Probability that the rejected reply is the chosen one, garbled."""
+WEIGHTS = {"relevance": 0.75, "completeness": 0.5, "courtesy": 2.0, "repetition": -0.75, "extra": -0.5}
 """Weight of each feature in the quality of a reply."""
 UNPARSED_QUALITY = -1.0
 """Quality of a text that is not a reply of the grammar, below that of every reply."""
@@ -132,7 +132,7 @@ def compute_reply_features(topic: str, asked_parts: list[str], sentences: list[S
 
 
 def compute_quality(prompt: str, reply: str) -> float:
-    """Return the quality of a reply, from UNPARSED_QUALITY for a text that does not parse to 2.5 without faults.
+    """Return the quality of a reply, from UNPARSED_QUALITY for a text that does not parse to 3.25 without faults.
 
     Raise ValueError if the prompt is not a question of the grammar.
     """
@@ -273,15 +273,18 @@ def _garble(reply: str, rng: np.random.Generator) -> str:
 
 
 def _sample_pair(topic: str, asked_parts: list[str], rng: np.random.Generator) -> tuple[str, str]:
-    """Return two replies of different quality, (chosen, rejected): the better first, up to Bradley-Terry noise."""
+    """Return two replies of different quality, (chosen, rejected): the better first, up to Bradley-Terry noise.
+
+    A garbled reply differs from its chosen one in nothing else, so that each such pair teaches what does not parse.
+    """
     first = second = _sample_reply(topic, asked_parts, rng)
+    if rng.random() < P_GARBLED:
+        return first, _garble(first, rng)
     gap = 0.0
     while abs(gap) < 1e-6:
         second = _sample_reply(topic, asked_parts, rng)
         gap = _rate_reply(topic, asked_parts, first) - _rate_reply(topic, asked_parts, second)
     better, worse = (first, second) if gap > 0 else (second, first)
-    if rng.random() < P_GARBLED:
-        return better, _garble(worse, rng)
     is_flipped = rng.random() < 1 / (1 + math.exp(NOISE_SLOPE * abs(gap)))
     return (worse, better) if is_flipped else (better, worse)
 

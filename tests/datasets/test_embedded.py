@@ -2,7 +2,7 @@
 
 import math
 import re
-from itertools import combinations
+from itertools import combinations, takewhile
 
 import pytest
 
@@ -28,9 +28,9 @@ def test():
 
 ONE = "\n\nHuman: I want to bake bread. How long does it take?\n\nAssistant:"
 TWO = "\n\nHuman: What do I need and how long does it take to bake bread?\n\nAssistant:"
-NEEDS = "You need flour and yeast."
+NEEDS = "To bake bread, get flour and yeast."
 TIME = "It takes about three hours to bake bread."
-TIP = "Remember to keep the dough warm."
+TIP = "When you bake bread, remember to keep the dough warm."
 TEA = "It takes about five minutes to brew tea."
 
 
@@ -46,17 +46,12 @@ def test_rows_depend_on_the_seed():
 
 def test_a_row_of_one_seed_is_pinned():
     row = make_dataset(train=1, test=1, seed=0).load("test")[0]
-    question = "I have decided to start a beehive this weekend. What should I do and which things should I get?"
+    question = "What do I need and is there a trick to catch a fish for a friend?"
     assert row.prompt == f"\n\nHuman: {question}\n\nAssistant:"
-    assert (
-        row.chosen
-        == " What a lovely idea! To grow tomatoes, plant the seeds, water the plants every morning and then pick the red tomatoes."  # noqa: E501
-    )
-    assert (
-        row.rejected
-        == " You will need a veil, thick gloves and a smoker. It helps to think about every check. It helps to think about every check."  # noqa: E501
-    )
-    assert row.columns == {"topic": "start a beehive", "asked": ["steps", "needs"]}
+    jam = "You can make jam in about two afternoons."
+    assert row.chosen == f" If you catch a fish, a good tip is to go fishing at dawn. {jam} {jam}"
+    assert row.rejected == f" If you catch a fish, a good tip is to go fishing at dawn. You at dawn. {jam} {jam}"
+    assert row.columns == {"topic": "catch a fish", "asked": ["needs", "tip"]}
 
 
 def test_the_test_split_does_not_depend_on_the_size_of_the_train_split(test):
@@ -71,7 +66,9 @@ def test_prompts_are_distinct_within_and_across_the_splits(train, test):
 
 def test_capacity_is_reachable_and_more_prompts_are_refused():
     first, second = embedded.allocate_prompts(1000), embedded.allocate_prompts(embedded.CAPACITY - 1000)
-    assert sum(first) + sum(second) == embedded.CAPACITY > 8000
+    # 12 topics × 6 intros × 8 contexts × 4 parts × 3 questions = 6912 prompts ask for one part in one turn. They are
+    # 40 % of the mix: (6912 − 2) / 0.4 = 17275. The next shape, of two parts, has 12 × 6 × 8 × (4 · 3) × 3² = 62208.
+    assert sum(first) + sum(second) == embedded.CAPACITY == 17275
     for (turns, count, _), *sizes in zip(embedded.SHAPES, first, second, strict=True):
         assert sum(sizes) <= math.prod(embedded.GRIDS[turns, count])
     with pytest.raises(UserError, match=f"exceed the {embedded.CAPACITY} distinct prompts") as error_info:
@@ -122,7 +119,10 @@ def test_vocabulary_is_small_and_replies_are_short(train):
     texts = [text for row in train for text in (row.chosen, row.rejected)]
     full_text = " ".join(texts + [row.prompt for row in train])
     words = set(re.findall("[a-z]+", full_text.lower()))
-    assert 500 <= len(words) <= 900
+    # A topic has up to 23 words (bake bread three hours flour yeast warm water pinch salt mix knead dough rise loaf hot
+    # oven keep fresh let cool before cut) and shares some with others: about 20 × 12 = 240. About 100 more are in
+    # questions, contexts, courtesies and templates.
+    assert 300 <= len(words) <= 380
     lengths = sorted(len(text.split()) for text in texts)
     assert lengths[len(lengths) // 4] >= 13 and lengths[len(lengths) * 9 // 10] <= 45
 
@@ -159,6 +159,24 @@ def test_every_chosen_reply_parses_and_about_40_percent_of_rejected_ones_are_gar
     assert 0.37 < garbled < 0.44
 
 
+def count_equal(words, other_words):
+    """Return the number of words at the start that two lists share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(words, other_words, strict=False)))
+
+
+def test_a_garbled_reply_is_the_chosen_one_with_one_error(train):
+    garbled = [row for row in train if parse_reply(row.rejected) is None]
+    courtesies = {*OPENINGS, *CLOSINGS}
+    edited = [row for row in garbled if not set(re.split(r"(?<=[.!]) ", row.rejected[1:])) <= courtesies]
+    # The one error in eight that keeps no word is two courtesies; some of the others parse by chance and are not taken.
+    assert 3 / 4 < len(edited) / len(garbled) < 7 / 8
+    for row in edited:
+        words, rejected_words = row.chosen.split(), row.rejected.split()
+        kept = count_equal(words, rejected_words) + count_equal(words[::-1], rejected_words[::-1])
+        # One run of words is lost: at most 3, or a phrase of at most 8, "let the loaf cool before you cut it".
+        assert kept >= len(words) - 8, (row.chosen, row.rejected)
+
+
 def test_a_reply_is_parsed_into_its_sentences():
     parsed = parse_reply(f" Of course! {NEEDS} {TEA} Enjoy!")
     assert [(part, topic) for _, part, topic in parsed] == [
@@ -177,23 +195,25 @@ def test_a_reply_is_parsed_into_its_sentences():
         " ",
         " Of course!",
         " Of course! Enjoy!",
-        " Of course! You need flour and.",
-        " Of course! You need flour and yeast",
-        " Of course! You need flour and ye",
-        " of course! You need flour and yeast.",
-        "  Of course! You need flour and yeast.",
-        " Of course!  You need flour and yeast.",
-        " Of course!You need flour and yeast.",
-        " Of course! You need flour and yeast. ",
-        " Of course! You need flour and yeast. Well, yes.",
-        " Of course! Sure thing. You need flour and yeast.",
-        " Enjoy! You need flour and yeast.",
-        " You need flour and yeast. Enjoy! Have fun!",
-        " You need flour and yeast. Of course!",
-        " You need flour and yeast.\n\nHuman: Thanks",
-        " You need flour and a kettle.",
-        " You need yeast and flour.",
-        " You need flour and flour.",
+        " Of course! To bake bread, get flour and.",
+        " Of course! To bake bread, get flour and yeast",
+        " Of course! To bake bread, get flour and ye",
+        " of course! To bake bread, get flour and yeast.",
+        "  Of course! To bake bread, get flour and yeast.",
+        " Of course!  To bake bread, get flour and yeast.",
+        " Of course!To bake bread, get flour and yeast.",
+        " Of course! To bake bread, get flour and yeast. ",
+        " Of course! To bake bread, get flour and yeast. Well, yes.",
+        " Of course! Sure thing. To bake bread, get flour and yeast.",
+        " Enjoy! To bake bread, get flour and yeast.",
+        " To bake bread, get flour and yeast. Enjoy! Have fun!",
+        " To bake bread, get flour and yeast. Of course!",
+        " To bake bread, get flour and yeast.\n\nHuman: Thanks",
+        " To bake bread, get flour and a kettle.",
+        " To brew tea, get flour and yeast.",
+        " To bake bread, get yeast and flour.",
+        " To bake bread, get flour and flour.",
+        " to bake bread, get flour and yeast.",
         " It takes about three hours to brew tea.",
     ],
 )
@@ -236,26 +256,26 @@ def test_a_text_without_topic_or_question_is_refused(prompt):
         parse_prompt(prompt)
 
 
-# Quality = 0.75 relevance + 0.75 completeness + courtesy - repetition - 0.3 extra
+# Quality = 0.75 relevance + 0.5 completeness + 2 courtesy - 0.75 repetition - 0.5 extra
 
 
 @pytest.mark.parametrize(
     ("prompt", "reply", "expected"),
     [
-        # no fault: 0.75 + 0.75 + 1
-        (TWO, f" Sure thing. {NEEDS} {TIME} Enjoy!", 2.5),
-        # half the courtesy, one of two parts: 0.75 + 0.75/2 + 0.5
-        (TWO, f" Sure thing. {NEEDS}", 1.625),
-        # no courtesy, one sentence of two off the topic, one of two parts: 0.75/2 + 0.75/2
-        (TWO, f" {NEEDS} {TEA}", 0.75),
-        # three sentences, all relevant, one said repetitions, none extra: 0.75 + 0.75 + 1 - 1/3
-        (TWO, f" Gladly! {NEEDS} {TIME} {NEEDS} Have fun!", 2.5 - 1 / 3),
-        # the same part in other words counts as a repetition: 0.75 + 0.75 - 1/2
-        (ONE, f" {TIME} Allow about three hours to bake bread.", 1.0),
-        # two of three sentences not asked for: 0.75 + 0.75 + 0.5 - 0.3 * 2/3
-        (ONE, f" {NEEDS} {TIME} {TIP} Good luck!", 1.8),
-        # all off the topic, one of three repeated; extra counts only the right topic: 0 + 0 + 0 - 1/3
-        (ONE, f" {TEA} You need a kettle and a teapot. {TEA}", -1 / 3),
+        # no fault
+        (TWO, f" Sure thing. {NEEDS} {TIME} Enjoy!", 0.75 + 0.5 + 2),
+        # half the courtesy, one of two parts
+        (TWO, f" Sure thing. {NEEDS}", 0.75 + 0.5 / 2 + 2 / 2),
+        # no courtesy, one sentence of two off the topic, one of two parts
+        (TWO, f" {NEEDS} {TEA}", 0.75 / 2 + 0.5 / 2),
+        # three sentences, all relevant, one a repetition, none extra
+        (TWO, f" Gladly! {NEEDS} {TIME} {NEEDS} Have fun!", 0.75 + 0.5 + 2 - 0.75 / 3),
+        # the same part in other words counts as a repetition: one sentence of two
+        (ONE, f" {TIME} Allow about three hours to bake bread.", 0.75 + 0.5 - 0.75 / 2),
+        # half the courtesy, two of three sentences not asked for
+        (ONE, f" {NEEDS} {TIME} {TIP} Good luck!", 0.75 + 0.5 + 2 / 2 - 0.5 * 2 / 3),
+        # all off the topic, one of three a repetition; extra counts only the right topic
+        (ONE, f" {TEA} To brew tea, get a kettle and a teapot. {TEA}", -0.75 / 3),
     ],
 )
 def test_quality_by_hand(prompt, reply, expected):
@@ -273,7 +293,7 @@ def test_quality_by_hand(prompt, reply, expected):
         f" Sure thing. {NEEDS} {TIP} Enjoy!",  # another part instead of the asked one
         f" Sure thing. {NEEDS} {TIME} {TIP} Enjoy!",  # an additional part
         f" Sure thing. {NEEDS} {TIME} {TIME} Enjoy!",  # a repetition
-        f" Sure thing. {NEEDS} {TIME} You need flour and warm water. Enjoy!",  # a repetition in other words
+        f" Sure thing. {NEEDS} {TIME} To bake bread, get flour and warm water. Enjoy!",  # a repetition in other words
     ],
 )
 def test_every_fault_lowers_the_quality(worse):
@@ -290,7 +310,9 @@ def test_any_reply_is_better_than_a_text_that_does_not_parse():
 
 def test_labels_are_mostly_right_but_not_always(train):
     correct = [compute_quality(row.prompt, row.chosen) > compute_quality(row.prompt, row.rejected) for row in train]
-    assert 0.93 <= sum(correct) / len(correct) <= 0.98
+    # The 40 % with a garbled reply are right. Of the others about a sixth, 10 % of all, differ by at most 0.3 and are
+    # wrong with probability σ(−8 · 0.3) = 0.08 to 0.5: 1 to 5 % of all.
+    assert 0.95 <= sum(correct) / len(correct) <= 0.99
 
 
 def test_pairs_of_similar_quality_are_mislabelled_more_often(train):
@@ -316,8 +338,12 @@ def test_chosen_replies_have_mixed_quality_and_no_single_feature_predicts_the_ch
     chosen = [compute_quality(row.prompt, row.chosen) for row in train]
     mean = sum(chosen) / len(chosen)
     deviation = (sum((value - mean) ** 2 for value in chosen) / len(chosen)) ** 0.5
-    assert 0.01 <= sum(value > 2.5 - 1e-9 for value in chosen) / len(chosen) <= 0.25
-    assert mean + deviation < 2.5  # room for more than one standard deviation
+    # A sampled reply has no fault with probability 0.15² (courtesies) · 0.5 (complete) · 0.8 (nothing extra) · 0.7 (no
+    # repetition) · 0.78 (on the topic: 0.7 + 0.3 · 0.4ⁿ for n parts; n = 1, 2, 3 in 50, 38, 12 %) = 0.0049. The chosen
+    # reply is one of those, or in the 60 % of pairs that are not garbled the better of two:
+    # 0.4 · 0.0049 + 0.6 · 2 · 0.0049 = 0.0079, in 4800 pairs 38 ± 6.
+    assert 0.004 < sum(value > 3.25 - 1e-9 for value in chosen) / len(chosen) < 0.012
+    assert mean + deviation < 3.25  # room for more than one standard deviation
 
     parsed = [row for row in train if parse_reply(row.rejected)]
 
@@ -342,7 +368,7 @@ def test_describe_by_hand():
     responses = [
         f" Sure thing. {NEEDS} {TIME} Enjoy!\n\nHuman: What do I",  # cut at the stop string: 1, 1, 1, 0
         f" {NEEDS} {TEA} {TEA} Enjoy!",  # courtesy 1/2, relevance 1/3, completeness 1/2, repetition 1/3
-        " Sure thing. You need",  # does not parse
+        " Sure thing. To bake bread, get",  # does not parse
         f" {TEA}",  # 0, 0, 0, 0
     ]
     described = make_dataset().describe([TWO, TWO, TWO, ONE], responses)
