@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,7 +39,8 @@ class FunctionReward(Reward):
         signature = Signature.read(function, self.target)
 
         def score(prompts: list[str], responses: list[str], columns: list[dict[str, Any]]) -> Any:
-            arguments, keywords = signature.bind(prompts, responses, columns)
+            # Copies: a function may change what it is given, but the run and other rewards go on with the originals.
+            arguments, keywords = signature.bind(list(prompts), list(responses), copy.deepcopy(columns))
             try:
                 return call_with_timeout(
                     lambda: await_result(function(*arguments, **keywords), len(responses)), self.timeout

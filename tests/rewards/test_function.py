@@ -384,3 +384,23 @@ def test_an_endless_iterator_and_an_unprintable_error_end(tmp_path):
     assert call_target(f"{tmp_path}/odd.py:endless") == [0, 1, 2]  # one too many, which the check then refuses
     with pytest.raises(UserError, match=r"silent raised Silent \(odd\.py, line 14\)$"):
         call_target(f"{tmp_path}/odd.py:silent")
+
+
+def test_a_function_that_changes_its_arguments_changes_nothing_else(tmp_path):
+    """Texts, columns and the turns in them stay as they were, for the records, other rewards and later calls."""
+    (tmp_path / "greedy.py").write_text(
+        "def by_place(prompts, responses, tags):\n"
+        "    for texts in (prompts, responses, tags[0]):\n"
+        "        texts.clear()\n"
+        "    return [1.0]\n"
+        "def by_name(prompts, completions, tags, **columns):\n"
+        "    prompts[0].append(completions[0][0])\n"
+        "    tags[0].clear()\n"
+        "    return [len(prompts[0])]\n"
+    )
+    turn = {"role": "user", "content": "p"}
+    prompts, responses, columns = ["p"], ["r"], [{"tags": ["a"], "messages": [turn]}]
+    for name, score in (("by_place", 1.0), ("by_name", 2)):  # 2: the user's turn and the response
+        function = FunctionReward(f"{tmp_path}/greedy.py:{name}", None).load(Placement("cpu", "float32"))
+        assert [function(prompts, responses, columns) for _ in range(2)] == [[score], [score]]
+        assert (prompts, responses, columns) == (["p"], ["r"], [{"tags": ["a"], "messages": [turn]}])
