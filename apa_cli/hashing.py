@@ -184,12 +184,18 @@ def hash_path(path: str) -> str | None:
     return hash_model(path)
 
 
+def split_target(target: str) -> tuple[str, str]:
+    """Return the file or module, and the name in it, of FILE.py:NAME, package.module:NAME or package.module.NAME."""
+    source, _, name = target.rpartition(":" if ":" in target else ".")
+    return source, name
+
+
 def hash_target(target: str) -> str | None:
     """Return a digest of the file of FILE.py:NAME, package.module:NAME or package.module.NAME; None without a file.
 
     The digest covers the modules of the file's folder that it imports, at any depth.
     """
-    source = target.rpartition(":" if ":" in target else ".")[0]
+    source, _ = split_target(target)
     if source.endswith(".py"):
         return hash_source(Path(source).expanduser())
     module = sys.modules.get(source)

@@ -14,7 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from apa_cli.errors import ConfigError, UserError
-from apa_cli.hashing import hash_path, hash_target
+from apa_cli.hashing import hash_path, hash_target, split_target
 from apa_cli.runs.console import Console
 from apa_cli.runs.environment import collect_environment
 from apa_cli.runs.files import (
@@ -201,7 +201,7 @@ class RunDirectory:
         refused = [
             (key, old, new)
             for key, old, new in find_differences(read_config(self.path), config)
-            if not any(is_within(key, section) for section in changeable) and not self._is_copy(key, new)
+            if not any(is_within(key, section) for section in changeable) and not self._is_copy(key, old, new)
         ]
         if refused:
             shown = ", ".join(f"{key}: {old!r} → {new!r}" for key, old, new in refused[:SHOWN_DIFFERENCES])
@@ -211,13 +211,16 @@ class RunDirectory:
                 f"'resume_changed=[{keys}]' to continue with them"
             )
 
-    def _is_copy(self, key: str, value: Any) -> bool:
-        """Return True if `value` is another place of the same model, file or function that the run had under `key`."""
+    def _is_copy(self, key: str, old: Any, value: Any) -> bool:
+        """Return True if `value` is another place of the same model, file or function as the run's `old` of `key`."""
         try:
             digest = (RecordedRun(self.path).inputs or {}).get(key)
         except UserError:
             return False
-        return digest is not None and isinstance(value, str) and digest in (hash_path(value), hash_target(value))
+        if digest is None or not isinstance(value, str):
+            return False
+        is_same_name = split_target(str(old))[1] == split_target(value)[1]  # the digest is of the whole file
+        return digest == hash_path(value) or (digest == hash_target(value) and is_same_name)
 
     def truncate_records(self, config: dict[str, Any], iteration: int) -> None:
         """Remove the records after `iteration`, and write the configuration of the resumed run."""

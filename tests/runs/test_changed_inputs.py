@@ -98,6 +98,15 @@ def test_the_same_inputs_in_another_place_are_no_change(finished, inputs, make_c
         RunDirectory(finished).check_resume(config.raw)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["inputs", "copy"])
+def test_another_function_of_the_same_file_is_a_change(place, finished, inputs, make_config, tmp_path):
+    folder = inputs if place == "inputs" else shutil.copytree(inputs, tmp_path / "copy")
+    other = make_config(*list_overrides(inputs), f"reward.target={folder}/reward.py:count", f"resume={finished}")
+    with pytest.raises(ConfigError, match=r"differs from the run's: reward\.target: '.*:score' → '.*:count'"):
+        RunDirectory(finished).check_resume(other.raw)
+
+
 def test_inputs_on_one_side_alone_are_left_to_the_configuration():
     assert find_changed_inputs({"a": "1", "b": "2", "gone": "3"}, {"a": "1", "b": "x", "new": "4"}) == ["b"]
 
