@@ -244,6 +244,8 @@ def _build_section(
         try:
             schema = OmegaConf.merge(schema, {key: value}) if apart else schema
         except OmegaConfBaseException as error:
+            if isinstance(value, list) and None in value:
+                raise ConfigError(f"{name}: {value!r} has null in it; leave it out, or give a value") from error
             raise ConfigError(f"{name}: {value!r} is not {_describe_type(hint)}") from error
         _check_range(name, schema[key], hint)
     try:

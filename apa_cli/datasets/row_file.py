@@ -57,7 +57,8 @@ def read_row_file(file: Path, key: str) -> Iterator[Row]:
     for number, values in readers.get(get_format(file), read_json)(file, key):
         place = f"{file}, row {number}"
         if not isinstance(values, dict):
-            raise UserError(f"{key}: {place}: not an object with fields")
+            hint = "; lines of text are for dataset=prompts" if isinstance(values, str) else ""
+            raise UserError(f"{key}: {place}: not an object with fields{hint}")
         yield Row(values, place)
 
 

@@ -71,6 +71,7 @@ INVALID = {
     ("a.json", '[{"a": 1},\n{"a": 1]'): ": not JSON (Expecting ',' delimiter at line 2)",
     ("a.jsonl", "null"): ", row 1: not an object with fields",
     ("a.jsonl", '[{"a": 1}, [1]]'): ", row 2: not an object with fields",
+    ("a.json", '["p", "q"]'): ", row 1: not an object with fields; lines of text are for dataset=prompts",
     ("a.jsonl", "{" + '"a": {' * 9): ", row 1: not JSON (",
     ("a.jsonl", '{"a": ' + "[" * 100_000): ", row 1: JSON nested too deeply",
     ("a.jsonl", '{"a": ' + "9" * 5000 + "}"): ", row 1: Exceeds the limit",
