@@ -5,7 +5,7 @@ import pytest
 from apa_cli.config.compose import compose
 from apa_cli.config.hydra_api import compose_unchecked, list_groups
 
-TOY_LR, DEFAULT_LR = 5e-4, 1e-5
+TOY_LR, DEFAULT_LR = 3e-4, 1e-5
 
 
 def test_groups_are_where_a_user_chooses():

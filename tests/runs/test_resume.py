@@ -120,7 +120,7 @@ def test_group_option_sets_all_that_it_sets_in_a_new_run(tmp_path):
     assert (type(changed.algo).__name__, changed.algo.lambda_, changed.raw["lambda"]) == ("APA", 0.1, 0.1)
     assert (changed.optimizer.lr, changed.critic.kind.value) == (0.5, "head")
     assert compose_on("critic=separate").critic.kind.value == "separate"
-    assert compose_on("model=embedded").optimizer.lr == 5e-4  # the embedded model sets its run learning rate
+    assert compose_on("model=embedded").optimizer.lr == 3e-4  # the embedded model sets its run learning rate
     assert compose_on("model=embedded", "optimizer.lr=3").optimizer.lr == 3
     paper = compose_on("experiment=paper/hh_125m_ppo", "iterations=7")
     assert (type(paper.algo).__name__, type(paper.dataset).__name__, paper.run.iterations) == ("PPO", "HH", 7)
