@@ -13,7 +13,7 @@ from apa_cli.types import REFERENCE
 
 CRITIC_KEYS = (
     "critic", "optimizer.critic_lr", "optimizer.critic_warmup_iterations", "guard.critic_patience",
-    "guard.min_explained_variance",
+    "guard.min_explained_variance", "optimizer.joint_clip",
 )  # fmt: skip
 """Keys and sections that concern critics alone."""
 

@@ -137,7 +137,9 @@ class RunDirectory:
         others = [path for path in self.path.iterdir() if path.name != LOCK_FILE]
         if not self.has_run() and all(is_written(path) for path in others):  # a run that could not start left run.log
             return
-        if self.path.is_symlink() or not self._looks_like_run():
+        if self.path.is_symlink():
+            raise ConfigError(f"overwrite: {self.path} is a link, whose target is left alone; give another name=")
+        if not self._looks_like_run():
             raise ConfigError(f"overwrite: {self.path} is not the directory of a run; give another name=")
         for key, value in iterate_leaves(config):
             file = value.rpartition(":")[0] or value if isinstance(value, str) and key.endswith("target") else value
