@@ -37,7 +37,7 @@ GROUP_MEAN = "algo.advantage_estimator=group_mean"
                     ["algo=grpo", "optimizer.critic_lr=1e-3"],
                     "optimizer.critic_lr: no effect with GRPO without a critic",
                 ),
-                (["algo=rloo", "optimizer.joint_clip=true"], "optimizer.joint_clip: no effect with RLOO without a critic"),
+                (["algo=rloo", "optimizer.joint_clip=true"], "joint_clip: no effect with RLOO without a critic"),
                 (["algo=rloo", "critic.head=mlp"], "critic.head: no effect with RLOO without a critic"),
                 (["algo=ppo", "critic=head", "critic.init=reward"], "critic.init: no effect with critic=head"),
                 (

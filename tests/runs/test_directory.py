@@ -303,7 +303,7 @@ def test_overwrite_refuses_what_is_no_run_and_what_it_reads(write_run, make_conf
     with pytest.raises(ConfigError, match=r"^overwrite: model\.path is in .*run, which would be removed"):
         RunDirectory(path).claim({**raw, "model": {"path": f"{path}/model"}})
     (tmp_path / "link").symlink_to(path)
-    with pytest.raises(ConfigError, match=r"^overwrite: .*link is a link, whose target is left alone; give another name="):
+    with pytest.raises(ConfigError, match=r"^overwrite: .*link is a link, whose target is left alone"):
         RunDirectory(tmp_path / "link").claim(raw)
     assert (path / "metrics.jsonl").is_file()
     with pytest.raises(ConfigError, match=r"^overwrite: resume=auto continues the run"):
