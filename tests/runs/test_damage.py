@@ -136,7 +136,8 @@ def test_jsonl_file_cut_within_a_line(jsonl):
 
 
 def test_jsonl_file_that_is_not_text(jsonl):
-    assert "cannot read" in jsonl(b"\xff\xfe\x00\x80" * 10)
+    assert "mine.jsonl, row 1: not UTF-8 (byte 0x80 at position 1)" in jsonl(b"\x80\xff\xfe\x00" * 10)
+    assert "mine.jsonl, row 1: UTF-16, not UTF-8" in jsonl(b"\xff\xfe\x00\x80" * 10)  # begins with its mark
 
 
 def test_gzip_file_that_is_cut_or_damaged(jsonl):
