@@ -154,7 +154,7 @@ def test_the_table_follows_from_seconds_work_and_rates(ppo):
 
 def test_the_directory_has_the_configuration_the_report_and_the_log(ppo):
     directory, _ = ppo
-    assert sorted(file.name for file in directory.iterdir()) == ["bench.json", "config.yaml", "run.log"]
+    assert sorted(file.name for file in directory.iterdir()) == [".lock", "bench.json", "config.yaml", "run.log"]
     log = (directory / "run.log").read_text()
     for text in ("memory", "sampling", "old log-probs", "update", "samples/s", "TFLOP/s"):
         assert text in log
