@@ -124,7 +124,9 @@ def check_effect(model: PreTrainedModel, name: str, with_head: bool) -> None:
     parameters, layers = find_adapter_parameters(model, name), find_lora_layers(model)
     part = model if with_head else get_trunk(model)
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    with use_adapter(model, name), torch.enable_grad():
+    # As in training: the new head of a reward model is float32 on a trunk in bfloat16.
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype is torch.bfloat16)
+    with use_adapter(model, name), torch.enable_grad(), autocast:
         try:
             output = part(input_ids=ids, use_cache=False)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -84,6 +85,15 @@ def test_a_lora_reward_model_is_saved_merged_and_as_an_adapter_with_its_head(tin
     stored = json.loads((tmp_path / "model" / "adapter" / "adapter_config.json").read_text())
     assert stored["task_type"] == "SEQ_CLS" and stored["modules_to_save"] == ["score"]
     assert float(merged.detach().abs().sum()) > 0
+
+
+def test_a_lora_reward_model_is_trained_on_a_trunk_in_bfloat16_with_a_head_in_float32(tiny, tmp_path):
+    rows = EmbeddedDataset(30, 10, 0, []).load("train")
+    config = configure_model(tiny, ("epochs=1", "batch_size=8"), "lora=default", "model.dtype=bfloat16")
+    train_reward_model(config, rows[:20], rows[20:], 0, make_stage_context(tmp_path / "model"))
+    adapter = load_file(tmp_path / "model" / "adapter" / "adapter_model.safetensors")
+    trained = [tensor for name, tensor in adapter.items() if "lora_B" in name or name.endswith("score.weight")]
+    assert len(trained) > 1 and all(tensor.dtype is torch.float32 and bool(tensor.any()) for tensor in trained)
 
 
 def sigmoid(x: float) -> float:
